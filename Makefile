@@ -1,0 +1,48 @@
+# Everything a developer types. `make` alone lists it.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check format bench clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+help:  ## List these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo '  make run ARGS="quant=w3a3 seed=1"     with overrides; ARGS=--help lists them all'
+	@echo '  make setup PYTHON=/path/to/python     with another interpreter (3.11 or later)'
+
+setup: $(STAMP)  ## Create .venv and install the package and its tools into it (once, and when pyproject.toml changes)
+
+$(STAMP): pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or later is needed, not '$(PYTHON)': make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@touch $@
+
+run: $(STAMP)  ## Train and measure the W4A4 student on the embedded digits (ARGS="..." are overrides)
+	$(BIN)/python -m qdm_lightning.train $(ARGS)
+
+test: $(STAMP)  ## Run all tests (ARGS="tests/unit -k taq" selects)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)  ## Check format, lint, types and who imports whom
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(STAMP)  ## Rewrite the files as `make check` wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)  ## Run every benchmark, side by side with its peers
+	@shopt -s nullglob; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+
+clean:  ## Delete caches and builds; runs (outputs/) and .venv stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -type d -exec rm -rf {} +
