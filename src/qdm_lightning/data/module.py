@@ -1,0 +1,146 @@
+"""The base of every data set: uint8 images in memory, and training batches that are a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import count
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+
+def epoch_permutation(length: int, seed: int, epoch: int) -> Tensor:
+    """Order of the `length` images in one epoch, (length,) int64, a function of (seed, epoch) alone."""
+    state = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    return torch.randperm(length, generator=torch.Generator().manual_seed(state))
+
+
+class StepBatches:
+    """Endless training batches: batch k takes positions [k B, (k + 1) B) of the epochs' permutations laid end to end.
+
+    No image is left out of an epoch, whatever B; a run that resumes at step k sees what an uninterrupted one sees.
+    Under torch.distributed each rank yields its own equal slice of the batch.
+
+    Args:
+        images: (N, C, H, W) uint8, N >= 1.
+        batch_size: B, over all ranks together.
+        seed: of the permutations.
+        start_step: k of the first batch that iteration yields.
+    """
+
+    def __init__(self, images: Tensor, *, batch_size: int, seed: int, start_step: int = 0) -> None:
+        self.images = images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start_step = start_step
+        self._permutations: dict[int, Tensor] = {}
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if epoch not in self._permutations:
+            self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1}
+            self._permutations[epoch] = epoch_permutation(len(self.images), self.seed, epoch)
+        return self._permutations[epoch]
+
+    def indices(self, step: int) -> Tensor:
+        """Indices into `images` of batch `step`, all ranks together: (batch_size,) int64."""
+        length, begin, parts = len(self.images), step * self.batch_size, []
+        end = begin + self.batch_size
+        while begin < end:
+            epoch, offset = divmod(begin, length)
+            parts.append(self._permutation(epoch)[offset : offset + end - begin])
+            begin += len(parts[-1])
+        return torch.cat(parts)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield (batch_size / ranks, C, H, W) uint8 for ever.
+
+        Raises:
+            ValueError: the number of ranks does not divide `batch_size`.
+        """
+        ranked = dist.is_available() and dist.is_initialized()
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if ranked else (0, 1)
+        share, rest = divmod(self.batch_size, ranks)
+        if rest:
+            raise ValueError(
+                f"data.batch_size={self.batch_size} cannot be shared among {ranks} devices: "
+                f"type a multiple of {ranks}, for example data.batch_size={max(share, 1) * ranks}"
+            )
+        for step in count(self.start_step):
+            yield self.images[self.indices(step)[rank * share : (rank + 1) * share]]
+
+
+class ImageDataModule(LightningDataModule):
+    """Unlabelled uint8 images, some to train on and some held out. A data set implements `load`.
+
+    Attributes:
+        batch_size: images of one training step, over all ranks together.
+        flip: whether training mirrors images at random (the training step does it, not the data module).
+        channels, image_size: of one image; `image_size` may be None before `setup`, where only the files know it.
+        seed, start_step: of the training batches; the runner sets them before `train_dataloader`.
+    """
+
+    def __init__(self, *, batch_size: int, flip: bool, channels: int, image_size: int | None) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.flip = flip
+        self.channels = channels
+        self.image_size = image_size
+        self.seed = 0
+        self.start_step = 0
+        self._images: tuple[Tensor, Tensor] | None = None
+        self._fingerprint: str | None = None
+
+    def load(self) -> tuple[Tensor, Tensor]:
+        """Return (training images, held-out images), each (N, C, H, W) uint8 with square images of one size, N >= 1.
+
+        Raises:
+            FileNotFoundError: files are missing.
+            ValueError: files are damaged or are not what they should be.
+        """
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the images, once; `stage` makes no difference. Raises what `load` raises."""
+        if self._images is None:
+            train, val = self.load()
+            self._images = train, val
+            self.channels, self.image_size = train.shape[1], train.shape[2]
+
+    def _loaded(self) -> tuple[Tensor, Tensor]:
+        if self._images is None:
+            raise RuntimeError(f"{type(self).__name__} holds no images yet: call setup() first")
+        return self._images
+
+    @property
+    def train_images(self) -> Tensor:
+        """Training images, (N, C, H, W) uint8. Raises RuntimeError before `setup`."""
+        return self._loaded()[0]
+
+    @property
+    def val_images(self) -> Tensor:
+        """Held-out images, (N, C, H, W) uint8. Raises RuntimeError before `setup`."""
+        return self._loaded()[1]
+
+    def train_dataloader(self) -> StepBatches:
+        """Endless uint8 batches from step `start_step` on, see `StepBatches`."""
+        return StepBatches(self.train_images, batch_size=self.batch_size, seed=self.seed, start_step=self.start_step)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hexadecimal) over shape and bytes of the training and the held-out images."""
+        if self._fingerprint is None:
+            self._fingerprint = content_hash(*self._loaded())
+        return self._fingerprint
+
+
+def content_hash(*arrays: Tensor) -> str:
+    """SHA-256 (hexadecimal) over shape and bytes of uint8 tensors, read in pieces so that memory-mapped ones may be large."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(str(tuple(array.shape)).encode())
+        for part in array.split(4096):
+            digest.update(part.contiguous().numpy())
+    return digest.hexdigest()

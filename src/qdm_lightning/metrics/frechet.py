@@ -1,0 +1,130 @@
+"""Features of images and the Frechet distance between two sets of them, in float64.
+
+A feature network is an `nn.Module` with attributes `name` (str) and `dim` (int) and
+`forward(uint8 images (N, C, H, W)) -> float features (N, dim)`.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+
+def check_network(network: nn.Module) -> nn.Module:
+    """Return `network` if it can be used as a feature network.
+
+    Raises:
+        ValueError: no module, or no attribute `name` (lower-case letters, digits, _) or `dim` (positive int).
+    """
+    name, dim = getattr(network, "name", None), getattr(network, "dim", None)
+    named = isinstance(name, str) and re.fullmatch(r"[a-z0-9_]+", name) is not None
+    if not isinstance(network, nn.Module) or not named or not isinstance(dim, int) or dim < 1:
+        raise ValueError(
+            f"metrics: {type(network).__name__} (name={name!r}, dim={dim!r}) is no feature network: it must be an nn.Module "
+            "with attributes name (lower-case letters, digits, _) and dim (positive int), see metrics=digits"
+        )
+    return network
+
+
+def frechet_key(network: nn.Module) -> str:
+    """Name of the distance over `network`: `fid` for Inception alone, otherwise `fd_<name>`."""
+    name = check_network(network).name
+    return "fid" if name == "inception" else f"fd_{name}"
+
+
+@torch.no_grad()
+def features(network: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
+    """Features of every image, computed in eval mode on the network's device.
+
+    The last batch is padded to `batch_size`, so that an image's features do not depend on how many others there are.
+
+    Args:
+        network: a feature network.
+        images: (N, C, H, W) uint8.
+        batch_size: images that go through the network together.
+
+    Returns:
+        (N, dim) float32 on the CPU.
+
+    Raises:
+        ValueError: `images` is no uint8 (N, C, H, W), or the network returns another shape than (N, dim).
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"features are taken of uint8 images (N, C, H, W), not of {images.dtype} {tuple(images.shape)}")
+    check_network(network)
+    dim, training = int(network.dim), network.training  # type: ignore[arg-type]
+    device = next((p.device for p in [*network.parameters(), *network.buffers()]), torch.device("cpu"))
+    network.eval()
+    parts = []
+    try:
+        for begin in range(0, len(images), batch_size):
+            batch = images[begin : begin + batch_size]
+            padding = batch[-1:].expand(batch_size - len(batch), *batch.shape[1:])
+            result = network(torch.cat([batch, padding]).to(device))
+            if result.shape != (batch_size, dim):
+                raise ValueError(
+                    f"metrics: {network.name} returned {tuple(result.shape)} for {batch_size} images, not ({batch_size}, {dim})"
+                )
+            parts.append(result[: len(batch)].float().cpu())
+    finally:
+        network.train(training)
+    return torch.cat(parts) if parts else torch.empty(0, dim)
+
+
+class _Features(nn.Module):
+    """Stands where torchmetrics expects a network: the features are already there."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.num_features = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
+    """Frechet distance between the Gaussians fitted to two sets of features (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
+
+    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), S with N - 1; torchmetrics computes it, in float64.
+
+    Args:
+        features_a: (N, dim), N >= 2.
+        features_b: (M, dim), M >= 2.
+
+    Raises:
+        ValueError: fewer than two rows, different widths, or values that are not finite.
+    """
+    for rows in (features_a, features_b):
+        if rows.ndim != 2 or len(rows) < 2 or rows.shape[1] != features_a.shape[1]:
+            raise ValueError(
+                f"a Frechet distance needs two sets of at least 2 feature vectors of one width, not "
+                f"{tuple(features_a.shape)} and {tuple(features_b.shape)}: draw more images, for example num_samples=1000"
+            )
+        if not torch.isfinite(rows).all():
+            raise ValueError("features hold values that are not finite: the images or the network's weights are broken")
+    metric = FrechetInceptionDistance(feature=_Features(features_a.shape[1])).set_dtype(torch.float64)
+    metric.update(features_a.double(), real=True)
+    metric.update(features_b.double(), real=False)
+    return float(metric.compute())
+
+
+def halves_distance(rows: Tensor) -> float:
+    """Frechet distance between two halves of one set of features (N, dim), parted at random but always alike: the floor.
+
+    Raises:
+        ValueError: fewer than four rows.
+    """
+    if len(rows) < 4:
+        raise ValueError(f"the distance between two halves needs at least 4 images, not {len(rows)}")
+    order = torch.from_numpy(np.random.RandomState(0).permutation(len(rows)))  # a stream that numpy promises for good
+    half = len(rows) // 2
+    return frechet_distance(rows[order[:half]], rows[order[half : 2 * half]])
+
+
+def floor_distance(images: Tensor, network: nn.Module) -> float:
+    """`halves_distance` of the features of `images` (N, C, H, W) uint8: what sampling alone costs; at least 4."""
+    return halves_distance(features(network, images))
