@@ -1,0 +1,91 @@
+"""Settings of the diffusion process, its losses and its samplers. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qdm_lightning.checks import at_least, between, one_of, positive
+
+
+@dataclass(kw_only=True)
+class DiffusionConfig:
+    """The forward process q(x_t | x_0) (DDPM, eq. 2): T timesteps, beta from `beta_start` to `beta_end`.
+
+    Raises:
+        ValueError: fewer than one timestep, betas outside (0, 1) or in falling order, an unknown schedule.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+
+    def __post_init__(self) -> None:
+        at_least("diffusion.num_train_timesteps", self.num_train_timesteps, 1)
+        positive("diffusion.beta_start", self.beta_start)
+        between("diffusion.beta_end", self.beta_end, self.beta_start, 0.999)
+        one_of("diffusion.beta_schedule", self.beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
+
+
+@dataclass(kw_only=True)
+class NeMConfig:
+    """Noise-estimating mimicking (config group `nem`): which loss trains the student.
+
+    Args:
+        mode: `replace` trains on L_NeM alone, `add` on L_simple + weight * L_NeM, `off` on L_simple alone.
+        weight: lambda of `add`.
+        on_policy_fraction: share of each batch from the student's own sampling trajectory (0: none; `replace` only).
+        on_policy_refresh: training steps between two refreshes of the buffer of trajectory states.
+        on_policy_buffer: how many trajectory states the buffer holds.
+    """
+
+    mode: str = "replace"
+    weight: float = 1.0
+    on_policy_fraction: float = 0.0
+    on_policy_refresh: int = 100
+    on_policy_buffer: int = 1024
+
+    def __post_init__(self) -> None:
+        one_of("nem.mode", self.mode, ("off", "replace", "add"))
+        positive("nem.weight", self.weight)
+        between("nem.on_policy_fraction", self.on_policy_fraction, 0.0, 1.0)
+        at_least("nem.on_policy_refresh", self.on_policy_refresh, 1)
+        at_least("nem.on_policy_buffer", self.on_policy_buffer, 1)
+        if self.on_policy_fraction and self.mode != "replace":
+            raise ValueError(
+                f"nem.on_policy_fraction={self.on_policy_fraction} needs nem.mode=replace, not {self.mode}: "
+                "a state of the student's own trajectory has no true noise; type nem=on_policy"
+            )
+
+
+@dataclass(kw_only=True)
+class SamplerConfig:
+    """How images are drawn (config group `sampler`).
+
+    Args:
+        kind: `ddpm` (ancestral) or `ddim`.
+        steps: denoising steps, at most T.
+        micro_batch: images that go through the network together; the last batch is padded to it.
+        eta: DDIM's noise, 0 (deterministic) to 1.
+        spacing: DDIM's timesteps, `uniform` or `quadratic`.
+        variance: DDPM's, `fixed_large` (beta_t) or `fixed_small` (the posterior's).
+        clip_sample: clip the predicted x_0 to [-1, 1] at every step.
+    """
+
+    kind: str = "ddim"
+    steps: int = 50
+    micro_batch: int = 64
+    eta: float = 0.0
+    spacing: str = "uniform"
+    variance: str = "fixed_large"
+    clip_sample: bool = True
+
+    def __post_init__(self) -> None:
+        one_of("sampler.kind", self.kind, ("ddim", "ddpm"))
+        at_least("sampler.steps", self.steps, 1)
+        at_least("sampler.micro_batch", self.micro_batch, 1)
+        between("sampler.eta", self.eta, 0.0, 1.0)
+        one_of("sampler.spacing", self.spacing, ("uniform", "quadratic"))
+        one_of("sampler.variance", self.variance, ("fixed_large", "fixed_small"))
+        if self.kind == "ddpm" and (self.eta or self.spacing != "uniform"):
+            raise ValueError("sampler.eta and sampler.spacing belong to DDIM: type sampler=ddim, or leave them out")

@@ -1,0 +1,98 @@
+"""Settings of the networks. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qdm_lightning.checks import at_least, between, one_of, positive
+
+DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "SkipDownBlock2D", "AttnSkipDownBlock2D")
+UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D", "SkipUpBlock2D", "AttnSkipUpBlock2D")
+
+
+@dataclass(kw_only=True)
+class UNetConfig:
+    """A diffusers `UNet2DModel` (config group `model`); a preset gives what has no default here.
+
+    Args:
+        sample_size: height and width of an image in pixels; halved between two levels.
+        in_channels, out_channels: channels of an image; equal, because the network estimates the noise of each pixel.
+        block_out_channels: channels of each level, from the finest.
+        down_block_types, up_block_types: block of each level, downwards from the finest and upwards to it.
+        layers_per_block: residual layers of a level (one more on the way up).
+        attention_head_dim: channels of an attention head; None: one head of all channels.
+        add_attention: attention in the middle block.
+        norm_num_groups, norm_eps: of every GroupNorm.
+        dropout: probability inside each residual layer while the teacher trains.
+        downsample_padding: 1 pads both sides, 0 pads right and bottom alone, as DDPM's code.
+        freq_shift, flip_sin_to_cos: of the sinusoidal time embedding; 1 and false are DDPM's.
+        resnet_time_scale_shift: `default` adds the time embedding, `scale_shift` modulates the norm with it.
+
+    Raises:
+        ValueError: lists of different length, an unknown block, a size that cannot be halved, groups or heads that do not
+            divide the channels, or a value outside its range.
+    """
+
+    _target_: str = "qdm_lightning.models.unet.build_unet"
+    sample_size: int
+    in_channels: int
+    out_channels: int
+    block_out_channels: list[int]
+    down_block_types: list[str]
+    up_block_types: list[str]
+    layers_per_block: int = 2
+    attention_head_dim: int | None = None
+    add_attention: bool = True
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    downsample_padding: int = 1
+    freq_shift: int = 0
+    flip_sin_to_cos: bool = True
+    resnet_time_scale_shift: str = "default"
+
+    def __post_init__(self) -> None:
+        self._check_ranges()
+        levels = len(self.block_out_channels)
+        at_least("number of model.block_out_channels", levels, 1)
+        for name, allowed in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+            blocks = getattr(self, name)
+            if len(blocks) != levels:
+                raise ValueError(f"model.{name} has {len(blocks)} entries, model.block_out_channels {levels}: give as many")
+            for block in blocks:
+                one_of(f"model.{name}", block, allowed)
+        if self.out_channels != self.in_channels:
+            raise ValueError(
+                f"model.out_channels={self.out_channels} is not allowed: give model.in_channels={self.in_channels}"
+            )
+        if self.sample_size % 2 ** (levels - 1):
+            raise ValueError(
+                f"model.sample_size={self.sample_size} cannot be halved {levels - 1} times: "
+                f"it must be a multiple of {2 ** (levels - 1)}"
+            )
+        self._check_divisors()
+
+    def _check_ranges(self) -> None:
+        for name in ("sample_size", "in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
+            at_least(f"model.{name}", getattr(self, name), 1)
+        positive("model.norm_eps", self.norm_eps)
+        between("model.dropout", self.dropout, 0.0, 0.999)
+        one_of("model.downsample_padding", self.downsample_padding, (0, 1))
+        one_of("model.freq_shift", self.freq_shift, (0, 1))
+        one_of("model.resnet_time_scale_shift", self.resnet_time_scale_shift, ("default", "scale_shift"))
+
+    def _check_divisors(self) -> None:
+        for channels in self.block_out_channels:
+            at_least("model.block_out_channels", channels, 1)
+            for name in ("norm_num_groups", "attention_head_dim"):
+                divisor = getattr(self, name)
+                if divisor is not None and (divisor < 1 or channels % divisor):
+                    raise ValueError(f"model.{name}={divisor} does not divide {channels} of model.block_out_channels")
+
+
+@dataclass(kw_only=True)
+class PretrainedConfig:
+    """`model=pretrained`: architecture and weights of a diffusers folder or hub id, `model.path=<folder>`."""
+
+    _target_: str = "qdm_lightning.models.pretrained.load_unet"
+    path: str

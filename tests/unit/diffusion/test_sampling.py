@@ -1,0 +1,143 @@
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from qdm_lightning.diffusion.sampling import SEEDS, image_seeds, sample, sample_batches, timesteps, to_uint8
+from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
+
+DIFFUSION = DiffusionConfig()
+SHAPE = (1, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def network():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(16, 32),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=8,
+        ).eval()
+    return lambda x, t: unet(x, t).sample
+
+
+def test_uniform_timesteps():
+    assert timesteps(SamplerConfig(steps=4), DIFFUSION) == [750, 500, 250, 0]
+    assert timesteps(SamplerConfig(kind="ddpm", steps=1000), DIFFUSION) == list(range(999, -1, -1))
+    assert timesteps(SamplerConfig(steps=600), DIFFUSION)[0] == 998  # 600 does not divide 1000; still reaches the noise
+
+
+def test_quadratic_timesteps_are_distinct():
+    calls = timesteps(SamplerConfig(steps=100, spacing="quadratic"), DIFFUSION)
+    assert len(calls) == 96
+    assert calls[0] in (799, 800)
+    assert calls[-3:] == [2, 1, 0]
+    assert calls == sorted(set(calls), reverse=True)
+
+
+@pytest.mark.parametrize("spacing", ["uniform", "quadratic"])
+@pytest.mark.parametrize("total", [1, 2, 7, 40])
+def test_timesteps_fall_to_zero_within_the_process(spacing, total):
+    diffusion = DiffusionConfig(num_train_timesteps=total)
+    for steps in range(1, total + 1):
+        calls = timesteps(SamplerConfig(steps=steps, spacing=spacing), diffusion)
+        assert calls == sorted(set(calls), reverse=True)
+        assert calls[-1] == 0
+        assert calls[0] < total
+
+
+def test_more_steps_than_timesteps_is_refused(network):
+    with pytest.raises(ValueError, match=r"sampler\.steps=11 is not allowed: it must be at most .*=10"):
+        sample(network, SamplerConfig(steps=11), DiffusionConfig(num_train_timesteps=10), shape=SHAPE, seeds=[0])
+
+
+SAMPLERS = {
+    "ddim": SamplerConfig(steps=4, micro_batch=4),
+    "ddim eta": SamplerConfig(steps=4, eta=0.7, micro_batch=4),
+    "quadratic eta": SamplerConfig(steps=6, eta=1.0, spacing="quadratic", micro_batch=4),
+    "ddpm": SamplerConfig(kind="ddpm", steps=5, micro_batch=4),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_image_depends_on_its_seed_alone(network, name):
+    def draw(seeds):
+        return sample(network, SAMPLERS[name], DIFFUSION, shape=SHAPE, seeds=seeds)
+
+    images = dict(zip([0, 1, 2, 3, 4, 5], draw([0, 1, 2, 3, 4, 5]), strict=True))  # the last two are padded
+    for seeds in ([5], [3, 5, 0, 1, 2, 4], [4, 4, 9, 1, 0]):
+        for seed, image in zip(seeds, draw(seeds), strict=True):
+            if seed in images:
+                assert torch.equal(image, images[seed]), (seeds, seed)
+    assert all(not torch.equal(images[0], images[seed]) for seed in range(1, 6))
+
+
+def test_images_are_clamped_float_and_without_graph(network):
+    images = sample(network, SamplerConfig(steps=2, clip_sample=False, micro_batch=2), DIFFUSION, shape=SHAPE, seeds=[7, 8, 9])
+    assert images.shape == (3, *SHAPE)
+    assert images.dtype == torch.float32
+    assert images.abs().max() <= 1
+    assert not images.requires_grad
+    assert sample(network, SamplerConfig(), DIFFUSION, shape=SHAPE, seeds=[]).shape == (0, *SHAPE)
+
+
+def test_gradients_are_left_as_they_were(network):
+    for _ in sample_batches(network, SamplerConfig(steps=1, micro_batch=1), DIFFUSION, shape=SHAPE, seeds=[0, 1]):
+        assert torch.is_grad_enabled()
+
+
+def test_network_sees_full_micro_batches_and_callbacks_real_images(network):
+    batches, states, steps = [], [], []
+
+    def spy(x, t):
+        eps = network(x, t)
+        batches.append((t.dtype, t.tolist(), x, eps))
+        return eps
+
+    sampler = SamplerConfig(steps=3, micro_batch=2)
+    sample(
+        spy,
+        sampler,
+        DIFFUSION,
+        shape=SHAPE,
+        seeds=[0, 1, 2],
+        on_step=lambda: steps.append(1),
+        on_state=lambda *state: states.append(state),
+    )
+    calls = timesteps(sampler, DIFFUSION) * 2
+    assert [batch[:2] for batch in batches] == [(torch.int64, [t, t]) for t in calls]
+    assert [t for t, _, _ in states] == calls
+    for (_, _, x, eps), (_, state, estimate), real in zip(batches, states, [2, 2, 2, 1, 1, 1], strict=True):
+        assert torch.equal(state, x[:real])
+        assert torch.equal(estimate, eps[:real])
+    assert len(steps) == 6
+
+
+def test_global_generator_is_neither_read_nor_moved(network):
+    before = torch.random.get_rng_state()
+    sample(network, SAMPLERS["ddpm"], DIFFUSION, shape=SHAPE, seeds=[0])
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("seed", [-1, SEEDS])
+def test_seed_that_would_repeat_an_image_is_refused(network, seed):
+    with pytest.raises(ValueError, match=f"seed {seed} of an image is not allowed"):
+        sample(network, SamplerConfig(), DIFFUSION, shape=SHAPE, seeds=[seed])
+
+
+def test_image_seeds_are_distinct_between_runs():
+    assert image_seeds(0, 3) == [0, 1, 2]
+    assert image_seeds(5, 4, start=2) == image_seeds(5, 6)[2:]
+    runs = [image_seeds(seed, 50_000) for seed in range(4)]
+    assert len(set().union(*runs)) == 200_000
+
+
+def test_to_uint8_rounds_and_clamps():
+    images = torch.tensor([-3.0, -1.0, -1 + 1.01 / 255, 0.0, 1.0, 3.0])
+    assert to_uint8(images).tolist() == [0, 0, 1, 128, 255, 255]
+    assert torch.equal(to_uint8(torch.arange(256) / 127.5 - 1), torch.arange(256, dtype=torch.uint8))
