@@ -1,0 +1,103 @@
+"""Q-attention: diffusers' self- or cross-attention with quantized q, k, v and probabilities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qdm_lightning.quantization.quantizer import ActivationQuantizer
+
+
+def is_attention(module: nn.Module) -> bool:
+    """True for diffusers' `Attention` and whatever else takes a processor as it does."""
+    return all(hasattr(module, name) for name in ("to_q", "to_k", "to_v", "to_out", "set_processor", "heads"))
+
+
+def unsupported(module: nn.Module) -> str | None:
+    """Why this attention can't be quantized faithfully, or None."""
+    for name in ("spatial_norm", "norm_cross", "norm_q", "norm_k", "added_kv_proj_dim"):
+        if getattr(module, name, None):
+            return f"its {name} is set"
+    return None
+
+
+class QuantizedAttention(nn.Module):
+    """An attention processor, probs = softmax(q_hat k_hat^T / sqrt(d)), out = probs_hat v_hat, with learned-step quantizers.
+
+    Args:
+        query, key, value: quantizers of the operands, (B, heads, N, d); None leaves one in float.
+        probabilities: quantizer of the probabilities, (B, heads, N, N); None leaves them in float.
+    """
+
+    def __init__(
+        self,
+        query: ActivationQuantizer | None,
+        key: ActivationQuantizer | None,
+        value: ActivationQuantizer | None,
+        probabilities: ActivationQuantizer | None,
+    ) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.probabilities = query, key, value, probabilities
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """As diffusers calls a processor; it reads the accepted arguments from this signature."""
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)  # type: ignore[no-any-return]
+
+    def forward(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        residual = hidden_states
+        spatial = hidden_states.shape[2:] if hidden_states.ndim == 4 else None
+        if spatial is not None:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        batch = hidden_states.shape[0]
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], batch)
+            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+
+        q, k, v = (
+            quantizer(heads) if quantizer is not None else heads
+            for quantizer, heads in zip(
+                (self.query, self.key, self.value),
+                (_split(projection, attn.heads) for projection in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))),
+                strict=True,
+            )
+        )
+        out = self._attend(q, k, v, attention_mask)
+        out = out.transpose(1, 2).reshape(batch, -1, out.shape[1] * out.shape[3])
+        out = attn.to_out[1](attn.to_out[0](out))
+        if spatial is not None:
+            out = out.transpose(1, 2).reshape(batch, -1, *spatial)
+        if attn.residual_connection:
+            out = out + residual
+        return out / attn.rescale_output_factor  # type: ignore[no-any-return]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if self.probabilities is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5  # softmax in float32 under autocast too
+        if mask is not None:
+            scores = scores + mask
+        return self.probabilities(scores.float().softmax(dim=-1).to(v.dtype)) @ v  # type: ignore[no-any-return]
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """(B, N, heads * d) as (B, heads, N, d)."""
+    return x.view(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)

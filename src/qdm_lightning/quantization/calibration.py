@@ -1,0 +1,172 @@
+"""First scales and zero points from data: what is recorded of each quantizer's input, and the searches over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qdm_lightning.checks import between
+from qdm_lightning.quantization.layers import QuantizedLayer
+from qdm_lightning.quantization.quantizer import ActivationQuantizer
+from qdm_lightning.quantization.timestep import current_timesteps
+
+SAMPLES_PER_ROW = 128
+"""Values kept of each sample of a calibration batch: its least, its greatest, the others drawn at random."""
+
+
+class Calibrator(Protocol):
+    """Chooses scales and zero points."""
+
+    def search(self, values: Tensor, qmin: int, qmax: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+        """Scale and integer zero point, each (R,), for each row of `values` (R, M), on the integer grid [qmin, qmax].
+
+        With `symmetric` the zero point is 0.
+        """
+        ...
+
+
+@dataclass
+class Record:
+    """A bounded sample of one quantizer's inputs over the calibration batches.
+
+    `values` is (rows, SAMPLES_PER_ROW or fewer), one row for each sample that passed; `timesteps` (rows,) or empty where no
+    timestep was given; memory is bounded whatever the size of the activations.
+    """
+
+    generator: torch.Generator
+    chunks: list[Tensor] = field(default_factory=list)
+    times: list[Tensor] = field(default_factory=list)
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        """Keep some values of x, (B, ...)."""
+        rows = x.detach().flatten(1)
+        if rows.shape[1] > SAMPLES_PER_ROW:
+            pick = torch.randint(rows.shape[1], (SAMPLES_PER_ROW - 2,), generator=self.generator).to(rows.device)
+            low, high = torch.aminmax(rows, dim=1, keepdim=True)
+            rows = torch.cat([low, high, rows[:, pick]], dim=1)
+        self.chunks.append(rows.float().cpu())
+        times = current_timesteps(x.shape[0])
+        if times is not None:
+            self.times.append(times.cpu())
+
+    @property
+    def values(self) -> Tensor:
+        return torch.cat(self.chunks)
+
+    @property
+    def timesteps(self) -> Tensor:
+        return torch.cat(self.times) if self.times else torch.empty(0, dtype=torch.int64)
+
+
+def _affine(low: Tensor, high: Tensor, qmin: int, qmax: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point whose grid covers [low, high] and holds zero; low and high of any one shape."""
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    if symmetric:
+        bound = torch.maximum(high / qmax, low / qmin if qmin else torch.zeros_like(low))
+        return bound.clamp(min=torch.finfo(torch.float32).tiny * 2**23), torch.zeros_like(bound)
+    scale = ((high - low) / (qmax - qmin)).clamp(min=torch.finfo(torch.float32).tiny * 2**23)
+    return scale, torch.round(qmin - low / scale).clamp(qmin, qmax)
+
+
+class MinMax:
+    """The grid covers the least and the greatest value."""
+
+    def search(self, values: Tensor, qmin: int, qmax: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+        low, high = torch.aminmax(values, dim=1)
+        return _affine(low, high, qmin, qmax, symmetric)
+
+
+class Percentile:
+    """The grid covers the values between two percentiles, `100 - percentile` and `percentile`.
+
+    Raises:
+        ValueError: `percentile` outside [50, 100].
+    """
+
+    def __init__(self, percentile: float = 99.9) -> None:
+        between("quant.calibrator.percentile", percentile, 50.0, 100.0)
+        self.percentile = percentile
+
+    def search(self, values: Tensor, qmin: int, qmax: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+        ordered = values.sort(dim=1).values  # torch.quantile refuses more than 2^24 values
+        last = ordered.shape[1] - 1
+        high = ordered[:, round(last * self.percentile / 100)]
+        low = ordered[:, round(last * (1 - self.percentile / 100))]
+        return _affine(low, high, qmin, qmax, symmetric)
+
+
+class MSESearch:
+    """The grid of least squared error ||x - x_hat||^2 among shrunken ranges [a low, b high], a and b in `steps` fractions.
+
+    Symmetric grids try `3 * steps` fractions of the greatest magnitude; others every pair of a and b. At most `max_values`
+    values of a row count, a random subsample of more.
+    """
+
+    def __init__(self, steps: int = 16, max_values: int = 8192) -> None:
+        self.steps = steps
+        self.max_values = max_values
+
+    @torch.no_grad()
+    def search(self, values: Tensor, qmin: int, qmax: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+        low, high = torch.aminmax(values, dim=1)
+        if values.shape[1] > self.max_values:
+            pick = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(0))[: self.max_values]
+            values = values[:, pick.to(values.device)]
+        best_error = torch.full_like(low, torch.inf)
+        best_scale, best_zero = _affine(low, high, qmin, qmax, symmetric)
+        for a, b in self._fractions(symmetric, bool((low < 0).any())):
+            scale, zero = _affine(a * low, b * high, qmin, qmax, symmetric)
+            codes = torch.clamp(torch.round(values / scale[:, None]) + zero[:, None], qmin, qmax)
+            error = ((codes - zero[:, None]) * scale[:, None] - values).square().mean(dim=1)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+        return best_scale, best_zero
+
+    def _fractions(self, symmetric: bool, signed: bool) -> list[tuple[float, float]]:
+        if symmetric or not signed:
+            return [(f, f) for f in torch.linspace(1.0, 0.04, 3 * self.steps).tolist()]
+        ends = torch.logspace(0, -1.5, self.steps).tolist()
+        return [(a, b) for a in ends for b in ends]
+
+
+def calibrate(model: nn.Module, run: Callable[[], None], calibrator: Calibrator, seed: int = 0) -> None:
+    """Start every quantizer of a prepared `model` from data.
+
+    Args:
+        model: prepared by `prepare`.
+        run: passes the calibration batches through the model, each under `timesteps(t)`. Quantizers are off meanwhile,
+            so that all see the full-precision activations.
+        calibrator: the search.
+        seed: of the random subsample that is kept of each activation.
+
+    Raises:
+        RuntimeError: a quantizer saw no input, so that it could not be started.
+    """
+    quantizers = {n: m for n, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
+    records = {name: Record(torch.Generator().manual_seed(seed)) for name in quantizers}
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
+    try:
+        for name, quantizer in quantizers.items():
+            quantizer.record = records[name]
+        for layer in layers:
+            layer.calibrating = True
+        with torch.no_grad():
+            run()
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.record = None
+        for layer in layers:
+            layer.calibrating = False
+    silent = [name for name, record in records.items() if not record.chunks]
+    if silent:
+        raise RuntimeError(f"calibration reached no input of {', '.join(silent)}: run the whole model in calibration")
+    for name, quantizer in quantizers.items():
+        quantizer.initialise(records[name], calibrator)
+    for layer in layers:
+        layer.initialise_weight(calibrator)

@@ -1,0 +1,152 @@
+"""`prepare`: quantize any `nn.Module` by swapping its layers, and say what got how many bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from qdm_lightning.quantization.attention import QuantizedAttention, is_attention, unsupported
+from qdm_lightning.quantization.layers import SWAPS, QuantizedLayer, swap
+from qdm_lightning.quantization.quantizer import ActivationQuantizer, LSQActivation, LSQProbability, LSQWeight, WeightQuantizer
+from qdm_lightning.quantization.report import LayerRow, QuantizationReport
+from qdm_lightning.quantization.spec import QuantConfig
+
+UNET_EDGES = ("conv_in", "conv_out", "time_embedding.*", "*time_emb_proj")
+"""Names of the edges in diffusers' U-Nets: first and last convolution and the layers of the time embedding."""
+
+_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantizers:
+    """The factories that `prepare` calls; each may be a class or a `functools.partial`.
+
+    `weight(bits=, weight=)`; `activation(bits=, padded=)` for the inputs of layers; `attention(bits=, padded=)` for q, k, v;
+    `probabilities(bits=, padded=)`.
+    """
+
+    weight: Callable[..., WeightQuantizer] = LSQWeight
+    activation: Callable[..., ActivationQuantizer] = LSQActivation
+    attention: Callable[..., ActivationQuantizer] = LSQActivation
+    probabilities: Callable[..., ActivationQuantizer] = field(default=LSQProbability)
+
+
+def prepare(
+    model: nn.Module, config: QuantConfig, quantizers: Quantizers | None = None, *, edges: Sequence[str] | None = None
+) -> QuantizationReport:
+    """Swap the layers of `model`, in place, for quantized ones that hold the same parameters.
+
+    Quantized are convolutions (1-d, 2-d), linear layers and the operands and probabilities of diffusers' attention. What has
+    32 bits stays the very float layer, so that a model prepared at 32 bits computes what it did, bit for bit. The quantizers
+    must then be started from data by `calibrate`.
+
+    Args:
+        model: any module, not prepared before.
+        config: bit-widths and rules.
+        quantizers: factories; the LSQ+ baseline where None.
+        edges: name patterns of the layers with `config.edge_bits`; None: `UNET_EDGES` for diffusers' U-Nets, else the first
+            and the last layer in order of registration.
+
+    Returns:
+        what got how many bits and what stayed in float.
+
+    Raises:
+        ValueError: the model is prepared already; a rule or edge pattern matches no layer; a layer whose kind can't be
+            quantized is not at 32 bits (a rule `<name>: 32` leaves it in float on purpose).
+    """
+    quantizers = quantizers or Quantizers()
+    modules = dict(model.named_modules())
+    if any(isinstance(m, QuantizedLayer | QuantizedAttention) for m in modules.values()):
+        raise ValueError("the model is prepared already: prepare a fresh float model")
+    bits = _Bits(config, [n for n, m in modules.items() if _has_bits(m)], edges)
+    rows = []
+    for name, module in modules.items():
+        if is_attention(module):
+            rows += _prepare_attention(name, module, bits, quantizers)
+        elif isinstance(module, _WEIGHTED):
+            rows.append(_prepare_layer(model, name, module, bits, quantizers))
+        elif (own := sum(p.numel() for p in module.parameters(recurse=False))) > 0:
+            rows.append(LayerRow(name, type(module).__name__, own, 32, 32))
+    return QuantizationReport(rows)
+
+
+def _has_bits(module: nn.Module) -> bool:
+    return isinstance(module, _WEIGHTED) or is_attention(module)
+
+
+class _Bits:
+    """Resolves a layer's name to its bit-widths, and checks that every pattern is of use."""
+
+    def __init__(self, config: QuantConfig, names: list[str], edges: Sequence[str] | None) -> None:
+        self.config = config
+        if edges is None:
+            found = {"conv_in", "conv_out"} <= set(names)
+            edges = [p for p in UNET_EDGES if any(fnmatchcase(n, p) for n in names)] if found else [*names[:1], *names[-1:]]
+        self.edges = edges
+        for kind, patterns in (("quant.rules", config.rules), ("edges", edges)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    some = ", ".join(names[:3])
+                    raise ValueError(f"{kind}: the pattern {pattern!r} matches no layer: layers are named like {some}")
+
+    def _rule(self, name: str) -> int | None:
+        matching = [bits for pattern, bits in self.config.rules.items() if fnmatchcase(name, pattern)]
+        return matching[-1] if matching else None
+
+    def layer(self, name: str) -> tuple[int, int]:
+        """Bits of weight and of input."""
+        rule = self._rule(name)
+        if rule is not None:
+            return rule, rule
+        if any(fnmatchcase(name, pattern) for pattern in self.edges):
+            return self.config.edge_bits, self.config.edge_bits
+        return self.config.weight_bits, self.config.act_bits
+
+    def attention(self, name: str) -> tuple[int, int]:
+        """Bits of q, k, v and of the probabilities."""
+        rule = self._rule(name)
+        return (rule, rule) if rule is not None else (self.config.attention_bits, self.config.probs_bits)
+
+
+def _prepare_layer(model: nn.Module, name: str, layer: nn.Module, bits: _Bits, quantizers: Quantizers) -> LayerRow:
+    weight_bits, act_bits = bits.layer(name)
+    parameters = sum(p.numel() for p in layer.parameters(recurse=not isinstance(layer, tuple(SWAPS))))
+    row = LayerRow(name, type(layer).__name__, parameters, weight_bits, act_bits)
+    if weight_bits == act_bits == 32:
+        return row
+    if type(layer) not in SWAPS:
+        kinds = ", ".join(kind.__name__ for kind in SWAPS)
+        raise ValueError(
+            f"{name or 'the model'} is a {type(layer).__name__}, which can't be quantized (only {kinds} can): "
+            f"leave it in float by the rule quant.rules={{{name}: 32}}"
+        )
+    if not name:
+        raise ValueError(f"the model is a bare {type(layer).__name__}: wrap it, for example nn.Sequential(model)")
+    weight_quantizer = None if weight_bits == 32 else quantizers.weight(bits=weight_bits, weight=layer.weight)
+    padded = not isinstance(layer, nn.Linear)
+    input_quantizer = None if act_bits == 32 else quantizers.activation(bits=act_bits, padded=padded)
+    parent, _, leaf = name.rpartition(".")
+    new = swap(layer, weight_quantizer, input_quantizer)
+    setattr(model.get_submodule(parent), leaf, new.to(layer.weight.device))
+    row.quantizers = [type(q).__name__ for q in (weight_quantizer, input_quantizer) if q is not None]
+    return row
+
+
+def _prepare_attention(name: str, module: nn.Module, bits: _Bits, quantizers: Quantizers) -> list[LayerRow]:
+    qkv_bits, probs_bits = bits.attention(name)
+    rows = [LayerRow(f"{name}.qkv", "attention", 0, 32, qkv_bits), LayerRow(f"{name}.probs", "attention", 0, 32, probs_bits)]
+    if qkv_bits == probs_bits == 32:
+        return rows
+    reason = unsupported(module)
+    if reason:
+        raise ValueError(f"{name}: this attention can't be quantized, {reason}: leave it in float by the rule quant.rules={{{name}: 32}}")
+    operands = [None if qkv_bits == 32 else quantizers.attention(bits=qkv_bits, padded=False) for _ in range(3)]
+    probabilities = None if probs_bits == 32 else quantizers.probabilities(bits=probs_bits, padded=False)
+    device = next(module.parameters()).device
+    module.set_processor(QuantizedAttention(*operands, probabilities).to(device))  # type: ignore[operator]
+    for row, quantizer in zip(rows, (operands[0], probabilities), strict=True):
+        row.quantizers = [] if quantizer is None else [type(quantizer).__name__]
+    return rows

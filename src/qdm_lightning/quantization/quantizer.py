@@ -1,0 +1,166 @@
+"""Learned-step quantizers of weights and activations, and the base classes that a user's own extend.
+
+A quantizer is an `nn.Module` that maps a float tensor to its fake-quantized value of the same shape. An activation quantizer is
+built as `factory(bits=..., padded=...)`, a weight quantizer as `factory(bits=..., weight=...)`; both start from data by
+`initialise`. See "Your own quantizer" in the README for one of twenty lines.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from qdm_lightning.quantization import ste
+from qdm_lightning.quantization.kernels import gradient_factor
+
+if TYPE_CHECKING:
+    from qdm_lightning.quantization.calibration import Calibrator, Record
+
+
+class ActivationQuantizer(nn.Module):
+    """Base of activation quantizers on the unsigned grid [0, 2^b - 1].
+
+    Args:
+        bits: b, 2..8.
+        padded: True where zeros are padded to the input, so that zero must lie on the grid (every convolution).
+
+    A subclass writes `quantize(x)` and `initialise(record, calibrator)`. While `record` is set, inputs are recorded and pass
+    unchanged.
+    """
+
+    def __init__(self, *, bits: int, padded: bool = False) -> None:
+        super().__init__()
+        self.bits = bits
+        self.padded = padded
+        self.qmin, self.qmax = 0, 2**bits - 1
+        self.record: Record | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.record is not None:
+            self.record.add(self.observe(x))
+            return x
+        return self.quantize(x)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """x, (B, ...), fake-quantized."""
+        raise NotImplementedError(f"{type(self).__name__} must define quantize(x)")
+
+    def observe(self, x: Tensor) -> Tensor:
+        """What calibration sees of x, (B, ...): x itself, or x in the units of the scale."""
+        return x
+
+    def initialise(self, record: Record, calibrator: Calibrator) -> None:
+        """Set scales and zero points from recorded inputs."""
+        raise NotImplementedError(f"{type(self).__name__} must define initialise(record, calibrator)")
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, padded={self.padded}"
+
+
+class LSQActivation(ActivationQuantizer):
+    """LSQ+ (arXiv 2004.09576): one learned scale s and integer zero point z for the tensor.
+
+    x_hat = s (clip(round(x / s) + z, 0, 2^b - 1) - z). The parameter is log s (ours): s stays positive, and one learning rate
+    fits scales of any size; the gradient to s is LSQ's. z is a real parameter, rounded and held to the grid straight-through,
+    so that zero is always representable.
+    """
+
+    def __init__(self, *, bits: int, padded: bool = False) -> None:
+        super().__init__(bits=bits, padded=padded)
+        self.log_scale = nn.Parameter(torch.zeros(1))
+        self.zero_point = nn.Parameter(torch.zeros(1))
+
+    @property
+    def scale(self) -> Tensor:
+        """s, (1,), positive."""
+        return self.log_scale.exp()
+
+    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and integer zero point for x (B, ...), each of 1 or B elements."""
+        return self.scale, ste.integer_zero_point(self.zero_point, self.qmin, self.qmax)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        scale, zero_point = self.grid(x)
+        return ste.fake_quantize(x, scale, zero_point, self.qmin, self.qmax, gradient_factor(x[0].numel(), self.qmax))
+
+    def initialise(self, record: Record, calibrator: Calibrator) -> None:
+        scale, zero_point = calibrator.search(record.values.flatten()[None], self.qmin, self.qmax, symmetric=False)
+        self.set_grid(scale, zero_point)
+
+    @torch.no_grad()
+    def set_grid(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Overwrite s and z, each of the parameters' number of elements."""
+        self.log_scale.copy_(scale.log().reshape(self.log_scale.shape))
+        self.zero_point.copy_(zero_point.reshape(self.zero_point.shape))
+
+
+class LSQProbability(ActivationQuantizer):
+    """Attention probabilities: a learned scale and zero point 0 (probabilities are in [0, 1], most of them near 0)."""
+
+    def __init__(self, *, bits: int, padded: bool = False) -> None:
+        super().__init__(bits=bits, padded=padded)
+        self.log_scale = nn.Parameter(torch.full((1,), -math.log(self.qmax)))
+        self.register_buffer("zero_point", torch.zeros(1), persistent=False)
+
+    @property
+    def scale(self) -> Tensor:
+        """s, (1,), positive."""
+        return self.log_scale.exp()
+
+    def quantize(self, x: Tensor) -> Tensor:
+        factor = gradient_factor(x[0].numel(), self.qmax)
+        return ste.fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax, factor)
+
+    @torch.no_grad()
+    def initialise(self, record: Record, calibrator: Calibrator) -> None:
+        scale, _ = calibrator.search(record.values.flatten()[None], self.qmin, self.qmax, symmetric=True)
+        self.log_scale.copy_(scale.log())
+
+
+class WeightQuantizer(nn.Module):
+    """Base of weight quantizers on the signed grid [-2^(b-1), 2^(b-1) - 1], zero point 0.
+
+    Args:
+        bits: b, 2..8.
+        weight: the layer's weight, (O, ...), whose first axis is the output channel.
+
+    A subclass writes `forward(weight)` and `initialise(weight, calibrator)`.
+    """
+
+    def __init__(self, *, bits: int, weight: Tensor) -> None:
+        super().__init__()
+        self.bits = bits
+        self.qmin, self.qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+    def initialise(self, weight: Tensor, calibrator: Calibrator) -> None:
+        """Set the scales from the weight."""
+        raise NotImplementedError(f"{type(self).__name__} must define initialise(weight, calibrator)")
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
+class LSQWeight(WeightQuantizer):
+    """LSQ (arXiv 1902.08153) with a learned scale for each output channel: w_hat = s_w clip(round(w / s_w), qmin, qmax)."""
+
+    def __init__(self, *, bits: int, weight: Tensor) -> None:
+        super().__init__(bits=bits, weight=weight)
+        self.log_scale = nn.Parameter(torch.zeros(weight.shape[0]))
+        self.register_buffer("zero_point", torch.zeros(weight.shape[0]), persistent=False)
+        self.factor = gradient_factor(weight[0].numel(), self.qmax)
+
+    @property
+    def scale(self) -> Tensor:
+        """s_w, (O,), positive."""
+        return self.log_scale.exp()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return ste.fake_quantize(weight, self.scale, self.zero_point, self.qmin, self.qmax, self.factor)
+
+    @torch.no_grad()
+    def initialise(self, weight: Tensor, calibrator: Calibrator) -> None:
+        scale, _ = calibrator.search(weight.detach().flatten(1), self.qmin, self.qmax, symmetric=True)
+        self.log_scale.copy_(scale.log())

@@ -1,0 +1,120 @@
+"""What is quantized and how finely: bit-widths, scopes and quantizers. Imports no torch, so that a command's help stays quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from qdm_lightning.checks import at_least, between, one_of, positive
+
+BITS = (2, 3, 4, 5, 6, 7, 8, 32)
+"""Allowed bit-widths; 32 leaves a tensor in floating point."""
+
+SCOPES = ("attention", "all")
+"""Where TaQ acts: the attention operands q, k, v, or every quantized activation."""
+
+
+@dataclass(kw_only=True)
+class QuantConfig:
+    """Bit-widths of a student (config group `quant`).
+
+    Args:
+        weight_bits: bits of every weight that is not at an edge.
+        act_bits: bits of every layer input that is not at an edge.
+        qkv_bits: bits of the attention operands q, k, v; None follows `act_bits`.
+        probs_bits: bits of the attention probabilities (unsigned, zero point 0).
+        edge_bits: bits (weights and inputs) of the first and last convolution and of the time embedding's layers.
+        rules: module-name patterns (`fnmatch`) to bits, applied in order over everything above; a pattern that matches
+            nothing is an error. `{"down_blocks.0.*": 8}`.
+        mode: `qat` trains the student; `ptq` only calibrates it.
+        weight_quantizer, act_quantizer: `_target_` (and options) of a quantizer, see `quantization.quantizer`.
+        calibrator: `_target_` (and options) of the search for the first scales, see `quantization.calibration`.
+        calibration_batches: batches that calibration sees, spread over all timesteps.
+        calibration_timesteps: `uniform` over t (Q-Diffusion) or `normal` (PTQ4DM).
+
+    Raises:
+        ValueError: a bit-width outside {2..8, 32}, an unknown mode, fewer than one calibration batch.
+    """
+
+    weight_bits: int = 4
+    act_bits: int = 4
+    qkv_bits: int | None = None
+    probs_bits: int = 8
+    edge_bits: int = 8
+    rules: dict[str, int] = field(default_factory=dict)
+    mode: str = "qat"
+    weight_quantizer: Any = field(default_factory=lambda: {"_target_": "qdm_lightning.quantization.quantizer.LSQWeight"})
+    act_quantizer: Any = field(default_factory=lambda: {"_target_": "qdm_lightning.quantization.quantizer.LSQActivation"})
+    calibrator: Any = field(default_factory=lambda: {"_target_": "qdm_lightning.quantization.calibration.MSESearch"})
+    calibration_batches: int = 16
+    calibration_timesteps: str = "uniform"
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "act_bits", "probs_bits", "edge_bits"):
+            one_of(f"quant.{name}", getattr(self, name), BITS)
+        if self.qkv_bits is not None:
+            one_of("quant.qkv_bits", self.qkv_bits, BITS)
+        for pattern, bits in self.rules.items():
+            one_of(f"quant.rules.{pattern}", bits, BITS)
+        one_of("quant.mode", self.mode, ("qat", "ptq"))
+        one_of("quant.calibration_timesteps", self.calibration_timesteps, ("uniform", "normal"))
+        at_least("quant.calibration_batches", self.calibration_batches, 1)
+
+    @property
+    def attention_bits(self) -> int:
+        """Bits of q, k, v: `qkv_bits`, or `act_bits` where it is None."""
+        return self.act_bits if self.qkv_bits is None else self.qkv_bits
+
+    @property
+    def is_float(self) -> bool:
+        """True where nothing is quantized: the run is a full-precision teacher."""
+        widths = (self.weight_bits, self.act_bits, self.attention_bits, self.probs_bits, self.edge_bits, *self.rules.values())
+        return all(bits == 32 for bits in widths)
+
+
+@dataclass(kw_only=True)
+class TaQOff:
+    """`taq=off`: one scale and zero point for all timesteps."""
+
+    scope: str = "attention"
+
+    def __post_init__(self) -> None:
+        one_of("taq.scope", self.scope, SCOPES)
+
+
+@dataclass(kw_only=True)
+class TaQNormalize(TaQOff):
+    """`taq=normalize`: the quantizer follows each sample's own mean and deviation; `psi` is added to the variance."""
+
+    _target_: str = "qdm_lightning.quantization.taq.NormalizedActivation"
+    psi: float = 1e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("taq.psi", self.psi)
+
+
+@dataclass(kw_only=True)
+class TaQEma(TaQNormalize):
+    """`taq=ema`: as `normalize`, with mean and deviation from tables over `groups` timestep groups, averaged in training."""
+
+    _target_: str = "qdm_lightning.quantization.taq.EMANormalizedActivation"
+    groups: int = 20
+    momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("taq.groups", self.groups, 1)
+        between("taq.momentum", self.momentum, 0.0, 1.0)
+
+
+@dataclass(kw_only=True)
+class TaQScale(TaQOff):
+    """`taq=scale`: a learned scale and zero point for each of `groups` timestep groups."""
+
+    _target_: str = "qdm_lightning.quantization.taq.GroupedActivation"
+    groups: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("taq.groups", self.groups, 1)

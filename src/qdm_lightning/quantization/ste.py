@@ -1,0 +1,94 @@
+"""Fake quantization with straight-through gradients, as pure functions (LSQ, arXiv 1902.08153; LSQ+, arXiv 2004.09576).
+
+One function serves weights and activations: `scale` and `zero_point` hold one value for the whole tensor or one for each
+index of the first axis (a sample of a batch, or an output channel of a weight).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from qdm_lightning.quantization import kernels
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round half to even; the gradient passes unchanged."""
+    return x + (x.round() - x).detach()
+
+
+def integer_zero_point(zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """The integer in [qmin, qmax] nearest to a learned real zero point; the gradient passes straight through both."""
+    return zero_point + (zero_point.clamp(qmin, qmax).round() - zero_point).detach()
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Integer codes Q(x) = clip(round(x / s) + z, qmin, qmax), as float32 values of x's shape. No gradient.
+
+    `scale` and `zero_point` must broadcast against x as they are (see `fake_quantize` for first-axis values).
+    """
+    with torch.no_grad():
+        return torch.clamp(torch.round(x.float() / scale) + zero_point, qmin, qmax)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """x_hat = s (Q - z), the inverse of `quantize` on its grid."""
+    return (codes - zero_point) * scale
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, scale_gradient: float = 1.0) -> Tensor:
+    """x_hat = s (clip(round(x / s) + z, qmin, qmax) - z), with LSQ+'s gradients.
+
+    d x_hat / dx is 1 where qmin <= x / s + z <= qmax and 0 elsewhere; d x_hat / ds is (x_hat - x) / s inside and q_limit - z
+    outside; d x_hat / dz is 0 inside and -s outside. The backward pass keeps x, s and z alone.
+
+    Args:
+        x: any shape and floating type; the result has both.
+        scale: positive, float32, one element or `x.shape[0]` elements.
+        zero_point: integral values, float32, as many elements as `scale`.
+        qmin, qmax: ends of the integer grid.
+        scale_gradient: factor g on the scale's gradient (LSQ, sec. 2.2).
+
+    Raises:
+        ValueError: `scale` and `zero_point` differ in size, or have neither one element nor one for each row of x.
+    """
+    if scale.numel() != zero_point.numel() or scale.numel() not in (1, x.shape[0]):
+        raise ValueError(
+            f"scale has {scale.numel()} and zero_point {zero_point.numel()} elements for x of shape {tuple(x.shape)}: "
+            f"give both 1 element or both {x.shape[0]}"
+        )
+    return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, scale_gradient)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, scale_gradient: float
+    ) -> Tensor:
+        rows = scale.numel()
+        scale, zero_point = scale.contiguous(), zero_point.contiguous()
+        order = kernels.memory_order(x, keep_first=rows > 1)
+        flat = kernels.flatten(x, order, rows)
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.constants = (order, qmin, qmax, scale_gradient)  # type: ignore[attr-defined]
+        shape = (rows, 1) if rows > 1 else (1,)
+        out = kernels.forward(flat, scale.view(shape), zero_point.view(shape), qmin, qmax)
+        return kernels.unflatten(out, x.shape, order)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, scale, zero_point = ctx.saved_tensors  # type: ignore[attr-defined]
+        order, qmin, qmax, scale_gradient = ctx.constants  # type: ignore[attr-defined]
+        rows = scale.numel()
+        shape = (rows, 1) if rows > 1 else (1,)
+        grad_x, grad_scale, grad_zero = kernels.backward(
+            kernels.flatten(grad, order, rows),
+            kernels.flatten(x, order, rows),
+            scale.view(shape),
+            zero_point.view(shape),
+            qmin,
+            qmax,
+        )
+        grad_scale = (grad_scale * scale_gradient).reshape(scale.shape)
+        return kernels.unflatten(grad_x, x.shape, order), grad_scale, grad_zero.reshape(zero_point.shape), None, None, None

@@ -1,0 +1,177 @@
+"""TaQ, timestep-aware quantization of activations: three readings of the paper's idea (the equations are ours).
+
+All see a batch whose every sample has its own timestep t; the group of t is g = floor(t G / T). `normalize` needs no t, the
+others read it from `timesteps(t)`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from qdm_lightning.quantization import kernels, ste
+from qdm_lightning.quantization.quantizer import LSQActivation
+from qdm_lightning.quantization.timestep import current_timesteps
+
+if TYPE_CHECKING:
+    from qdm_lightning.quantization.calibration import Calibrator, Record
+
+
+class NormalizedActivation(LSQActivation):
+    """`taq=normalize`: the grid follows each sample's own mean mu_n and deviation sigma_n = sqrt(var_n + psi).
+
+    s_n = s sigma_n; z_n = round(z - mu_n / s_n), held to the grid where zeros are padded;
+    x_hat = s_n (clip(round(x / s_n) + z_n, 0, 2^b - 1) - z_n). mu_n and sigma_n are taken over all axes but the first, in float32
+    and without gradient. s and z are learned in units of the normalised activation (x - mu_n) / sigma_n.
+    """
+
+    def __init__(self, *, bits: int, padded: bool = False, psi: float = 1e-5) -> None:
+        super().__init__(bits=bits, padded=padded)
+        self.psi = psi
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """mu_n and sigma_n of x (B, ...), each (B,), float32, no gradient."""
+        with torch.no_grad():
+            order = kernels.memory_order(x, keep_first=True)
+            return kernels.row_moments(kernels.flatten(x, order, x.shape[0]).view(x.shape[0], -1), self.psi)
+
+    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, deviation = self.moments(x)
+        scale = self.scale * deviation
+        zero_point = self.zero_point - mean / scale
+        if self.padded:
+            return scale, ste.integer_zero_point(zero_point, self.qmin, self.qmax)
+        return scale, ste.round_ste(zero_point)
+
+    def observe(self, x: Tensor) -> Tensor:
+        mean, deviation = self.moments(x)
+        column = (-1, *([1] * (x.ndim - 1)))
+        return (x - mean.view(column)) / deviation.view(column)
+
+
+class _Grouped:
+    """Timestep groups: which group a sample belongs to, and which groups were ever seen."""
+
+    groups: int
+    num_train_timesteps: int
+    seen: Tensor
+
+    def group(self, rows: int) -> Tensor:
+        """g = floor(t G / T), (rows,) int64.
+
+        Raises:
+            RuntimeError: no timestep was given.
+            ValueError: a timestep outside [0, T).
+        """
+        t = current_timesteps(rows)
+        if t is None:
+            raise RuntimeError(f"{type(self).__name__} needs the timesteps: run the model under `with timesteps(t):`")
+        return timestep_group(t, self.groups, self.num_train_timesteps)
+
+    def check_seen(self, group: Tensor) -> None:
+        """Raise RuntimeError if a group was neither calibrated nor trained."""
+        unseen = group[~self.seen[group]].unique().tolist()
+        if unseen:
+            raise RuntimeError(
+                f"{type(self).__name__}: timestep groups {unseen} of {self.groups} were never seen in calibration or training: "
+                "train or calibrate on all timesteps, or take fewer groups (taq.groups=...)"
+            )
+
+
+def timestep_group(t: Tensor, groups: int, num_train_timesteps: int) -> Tensor:
+    """g = floor(t G / T) of timesteps t, any shape.
+
+    Raises:
+        ValueError: a timestep outside [0, T).
+    """
+    if bool(((t < 0) | (t >= num_train_timesteps)).any()):
+        raise ValueError(f"timesteps {t.min().item()}..{t.max().item()} lie outside [0, {num_train_timesteps})")
+    return torch.div(t.long() * groups, num_train_timesteps, rounding_mode="floor")
+
+
+class EMANormalizedActivation(NormalizedActivation, _Grouped):
+    """`taq=ema`: as `normalize`, with mu_g and sigma_g read from tables by the timestep's group: static at each step.
+
+    In training the tables follow the groups' own means and deviations by an exponential average ("smoothing").
+
+    Args:
+        groups: G. num_train_timesteps: T.
+        momentum: share of the old value at each update.
+    """
+
+    def __init__(
+        self,
+        *,
+        bits: int,
+        padded: bool = False,
+        psi: float = 1e-5,
+        groups: int = 20,
+        momentum: float = 0.95,
+        num_train_timesteps: int = 1000,
+    ) -> None:
+        super().__init__(bits=bits, padded=padded, psi=psi)
+        self.groups, self.momentum, self.num_train_timesteps = groups, momentum, num_train_timesteps
+        self.register_buffer("mean", torch.zeros(groups))
+        self.register_buffer("deviation", torch.ones(groups))
+        self.register_buffer("seen", torch.zeros(groups, dtype=torch.bool))
+
+    @torch.no_grad()
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        group = self.group(x.shape[0])
+        if self.training or self.record is not None:
+            self._update(group, *super().moments(x))
+        self.check_seen(group)
+        return self.mean[group], self.deviation[group]
+
+    def _update(self, group: Tensor, mean: Tensor, deviation: Tensor) -> None:
+        count = torch.bincount(group, minlength=self.groups)
+        here = count > 0
+        for table, values in ((self.mean, mean), (self.deviation, deviation)):
+            average = torch.zeros_like(table).index_add_(0, group, values) / count.clamp(min=1)
+            updated = torch.where(self.seen, self.momentum * table + (1 - self.momentum) * average, average)
+            table.copy_(torch.where(here, updated, table))
+        self.seen.logical_or_(here)
+
+
+class GroupedActivation(LSQActivation, _Grouped):
+    """`taq=scale`: a learned s_g, z_g for each timestep group (as TDQ, arXiv 2306.02316, and EfficientDM, arXiv 2310.03270).
+
+    `log_scale` and `zero_point` are (G,). A group that is absent from a batch has zero gradient, and the optimizer must leave
+    its row alone (`training.optimizer.QuantizerAdam` does; the parameters carry `rows_move_alone = True`).
+    """
+
+    def __init__(self, *, bits: int, padded: bool = False, groups: int = 20, num_train_timesteps: int = 1000) -> None:
+        super().__init__(bits=bits, padded=padded)
+        self.groups, self.num_train_timesteps = groups, num_train_timesteps
+        self.log_scale = nn.Parameter(torch.zeros(groups))
+        self.zero_point = nn.Parameter(torch.zeros(groups))
+        for parameter in (self.log_scale, self.zero_point):
+            parameter.rows_move_alone = True  # type: ignore[attr-defined]
+        self.register_buffer("seen", torch.zeros(groups, dtype=torch.bool))
+
+    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        group = self.group(x.shape[0])
+        if self.training:
+            self.seen[group] = True
+        else:
+            self.check_seen(group)
+        zero_point = ste.integer_zero_point(self.zero_point, self.qmin, self.qmax)
+        return self.scale[group], zero_point[group]
+
+    @torch.no_grad()
+    def initialise(self, record: Record, calibrator: Calibrator) -> None:
+        """Each group from its own samples; groups without any start from all of them, and stay unseen."""
+        group = timestep_group(record.timesteps, self.groups, self.num_train_timesteps)
+        found = group.unique()
+        fewest = int(torch.bincount(group)[found].min())
+        rows = [record.values.flatten(), *(record.values[group == g][:fewest].flatten() for g in found)]
+        width = rows[-1].numel()
+        pick = torch.randperm(rows[0].numel(), generator=torch.Generator().manual_seed(0))[:width]
+        values = torch.stack([rows[0][pick], *rows[1:]])
+        searched = calibrator.search(values, self.qmin, self.qmax, symmetric=False)
+        scale, zero_point = (result[:1].repeat(self.groups) for result in searched)
+        scale[found], zero_point[found] = (result[1:] for result in searched)
+        self.seen[found] = True
+        self.set_grid(scale, zero_point)

@@ -1,0 +1,120 @@
+"""Settings of training: teacher, optimizer, trainer, paths. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qdm_lightning.checks import at_least, between, one_of, positive
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    """Where the full-precision teacher comes from, and how `auto` trains it (config group `teacher`).
+
+    Args:
+        source: `auto` trains it once and caches it; `checkpoint` takes a run of ours; `pretrained` a diffusers folder.
+        path: run folder or checkpoint file (`checkpoint`), or diffusers folder or hub id (`pretrained`).
+        seed, max_steps, lr, warmup_steps, ema_decay, gradient_clip: of `auto`'s training, all part of the cache's key.
+    """
+
+    source: str = "auto"
+    path: str | None = None
+    seed: int = 0
+    max_steps: int = 6000
+    lr: float = 1e-3
+    warmup_steps: int = 200
+    ema_decay: float = 0.999
+    gradient_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        one_of("teacher.source", self.source, ("auto", "checkpoint", "pretrained"))
+        if self.source == "auto" and self.path is not None:
+            raise ValueError(f"teacher.path={self.path} needs teacher=checkpoint or teacher=pretrained: teacher=auto trains its own")
+        if self.source != "auto" and not self.path:
+            raise ValueError(f"teacher={self.source} needs a path: type teacher.path=<folder>")
+        at_least("teacher.seed", self.seed, 0)
+        at_least("teacher.max_steps", self.max_steps, 1)
+        at_least("teacher.warmup_steps", self.warmup_steps, 0)
+        positive("teacher.lr", self.lr)
+        between("teacher.ema_decay", self.ema_decay, 0.0, 1.0)
+        positive("teacher.gradient_clip", self.gradient_clip)
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """Adam for the student. Quantizer parameters form a group of their own.
+
+    Args:
+        lr: learning rate of weights, biases and norms.
+        quantizer_lr: learning rate of log-scales and zero points.
+        betas: Adam's moments.
+        weight_decay: decoupled, on weights only.
+        warmup_steps: linear warm-up before the cosine decay to zero.
+        gradient_clip: largest norm of the weights' gradient.
+        ema_decay: EMA of the student, with warm-up.
+    """
+
+    lr: float = 1e-3
+    quantizer_lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    warmup_steps: int = 50
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.995
+
+    def __post_init__(self) -> None:
+        positive("optimizer.lr", self.lr)
+        positive("optimizer.quantizer_lr", self.quantizer_lr)
+        between("optimizer.beta1", self.beta1, 0.0, 0.9999999)
+        between("optimizer.beta2", self.beta2, 0.0, 0.9999999)
+        at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        positive("optimizer.gradient_clip", self.gradient_clip)
+        between("optimizer.ema_decay", self.ema_decay, 0.0, 1.0)
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """The training loop (config group `trainer`).
+
+    Args:
+        max_steps: optimizer steps of the student.
+        val_every: steps between two measurements of `val/loss`, each with a checkpoint.
+        sample_every: steps between two sample grids and distances in training (0: only at the end).
+        log_every: steps between two lines of losses.
+        accelerator, devices, num_nodes, strategy, precision: as in `lightning.Trainer`.
+        compile: `auto` compiles fake quantization where a compiler is at hand, `on` insists, `off` runs it eager.
+        threads: CPU threads of torch (0: torch's own choice).
+        channels_last: memory layout of networks and batches.
+    """
+
+    max_steps: int = 1500
+    val_every: int = 250
+    sample_every: int = 0
+    log_every: int = 10
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "32-true"
+    compile: str = "auto"
+    threads: int = 0
+    channels_last: bool = True
+
+    def __post_init__(self) -> None:
+        at_least("trainer.max_steps", self.max_steps, 1)
+        at_least("trainer.val_every", self.val_every, 1)
+        at_least("trainer.sample_every", self.sample_every, 0)
+        at_least("trainer.log_every", self.log_every, 1)
+        at_least("trainer.num_nodes", self.num_nodes, 1)
+        at_least("trainer.threads", self.threads, 0)
+        one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps"))
+        one_of("trainer.precision", self.precision, ("32-true", "bf16-mixed"))
+        one_of("trainer.compile", self.compile, ("auto", "on", "off"))
+
+
+@dataclass(kw_only=True)
+class PathsConfig:
+    """Where things go: `output` for runs, `cache` for teachers and reference statistics."""
+
+    output: str = "outputs"
+    cache: str = "~/.cache/qdm_lightning"
