@@ -1,0 +1,62 @@
+"""What a run measures at its end: distances, the student's deviation from its teacher, and where in t it errs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qdm_lightning.diffusion.losses import squared_errors
+from qdm_lightning.diffusion.process import add_noise, noise_scheduler
+from qdm_lightning.diffusion.sampling import image_seeds, sample, timesteps, to_uint8
+from qdm_lightning.metrics.frechet import features, frechet_distance, frechet_key, halves_distance
+from qdm_lightning.training.experiment import Experiment
+from qdm_lightning.training.held_out import HeldOut
+
+
+class Measurer:
+    """Samples and scores networks of one experiment, all from the same seeds against the same real images."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.real = features(experiment.feature_network, experiment.data.train_images)
+        self.key = frechet_key(experiment.feature_network)
+
+    def floor(self) -> dict[str, float]:
+        """Distance between two halves of the real images."""
+        return {self.key: halves_distance(self.real)}
+
+    def draw(self, network: Callable[[Tensor, Tensor], Tensor], progress: Any, name: str, count: int | None = None) -> Tensor:
+        """Images of the experiment's seeds, (count, C, H, W) float32 in [-1, 1] on the CPU."""
+        e = self.experiment
+        seeds = image_seeds(e.seed, count or e.num_samples)
+        rounds = -(-len(seeds) // e.sampler.micro_batch) * len(timesteps(e.sampler, e.diffusion))
+        shape = (e.data.channels, int(e.data.image_size or 0), int(e.data.image_size or 0))
+        device = next(network.parameters()).device  # type: ignore[attr-defined]
+        with progress.stage(name, rounds, "steps") as stage:
+            return sample(
+                network, e.sampler, e.diffusion, shape=shape, seeds=seeds, device=device, on_step=lambda: stage.advance(1)
+            )
+
+    def distance(self, images: Tensor) -> dict[str, float]:
+        """Frechet distance of float images to the real training images, by its key."""
+        return {self.key: frechet_distance(self.real, features(self.experiment.feature_network, to_uint8(images)))}
+
+
+@torch.no_grad()
+def nem_error(
+    student: Callable[[Tensor, Tensor], Tensor],
+    teacher: Callable[[Tensor, Tensor], Tensor],
+    held_out: HeldOut,
+    experiment: Experiment,
+    device: torch.device,
+) -> list[float]:
+    """L_NeM on the held-out set by bucket of t, from t = 0 up."""
+    scheduler = noise_scheduler(experiment.diffusion)
+    errors = []
+    for x0, t, eps in held_out.batches(experiment.sampler.micro_batch):
+        x = add_noise(scheduler, x0, eps, t).to(device, memory_format=torch.channels_last)
+        errors.append(squared_errors(teacher(x, t.to(device)), student(x, t.to(device))).cpu())
+    return held_out.by_bucket(torch.cat(errors))

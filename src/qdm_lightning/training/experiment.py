@@ -1,0 +1,63 @@
+"""What a run is made of, instantiated: the hand-over from `config.build` to `training.runner.run`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+from torch import nn
+
+from qdm_lightning.data.module import ImageDataModule
+from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig, SamplerConfig
+from qdm_lightning.quantization.preparation import Quantizers
+from qdm_lightning.quantization.spec import QuantConfig
+from qdm_lightning.training.spec import OptimizerConfig, PathsConfig, TeacherConfig, TrainerConfig
+
+
+@dataclass(kw_only=True)
+class Experiment:
+    """Settings and factories of one run; nothing in it has read data or trained.
+
+    Args:
+        seed: of the student's training and of the compared images.
+        run_dir: where the run leaves its files.
+        num_samples: images behind each distance.
+        data: the data module, not yet set up.
+        build_model: a fresh U-Net, randomly initialised.
+        quantizers: factories `weight`, `activation`, `attention` (q, k, v) and `calibrator`.
+        taq_scope: `attention` or `all`: with `all` the attention's factory also serves the layers' inputs.
+        feature_network: of the distance.
+        loggers: factories `logger(run_dir=..., tags=..., config=...)`, beside metrics.csv.
+        resolved: the resolved configuration as plain data.
+        resume: go on from the run folder's last checkpoint.
+    """
+
+    seed: int
+    run_dir: Path
+    num_samples: int
+    data: ImageDataModule
+    build_model: Callable[[], nn.Module]
+    diffusion: DiffusionConfig
+    quant: QuantConfig
+    quantizers: Mapping[str, Callable[..., Any]]
+    taq_scope: str
+    nem: NeMConfig
+    sampler: SamplerConfig
+    teacher: TeacherConfig
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig
+    feature_network: nn.Module
+    loggers: list[Callable[..., Any]] = field(default_factory=list)
+    callbacks: list[Callback] = field(default_factory=list)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    resolved: dict[str, Any] = field(default_factory=dict)
+    resume: bool = False
+
+    def quantizer_factories(self) -> Quantizers:
+        """The factories as `prepare` takes them, TaQ's scope applied."""
+        attention = self.quantizers["attention"]
+        activation = attention if self.taq_scope == "all" else self.quantizers["activation"]
+        return Quantizers(weight=self.quantizers["weight"], activation=activation, attention=attention)

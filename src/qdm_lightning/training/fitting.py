@@ -1,0 +1,111 @@
+"""One training loop for teacher and student: a Lightning trainer whose checkpoints are whole and whose resume is exact."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from qdm_lightning.data.module import ImageDataModule
+from qdm_lightning.training.files import AtomicCheckpointIO, load_checkpoint
+from qdm_lightning.training.held_out import HeldOut
+from qdm_lightning.training.module import DiffusionModule
+from qdm_lightning.training.spec import TrainerConfig
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """`last.ckpt` of a folder of checkpoints, if it is there."""
+    path = folder / "last.ckpt"
+    return path if path.is_file() else None
+
+
+def fit(
+    module: DiffusionModule,
+    data: ImageDataModule,
+    held_out: HeldOut,
+    config: TrainerConfig,
+    *,
+    folder: Path,
+    max_steps: int,
+    seed: int,
+    loggers: list[Any],
+    callbacks: list[Callback],
+) -> dict[str, Any]:
+    """Train to `max_steps`, from `<folder>/last.ckpt` where there is one, and load the best checkpoint into the module.
+
+    Args:
+        folder: of the checkpoints: `last.ckpt` and `best.ckpt`, the least `val/loss`.
+        seed: of the order of the images.
+
+    Returns:
+        {"steps": done in all, "best_step": of the checkpoint that is loaded, "val_loss": its loss, "resumed_from": step or None}.
+    """
+    monitor = f"{module.prefix}val/loss"
+    resume = last_checkpoint(folder)
+    start = int(load_checkpoint(resume)["global_step"]) if resume else 0
+    data.seed, data.start_step = seed, start
+    best = ModelCheckpoint(
+        dirpath=folder,
+        filename="best",
+        monitor=monitor,
+        mode="min",
+        save_last=True,
+        auto_insert_metric_name=False,
+        enable_version_counter=False,
+    )
+    trainer = _trainer(config, max_steps, [best, *callbacks], loggers)
+    if start < max_steps:
+        with warnings.catch_warnings():
+            _quiet_lightning()
+            batch_size = data.batch_size
+            loader = DataLoader(held_out.batches(max(batch_size, 256)), batch_size=None)  # type: ignore[arg-type]
+            trainer.fit(module, data.train_dataloader(), loader, ckpt_path=str(resume) if resume else None, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    kept = folder / "best.ckpt"
+    state = load_checkpoint(kept)
+    module.on_load_checkpoint(state)
+    module.load_state_dict(state["state_dict"])
+    score = next(c["best_model_score"] for k, c in state["callbacks"].items() if k.startswith("ModelCheckpoint"))
+    return {
+        "steps": max_steps,
+        "best_step": int(state["global_step"]),
+        "val_loss": float(score),
+        "resumed_from": start if resume else None,
+    }
+
+
+def _trainer(config: TrainerConfig, max_steps: int, callbacks: list[Callback], loggers: list[Any]) -> Trainer:
+    return Trainer(
+        max_steps=max_steps,
+        accelerator=config.accelerator,
+        devices=1 if config.devices == "auto" and not torch.cuda.is_available() else config.devices,
+        num_nodes=config.num_nodes,
+        strategy=config.strategy,
+        precision=config.precision,  # type: ignore[arg-type]
+        logger=loggers,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        val_check_interval=min(config.val_every, max_steps),
+        check_val_every_n_epoch=None,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        inference_mode=False,  # the cache of quantized weights lives by version counters
+    )
+
+
+def _quiet_lightning() -> None:
+    """Lightning's advice about loaders without workers or length is not for us: batches come out of memory, without end."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*`IterableDataset` has `__len__`.*", ".*ModelCheckpoint.*directory.*exists.*"):
+        warnings.filterwarnings("ignore", message=message)

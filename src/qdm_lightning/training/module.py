@@ -1,0 +1,151 @@
+"""The LightningModule: a frozen full-precision teacher and a student that learns to mimic it, or a teacher in the making."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from qdm_lightning.diffusion.losses import squared_errors, student_errors
+from qdm_lightning.diffusion.process import add_noise, noise_scheduler
+from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig
+from qdm_lightning.training.denoiser import Denoiser
+from qdm_lightning.training.held_out import to_float
+from qdm_lightning.training.on_policy import TrajectoryBuffer
+from qdm_lightning.training.optimizer import build_optimizer, ema_with_warmup, split_parameters, warmup_cosine
+from qdm_lightning.training.spec import OptimizerConfig
+
+
+def step_generator(seed: int, step: int, rank: int) -> torch.Generator:
+    """The randomness of one training step on one rank, a function of the three numbers."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
+class DiffusionModule(LightningModule):
+    """Trains `network` by L_simple and L_NeM (see `diffusion.losses`) on batches of uint8 images.
+
+    Every random draw of a training step is a function of (seed, global step, rank), so that a resumed run sees what an
+    uninterrupted one sees.
+
+    Args:
+        network: the U-Net to train; prepared and calibrated, where it is a student.
+        teacher: the frozen full-precision U-Net, in eval mode for ever; None trains by L_simple alone.
+        diffusion, nem, optimizer: settings.
+        max_steps: of the learning-rate schedule.
+        seed: of flips, timesteps, noise and dropout.
+        flip: mirror images at random.
+        log_every: steps between two logged losses.
+        prefix: of the logged names, such as `teacher/`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        teacher: nn.Module | None,
+        *,
+        diffusion: DiffusionConfig,
+        nem: NeMConfig,
+        optimizer: OptimizerConfig,
+        max_steps: int,
+        seed: int,
+        flip: bool,
+        log_every: int = 10,
+        prefix: str = "",
+    ) -> None:
+        super().__init__()
+        if teacher is None and nem.mode != "off":
+            raise ValueError(f"nem.mode={nem.mode} needs a teacher: type nem=off")
+        self.diffusion, self.nem, self.optimizer = diffusion, nem, optimizer
+        self.max_steps, self.seed, self.flip, self.log_every, self.prefix = max_steps, seed, flip, log_every, prefix
+        self.student = Denoiser(network)
+        self.teacher = None if teacher is None else Denoiser(teacher).requires_grad_(False).eval()
+        self.ema = AveragedModel(self.student, multi_avg_fn=ema_with_warmup(optimizer.ema_decay)).requires_grad_(False).eval()
+        self.scheduler = noise_scheduler(diffusion)
+        self.buffer = TrajectoryBuffer(nem, diffusion, seed) if nem.on_policy_fraction else None
+        self._last_loss = torch.zeros(())
+
+    @property
+    def ema_student(self) -> Denoiser:
+        """The averaged student, which is what gets evaluated."""
+        return cast(Denoiser, self.ema.module)
+
+    def train(self, mode: bool = True) -> DiffusionModule:
+        super().train(mode)
+        self.ema.eval()
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def on_train_start(self) -> None:
+        self.train()
+
+    def _noisy_batch(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t, t, eps for uint8 images, drawn on the CPU and moved."""
+        x0 = to_float(images)
+        if self.flip:
+            mirror = torch.rand(len(x0), generator=generator).to(x0.device) < 0.5
+            x0 = torch.where(mirror[:, None, None, None], x0.flip(-1), x0)
+        t = torch.randint(self.diffusion.num_train_timesteps, (len(x0),), generator=generator).to(x0.device)
+        eps = torch.randn(x0.shape, generator=generator).to(x0.device)
+        return add_noise(self.scheduler, x0, eps, t), t, eps
+
+    def training_step(self, images: Tensor, batch_idx: int) -> Tensor:
+        generator = step_generator(self.seed, self.global_step, self.global_rank)
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))  # dropout
+        x, t, eps = self._noisy_batch(images, generator)
+        if self.buffer is not None:
+            x, t = self.buffer.mix(x, t, generator, self.global_step, self.ema_student)
+        x = x.contiguous(memory_format=torch.channels_last)
+        loss = student_errors(self.nem, eps, self._teacher_noise(x, t), self.student(x, t)).mean()
+        self._last_loss = loss.detach()
+        if self.global_step % self.log_every == 0:
+            self.log(f"{self.prefix}train/loss", self._last_loss, batch_size=len(images))
+        return loss
+
+    def _teacher_noise(self, x: Tensor, t: Tensor) -> Tensor | None:
+        if self.teacher is None or self.nem.mode == "off":
+            return None
+        with torch.no_grad():
+            return cast(Tensor, self.teacher(x, t))
+
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+        """`val/loss` is the training loss of the averaged student on the held-out set; L_simple and L_NeM stand beside it."""
+        x0, t, eps = batch
+        x = add_noise(self.scheduler, x0, eps, t).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            eps_q = self.ema_student(x, t)
+            eps_fp = None if self.teacher is None else self.teacher(x, t)
+        values = {"val/loss": student_errors(self.nem, eps, eps_fp, eps_q), "val/simple": squared_errors(eps, eps_q)}
+        if eps_fp is not None:
+            values["val/nem"] = squared_errors(eps_fp, eps_q)
+        means = {f"{self.prefix}{name}": value.mean() for name, value in values.items()}
+        self.log_dict(means, batch_size=len(x0), sync_dist=True)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.ema.update_parameters(self.student)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.student, self.optimizer)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(self.optimizer.warmup_steps, self.max_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        """Clip the network's gradient alone: a scale's gradient has units of its own."""
+        network, _ = split_parameters(self.student)
+        nn.utils.clip_grad_norm_(network, self.optimizer.gradient_clip)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The teacher is a folder of its own in the run: the checkpoint leaves it out."""
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("teacher.")}
+        if self.buffer is not None:
+            checkpoint["trajectory_buffer"] = self.buffer.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = {k: v for k, v in self.state_dict().items() if k.startswith("teacher.")}
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **own}
+        if self.buffer is not None:
+            self.buffer.load(checkpoint["trajectory_buffer"])

@@ -1,0 +1,65 @@
+"""NeM on policy (ours, beyond the paper): training states from the student's own sampling trajectory, where its error gathers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qdm_lightning.diffusion.sampling import image_seeds, sample
+from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig, SamplerConfig
+
+FIRST_SEED = 100_000_000
+"""Index of the first trajectory: far from the images that evaluation draws."""
+
+STEPS = 20
+"""DDIM steps of a trajectory; each image leaves one state a step."""
+
+
+class TrajectoryBuffer:
+    """At most `nem.on_policy_buffer` states (x_t, t) of the averaged student's DDIM trajectories, renewed on a schedule.
+
+    Each refresh samples new images and overwrites the whole buffer; it happens at training steps that are multiples of
+    `nem.on_policy_refresh`, from seeds that follow from (seed, step).
+    """
+
+    def __init__(self, nem: NeMConfig, diffusion: DiffusionConfig, seed: int) -> None:
+        self.nem, self.diffusion, self.seed = nem, diffusion, seed
+        self.x = torch.empty(0)
+        self.t = torch.empty(0, dtype=torch.int64)
+
+    def mix(
+        self, x: Tensor, t: Tensor, generator: torch.Generator, step: int, network: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, C, H, W) and t (B,) with the first `fraction * B` samples replaced by states of the buffer."""
+        if not len(self.x) or step % self.nem.on_policy_refresh == 0:
+            self._refresh(tuple(x.shape[1:]), step, network, x.device)
+        count = round(self.nem.on_policy_fraction * len(x))
+        pick = torch.randint(len(self.x), (count,), generator=generator)
+        return torch.cat([self.x[pick].to(x.device), x[count:]]), torch.cat([self.t[pick].to(t.device), t[count:]])
+
+    def _refresh(
+        self, shape: tuple[int, ...], step: int, network: Callable[[Tensor, Tensor], Tensor], device: torch.device
+    ) -> None:
+        states: list[Tensor] = []
+        times: list[Tensor] = []
+
+        def keep(t: int, x: Tensor, eps: Tensor) -> None:
+            states.append(x.cpu())
+            times.append(torch.full((len(x),), t))
+
+        steps = min(STEPS, self.diffusion.num_train_timesteps)
+        images = max(1, self.nem.on_policy_buffer // steps)
+        sampler = SamplerConfig(kind="ddim", steps=steps, micro_batch=min(images, 64))
+        seeds = image_seeds(self.seed, images, start=FIRST_SEED + step * images)
+        sample(network, sampler, self.diffusion, shape=shape, seeds=seeds, device=device, on_state=keep)  # type: ignore[arg-type]
+        self.x, self.t = torch.cat(states)[: self.nem.on_policy_buffer], torch.cat(times)[: self.nem.on_policy_buffer]
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        return {"x": self.x, "t": self.t}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take over a checkpoint's states."""
+        self.x, self.t = state["x"], state["t"]

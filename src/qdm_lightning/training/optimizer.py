@@ -1,0 +1,77 @@
+"""Adam for network and quantizers, its schedule, and the EMA's warm-up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuantizer
+from qdm_lightning.training.spec import OptimizerConfig
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters of the network, and those of its quantizers."""
+    quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer | WeightQuantizer)]
+    learned = list({id(p): p for m in quantizers for p in m.parameters()}.values())
+    known = {id(p) for p in learned}
+    return [p for p in model.parameters() if id(p) not in known], learned
+
+
+class QuantizerAdam(torch.optim.Adam):
+    """Adam that leaves the rows of a `rows_move_alone` parameter where their gradient is zero.
+
+    A timestep group that is absent from a batch would otherwise drift on by momentum.
+    """
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        # The closure holds the backward pass: run it first, the gradients tell which rows must stay.
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        kept = [
+            (p, p.grad == 0, p.detach().clone())
+            for group in self.param_groups
+            for p in group["params"]
+            if getattr(p, "rows_move_alone", False) and p.grad is not None
+        ]
+        super().step()
+        with torch.no_grad():
+            for parameter, still, before in kept:
+                parameter.copy_(torch.where(still, before, parameter))
+        return loss
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> QuantizerAdam:
+    """Adam over two groups: the network's parameters, and the quantizers' with their own learning rate."""
+    network, quantizers = split_parameters(model)
+    groups = [{"params": network, "lr": config.lr}]
+    if quantizers:
+        groups.append({"params": quantizers, "lr": config.quantizer_lr})
+    return QuantizerAdam(groups, betas=(config.beta1, config.beta2))
+
+
+def warmup_cosine(warmup_steps: int, max_steps: int) -> Callable[[int], float]:
+    """Factor on the learning rate: linear from 1/warmup to 1, then half a cosine to 0 at `max_steps`."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor
+
+
+def ema_with_warmup(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], None]:
+    """An EMA for `torch.optim.swa_utils.AveragedModel` whose decay grows as min(decay, (1 + n) / (10 + n)) after n updates."""
+
+    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], updates: Tensor) -> None:
+        n = int(updates)
+        torch._foreach_lerp_(list(averaged), list(current), 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update

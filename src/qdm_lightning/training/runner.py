@@ -1,0 +1,217 @@
+"""One run from beginning to end: teacher, calibration, student, images, distances, files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
+
+from qdm_lightning.diffusion.sampling import to_uint8
+from qdm_lightning.quantization import kernels
+from qdm_lightning.reporting.pictures import save_grid
+from qdm_lightning.training.callbacks import LearnedScales, SampleDuringTraining, StageProgress, log_pictures
+from qdm_lightning.training.denoiser import Denoiser
+from qdm_lightning.training.evaluation import Measurer, nem_error
+from qdm_lightning.training.experiment import Experiment
+from qdm_lightning.training.files import atomic_path, load_checkpoint, write_json
+from qdm_lightning.training.fitting import fit, last_checkpoint
+from qdm_lightning.training.held_out import HeldOut
+from qdm_lightning.training.loggers import CSVMetrics
+from qdm_lightning.training.module import DiffusionModule
+from qdm_lightning.training.record import git_commit, hardware, versions
+from qdm_lightning.training.student import calibrate_student, prepare_student
+from qdm_lightning.training.teacher import obtain_teacher
+
+GRID_IMAGES = 16
+
+
+@dataclass
+class Result:
+    """What `run` returns: `metrics` as in metrics.json, the run folder, and the networks that were measured."""
+
+    metrics: dict[str, Any]
+    run_dir: Path
+    teacher: Denoiser
+    student: Denoiser | None
+    module: DiffusionModule | None
+
+
+@dataclass
+class _Clock:
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - begin, 2)
+
+
+def run(experiment: Experiment, progress: Any) -> Result:
+    """Run the experiment and leave its files in `experiment.run_dir`; with `experiment.resume`, go on from its last checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: data, teacher or settings that can't be used, before anything is trained.
+    """
+    if experiment.trainer.threads:
+        torch.set_num_threads(experiment.trainer.threads)
+    kernels.set_mode(experiment.trainer.compile)
+    experiment.data.setup()
+    held_out = HeldOut.from_images(experiment.data.val_images, experiment.diffusion.num_train_timesteps)
+    checkpoint = last_checkpoint(experiment.run_dir / "checkpoints") if experiment.resume else None
+    step = int(load_checkpoint(checkpoint)["global_step"]) if checkpoint else (0 if experiment.resume else None)
+    loggers: list[Any] = [CSVMetrics(experiment.run_dir / "metrics.csv", step)]
+    try:
+        loggers += [
+            make(run_dir=experiment.run_dir, config=experiment.resolved, run_tags=experiment.resolved.get("tags", ()))
+            for make in experiment.loggers
+        ]
+        return _stages(experiment, held_out, progress, loggers)
+    finally:
+        for logger in loggers:
+            logger.finalize("finished")
+            if isinstance(logger, WandbLogger):
+                logger.experiment.finish()
+
+
+def _stages(experiment: Experiment, held_out: HeldOut, progress: Any, loggers: list[Any]) -> Result:
+    clock = _Clock()
+    with clock("teacher"):
+        unet, origin = obtain_teacher(experiment, held_out, progress, loggers)
+    teacher = Denoiser(unet.to(memory_format=torch.channels_last)).requires_grad_(False).eval()  # type: ignore[call-overload]
+    measurer = Measurer(experiment)
+    metrics: dict[str, Any] = {"floor": measurer.floor(), "teacher": {}, "seconds": clock.seconds, "seed": experiment.seed}
+    module, student = None, None
+    if not experiment.quant.is_float:
+        module, fitted = _train_student(experiment, unet, held_out, measurer, progress, loggers, clock)
+        student = module.ema_student
+        metrics["student"] = {"bits": [experiment.quant.weight_bits, experiment.quant.act_bits], **fitted}
+        teacher = module.teacher or teacher
+    rows, labels = _measure(experiment, measurer, teacher, student, held_out, metrics, progress, clock)
+    metrics |= {
+        "teacher_origin": origin,
+        "num_samples": experiment.num_samples,
+        "kernels": kernels.record(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "git": git_commit(),
+    }
+    picture = experiment.run_dir / "samples.png"
+    save_grid(picture, rows, labels)
+    write_json(experiment.run_dir / "metrics.json", metrics)
+    _log_results(loggers, metrics, picture, experiment)
+    return Result(metrics, experiment.run_dir, teacher, student, module)
+
+
+def _train_student(
+    experiment: Experiment,
+    teacher: Any,
+    held_out: HeldOut,
+    measurer: Measurer,
+    progress: Any,
+    loggers: list[Any],
+    clock: _Clock,
+) -> tuple[DiffusionModule, dict[str, Any]]:
+    """The trained module with its best checkpoint loaded, and what its training says."""
+    folder = experiment.run_dir / "checkpoints"
+    student, report = prepare_student(teacher, experiment)
+    student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with atomic_path(experiment.run_dir / "quantization.txt") as beside:
+        beside.write_text(report.table() + "\n", "utf-8")
+    progress.say(report.summary())
+    if last_checkpoint(folder) is None:
+        with clock("calibration"):
+            calibrate_student(student, experiment, progress)
+    config = experiment.trainer
+    module = DiffusionModule(
+        student,
+        teacher,
+        diffusion=experiment.diffusion,
+        nem=experiment.nem,
+        optimizer=experiment.optimizer,
+        max_steps=config.max_steps,
+        seed=experiment.seed,
+        flip=experiment.data.flip,
+        log_every=config.log_every,
+    )
+    if experiment.quant.mode == "ptq":
+        return module, {"steps": 0}
+    callbacks = [LearnedScales(), *experiment.callbacks]
+    if config.sample_every:
+        callbacks.append(SampleDuringTraining(_measure_in_training(experiment, module, measurer, progress, loggers), config.sample_every))
+    with clock("student"), progress.stage("student", config.max_steps, "steps") as stage:
+        fitted = fit(
+            module,
+            experiment.data,
+            held_out,
+            config,
+            folder=folder,
+            max_steps=config.max_steps,
+            seed=experiment.seed,
+            loggers=loggers,
+            callbacks=[StageProgress(stage), *callbacks],
+        )
+    return module, fitted
+
+
+def _measure_in_training(experiment: Experiment, module: DiffusionModule, measurer: Measurer, progress: Any, loggers: list[Any]) -> Any:
+    def measure(step: int) -> Mapping[str, float]:
+        images = measurer.draw(module.ema_student, progress, f"sampling at step {step}")
+        path = experiment.run_dir / "samples" / f"step_{step:07d}.png"
+        save_grid(path, [to_uint8(images[:GRID_IMAGES])], [f"student, step {step}"])
+        log_pictures(loggers, "samples/student", path, step)
+        return {f"sampled/{key}": value for key, value in measurer.distance(images).items()}
+
+    return measure
+
+
+def _measure(
+    experiment: Experiment,
+    measurer: Measurer,
+    teacher: Denoiser,
+    student: Denoiser | None,
+    held_out: HeldOut,
+    metrics: dict[str, Any],
+    progress: Any,
+    clock: _Clock,
+) -> tuple[list[Tensor], list[str]]:
+    """Fill in the measurements; returns the rows and labels of the picture."""
+    with clock("sampling_teacher"):
+        wanted = measurer.draw(teacher, progress, "sampling (teacher)")
+    metrics["teacher"] |= measurer.distance(wanted)
+    rows, labels = [to_uint8(wanted[:GRID_IMAGES])], ["teacher"]
+    if student is not None:
+        with clock("sampling_student"):
+            drawn = measurer.draw(student, progress, "sampling (student)")
+        device = next(student.parameters()).device
+        metrics["student"] |= measurer.distance(drawn)
+        metrics["student"]["image_mse"] = float((drawn.double() - wanted.double()).square().mean())
+        metrics["student"]["nem_error"] = nem_error(student, teacher, held_out, experiment, device)
+        rows.append(to_uint8(drawn[:GRID_IMAGES]))
+        labels.append(f"student W{experiment.quant.weight_bits}A{experiment.quant.act_bits}")
+    return rows, labels
+
+
+def _log_results(loggers: list[Any], metrics: dict[str, Any], picture: Path, experiment: Experiment) -> None:
+    flat = {
+        f"{who}/{name}": value
+        for who in ("floor", "teacher", "student")
+        for name, value in metrics.get(who, {}).items()
+        if isinstance(value, int | float) and value is not None
+    }
+    log_pictures(loggers, "samples/teacher_above_student", picture, 0)
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update({**flat, "kernels": metrics["kernels"], "git": metrics["git"]})
+    step = experiment.teacher.max_steps if experiment.quant.is_float else experiment.trainer.max_steps
+    for logger in loggers:
+        logger.log_metrics({f"final/{name}": float(value) for name, value in flat.items()}, step)

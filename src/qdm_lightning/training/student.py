@@ -1,0 +1,66 @@
+"""The student: the teacher's copy, prepared for its bits and started from data."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdm_lightning.diffusion.process import add_noise, noise_scheduler
+from qdm_lightning.quantization.calibration import calibrate
+from qdm_lightning.quantization.preparation import prepare
+from qdm_lightning.quantization.report import QuantizationReport
+from qdm_lightning.training.denoiser import Denoiser
+from qdm_lightning.training.experiment import Experiment
+from qdm_lightning.training.held_out import to_float
+
+CALIBRATION_BATCH = 64
+
+
+def prepare_student(teacher: nn.Module, experiment: Experiment) -> tuple[nn.Module, QuantizationReport]:
+    """A copy of the teacher's U-Net with quantized layers, not yet calibrated, and what got how many bits. Dropout is off."""
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    for module in student.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return student, prepare(student, experiment.quant, experiment.quantizer_factories())
+
+
+def calibration_timesteps(kind: str, count: int, num_train_timesteps: int, generator: torch.Generator) -> Tensor:
+    """Timesteps (count,) of a calibration set.
+
+    `uniform`: spread evenly over all t (Q-Diffusion, arXiv 2302.04304). `normal`: N(0.4 T, T / 2), redrawn within [0, T)
+    (PTQ4DM, arXiv 2211.15736: more of the steps near the image).
+    """
+    if kind == "uniform":
+        position = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+        t = (position * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+        return t[torch.randperm(count, generator=generator)]
+    drawn = torch.randn(64 * count, generator=generator) * num_train_timesteps / 2 + 0.4 * num_train_timesteps
+    inside = drawn[(drawn >= 0) & (drawn < num_train_timesteps)]
+    return inside[:count].long()
+
+
+def calibrate_student(student: nn.Module, experiment: Experiment, progress: Any) -> None:
+    """Start every quantizer from training images noised at timesteps that cover all of the process."""
+    generator = torch.Generator().manual_seed(experiment.seed)
+    batches, images = experiment.quant.calibration_batches, experiment.data.train_images
+    total = batches * CALIBRATION_BATCH
+    t = calibration_timesteps(experiment.quant.calibration_timesteps, total, experiment.diffusion.num_train_timesteps, generator)
+    pick = torch.randint(len(images), (total,), generator=generator)
+    scheduler = noise_scheduler(experiment.diffusion)
+    network = Denoiser(student).eval()
+    device = next(student.parameters()).device
+
+    with progress.stage("calibration", batches, "batches") as stage:
+
+        def run() -> None:
+            for chosen, times in zip(pick.split(CALIBRATION_BATCH), t.split(CALIBRATION_BATCH), strict=True):
+                x0 = to_float(images[chosen])
+                x = add_noise(scheduler, x0, torch.randn(x0.shape, generator=generator), times)
+                network(x.to(device, memory_format=torch.channels_last), times.to(device))
+                stage.advance(1)
+
+        calibrate(student, run, experiment.quantizers["calibrator"](), seed=experiment.seed)

@@ -1,0 +1,159 @@
+"""The full-precision teacher: trained once and cached, or taken from a run or a diffusers folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import nn
+
+from qdm_lightning.diffusion.spec import NeMConfig
+from qdm_lightning.models.pretrained import load_diffusion, load_unet, save_pipeline
+from qdm_lightning.training.callbacks import StageProgress
+from qdm_lightning.training.experiment import Experiment
+from qdm_lightning.training.files import load_checkpoint, write_json
+from qdm_lightning.training.fitting import fit
+from qdm_lightning.training.held_out import HeldOut
+from qdm_lightning.training.module import DiffusionModule
+from qdm_lightning.training.spec import OptimizerConfig
+
+FORMAT = 1
+"""Raised when the way of training changes, so that older cached teachers are not taken for new ones."""
+
+
+def teacher_key(experiment: Experiment) -> tuple[str, dict[str, Any]]:
+    """A short hash, and the settings behind it: everything that determines an `auto` teacher."""
+    settings = {
+        "format": FORMAT,
+        "data": experiment.data.fingerprint(),
+        "batch_size": experiment.data.batch_size,
+        "flip": experiment.data.flip,
+        "model": experiment.resolved["model"],
+        "diffusion": asdict(experiment.diffusion),
+        "teacher": asdict(experiment.teacher),
+        "precision": experiment.trainer.precision,
+        "val_every": experiment.trainer.val_every,
+    }
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16], settings
+
+
+def obtain_teacher(experiment: Experiment, held_out: HeldOut, progress: Any, loggers: list[Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The teacher's U-Net, in eval mode, and a record of where it comes from. A copy is left in `<run>/teacher`.
+
+    Raises:
+        FileNotFoundError, ValueError: no teacher at `teacher.path`, or one that does not fit data and diffusion process.
+    """
+    kept = experiment.run_dir / "teacher"
+    config = experiment.teacher
+    if experiment.resume and (kept / "unet").is_dir():
+        return load_unet(kept), {"source": str(kept)}
+    record: dict[str, Any]
+    if config.source == "auto":
+        unet, record = _cached(experiment, held_out, progress, loggers)
+    else:
+        assert config.path is not None
+        unet = _from_checkpoint(experiment, Path(config.path)) if config.source == "checkpoint" else load_unet(config.path)
+        record = {"source": config.source, "path": str(config.path)}
+        _check_diffusion(experiment, config.path)
+    _check_shape(experiment, unet)
+    save_pipeline(unet, asdict(experiment.diffusion), kept)  # type: ignore[arg-type]
+    return unet.eval(), record
+
+
+def _cached(experiment: Experiment, held_out: HeldOut, progress: Any, loggers: list[Any]) -> tuple[nn.Module, dict[str, Any]]:
+    key, settings = teacher_key(experiment)
+    root = Path(experiment.paths.cache).expanduser() / "teachers"
+    root.mkdir(parents=True, exist_ok=True)
+    folder = root / key
+    with FileLock(root / f"{key}.lock"):
+        if not (folder / "teacher.json").is_file():
+            work = root / f"{key}.work"
+            fitted = _train(experiment, held_out, work / "checkpoints", progress, loggers)
+            staged = work / "publish"
+            shutil.rmtree(staged, ignore_errors=True)
+            save_pipeline(fitted.pop("unet"), asdict(experiment.diffusion), staged)
+            write_json(staged / "teacher.json", {"key": key, "settings": settings, **fitted})
+            shutil.rmtree(folder, ignore_errors=True)
+            staged.rename(folder)
+            shutil.rmtree(work)
+            trained = True
+        else:
+            trained = False
+    record = json.loads((folder / "teacher.json").read_text("utf-8"))
+    return load_unet(folder), {"source": "auto", "key": key, "trained_now": trained, "val_loss": record["val_loss"]}
+
+
+def _train(experiment: Experiment, held_out: HeldOut, folder: Path, progress: Any, loggers: list[Any]) -> dict[str, Any]:
+    config = experiment.teacher
+    torch.manual_seed(config.seed)
+    module = DiffusionModule(
+        experiment.build_model().to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+        None,
+        diffusion=experiment.diffusion,
+        nem=NeMConfig(mode="off"),
+        optimizer=OptimizerConfig(
+            lr=config.lr, warmup_steps=config.warmup_steps, ema_decay=config.ema_decay, gradient_clip=config.gradient_clip
+        ),
+        max_steps=config.max_steps,
+        seed=config.seed,
+        flip=experiment.data.flip,
+        log_every=experiment.trainer.log_every,
+        prefix="teacher/",
+    )
+    with progress.stage("teacher", config.max_steps, "steps") as stage:
+        fitted = fit(
+            module,
+            experiment.data,
+            held_out,
+            experiment.trainer,
+            folder=folder,
+            max_steps=config.max_steps,
+            seed=config.seed,
+            loggers=loggers,
+            callbacks=[StageProgress(stage)],
+        )
+    return {**fitted, "unet": module.ema_student.unet}
+
+
+def _from_checkpoint(experiment: Experiment, path: Path) -> nn.Module:
+    """A run of ours (its `teacher` folder), or a checkpoint file of a full-precision run."""
+    if path.is_dir():
+        if not (path / "teacher").is_dir():
+            raise FileNotFoundError(f"teacher.path={path} has no teacher folder: give the folder of a run, or a .ckpt file")
+        return load_unet(path / "teacher")
+    state = load_checkpoint(path)["state_dict"]
+    prefix = "ema.module.unet."
+    weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    unet = experiment.build_model()
+    missing = sorted(set(unet.state_dict()) ^ set(weights))
+    if missing:
+        raise ValueError(f"teacher.path={path} is no checkpoint of this model: {len(missing)} names differ, such as {missing[0]}")
+    unet.load_state_dict(weights)
+    return unet
+
+
+def _check_diffusion(experiment: Experiment, path: str) -> None:
+    """A teacher that was trained on another noise schedule would mislead the student."""
+    folder = Path(path)
+    theirs = load_diffusion(folder / "teacher" if (folder / "teacher").is_dir() else path) if folder.is_dir() else None
+    ours = asdict(experiment.diffusion)
+    different = {k: v for k, v in (theirs or {}).items() if ours.get(k) != v}
+    if different:
+        say = " ".join(f"diffusion.{k}={v}" for k, v in different.items())
+        raise ValueError(f"teacher.path={path} was trained on another noise schedule: type {say}")
+
+
+def _check_shape(experiment: Experiment, unet: Any) -> None:
+    channels, size = experiment.data.channels, experiment.data.image_size
+    if (unet.config.in_channels, unet.config.sample_size) != (channels, size):
+        raise ValueError(
+            f"the teacher takes {unet.config.in_channels} channel(s) of {unet.config.sample_size} pixels, the data have {channels} of "
+            f"{size}: choose other data, for example data=images data.image_size={unet.config.sample_size}"
+        )
