@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 from torch import Tensor
 
+from qdm_lightning.data.cache import cached, in_threads, listing_key
 from qdm_lightning.data.module import ImageDataModule
 from qdm_lightning.data.pictures import MODES, channels_first, decode, picture_files, resize
 from qdm_lightning.data.spec import ImagesConfig
@@ -32,40 +33,63 @@ class ImagesData(ImageDataModule):
     def load(self) -> tuple[Tensor, Tensor]:
         """Decode everything. Raises ValueError for a damaged or unfit file, FileNotFoundError where there is no picture."""
         path = Path(str(self.config.path)).expanduser()
-        pictures = _from_folder(path, self.config) if path.is_dir() else _from_npz(path, self.config)
-        return split(torch.from_numpy(_stack(pictures, self.config.image_size)), self.config.val_fraction)
+        return _from_folder(path, self.config) if path.is_dir() else _from_npz(path, self.config)
 
 
-def split(images: Tensor, val_fraction: float) -> tuple[Tensor, Tensor]:
-    """Part `images` into (train, held out), at least one each, by a permutation that depends on their number alone.
+def split(count: int, val_fraction: float) -> tuple[list[int], list[int]]:
+    """Ascending indices of the images to train on and of those held out, at least one each, a function of the arguments alone.
 
     Raises:
         ValueError: fewer than two images.
     """
-    count = len(images)
     if count < 2:
         raise ValueError(f"data.path holds {count} picture: at least 2 are needed, one to train on and one held out")
     held_out = min(max(1, round(val_fraction * count)), count - 1)
     order = np.random.RandomState(0).permutation(count)  # the legacy generator: numpy promises its stream for good
-    return images[torch.from_numpy(np.sort(order[held_out:]))], images[torch.from_numpy(np.sort(order[:held_out]))]
+    return sorted(order[held_out:].tolist()), sorted(order[:held_out].tolist())
 
 
-def _from_folder(folder: Path, config: ImagesConfig) -> Iterator[tuple[str, Image.Image]]:
+def _from_folder(folder: Path, config: ImagesConfig) -> tuple[Tensor, Tensor]:
     paths = picture_files(folder)
     if not paths:
         raise FileNotFoundError(f"data.path={config.path} holds no picture that Pillow reads (png, jpg, webp, bmp, tif, ...)")
     others = sum(path.is_file() for path in folder.rglob("*")) - len(paths)
     if others:
         log.warning("data.path=%s: %d files are hidden or no pictures and are left out", config.path, others)
-    for path in paths:
-        picture = decode(path, config.channels, str(path))
-        yield str(path), picture if config.image_size is None else resize(picture, config.image_size, config.filter)
+    train, val = split(len(paths), config.val_fraction)
+    paths = [paths[index] for index in train + val]
+    edge = config.image_size or decode(paths[0], config.channels, str(paths[0])).width
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    settings = {"data": "images", "size": config.image_size, "channels": config.channels, "filter": config.filter}
+    key = listing_key(zip(names, paths, strict=True), train=len(train), pillow=PIL.__version__, **settings)
+
+    def pixels(path: Path) -> np.ndarray:
+        return _pixels(decode(path, config.channels, str(path)), edge, config, str(path))
+
+    shape = (len(paths), config.channels, edge, edge)
+    images = cached(Path(config.cache) if config.cache else None, key, shape, lambda: in_threads(pixels, paths))
+    return images[: len(train)], images[len(train) :]
 
 
-def _from_npz(path: Path, config: ImagesConfig) -> Iterator[tuple[str, Image.Image]]:
-    for index, pixels in enumerate(read_npz(path)):
-        picture = Image.fromarray(pixels).convert(MODES[config.channels])
-        yield f"{path}[{index}]", picture if config.image_size is None else resize(picture, config.image_size, config.filter)
+def _from_npz(path: Path, config: ImagesConfig) -> tuple[Tensor, Tensor]:
+    source = read_npz(path)
+    edge = config.image_size or source.shape[2]
+
+    def pixels(index: int) -> np.ndarray:
+        return _pixels(Image.fromarray(source[index]).convert(MODES[config.channels]), edge, config, f"{path}[{index}]")
+
+    train, val = (torch.from_numpy(np.stack([pixels(i) for i in part])) for part in split(len(source), config.val_fraction))
+    return train, val
+
+
+def _pixels(picture: Image.Image, edge: int, config: ImagesConfig, name: str) -> np.ndarray:
+    """(C, edge, edge) uint8. Raises ValueError for a picture of another size where no `image_size` is given."""
+    if config.image_size is not None:
+        picture = resize(picture, edge, config.filter)
+    if picture.size != (edge, edge):
+        size = f"{picture.width}x{picture.height}"
+        raise ValueError(f"{name} is {size}, not {edge}x{edge}: type data.image_size={edge} to crop and resize all pictures")
+    return channels_first(picture)
 
 
 def read_npz(path: Path) -> np.ndarray:
@@ -88,17 +112,3 @@ def read_npz(path: Path) -> np.ndarray:
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[-1] != 3) or not images.size:
         raise ValueError(f"data.path={path} holds {images.dtype} {images.shape}: {wanted}")
     return images
-
-
-def _stack(pictures: Iterator[tuple[str, Image.Image]], image_size: int | None) -> np.ndarray:
-    """(N, C, H, W) uint8. Raises ValueError where the pictures are not squares of one size."""
-    arrays, edge = [], image_size
-    for name, picture in pictures:
-        edge = picture.width if edge is None else edge
-        if picture.size != (edge, edge):
-            width, height = picture.size
-            raise ValueError(
-                f"{name} is {width}x{height}, not {edge}x{edge}: type data.image_size={edge} to crop and resize all"
-            )
-        arrays.append(channels_first(picture))
-    return np.stack(arrays)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from qdm_lightning.checks import at_least, between, one_of
 
+DATASETS = "~/.cache/qdm_lightning/datasets"
+"""Where data sets are looked for, and decoded ones kept; the YAML files say `${paths.cache}/datasets`."""
+
 FILTERS = ("lanczos", "area", "bicubic", "bilinear")
 """Resampling filters of a size change; each is antialiased when it shrinks. `area` averages the pixels covered."""
 
@@ -43,6 +46,7 @@ class ImagesConfig:
         channels: 3 (RGB) or 1 (grey).
         filter: resampling of the size change, one of `FILTERS`.
         val_fraction: share of the pictures that is held out, the same ones on every run.
+        cache: folder for the decoded pictures of a folder, memory-mapped by later runs; None decodes anew, into memory.
         batch_size: images of one training step, over all ranks together.
         flip: mirror images at random in training.
 
@@ -57,6 +61,7 @@ class ImagesConfig:
     channels: int = 3
     filter: str = "lanczos"
     val_fraction: float = 0.1
+    cache: str | None = None
     batch_size: int = 64
     flip: bool = True
 
@@ -73,3 +78,87 @@ class ImagesConfig:
         one_of("data.filter", self.filter, FILTERS)
         between("data.val_fraction", self.val_fraction, 0.0, 0.5)
         at_least("data.batch_size", self.batch_size, 1)
+
+
+@dataclass(kw_only=True)
+class _DownloadedConfig:
+    """What the downloaded data sets have in common.
+
+    Args:
+        root: folder that holds the files.
+        download: fetch what is missing.
+        verify: compare with the published MD5 sums and numbers of images; False accepts other files of the same format.
+        image_size: edge length in pixels.
+        filter: resampling of a size change, one of `FILTERS`.
+        batch_size: images of one training step, over all ranks together.
+        flip: mirror images at random in training.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    root: str = DATASETS
+    download: bool = False
+    verify: bool = True
+    image_size: int = 64
+    filter: str = "area"
+    batch_size: int = 128
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.root:
+            raise ValueError("data.root is empty: type data.root=<folder that holds the data set>")
+        at_least("data.image_size", self.image_size, 1)
+        one_of("data.filter", self.filter, FILTERS)
+        at_least("data.batch_size", self.batch_size, 1)
+
+
+@dataclass(kw_only=True)
+class Cifar10Config(_DownloadedConfig):
+    """`data=cifar10`: 50,000 training images, the 10,000 test images held out.
+
+    `root` holds torchvision's `cifar-10-batches-py/`. `image_size=16` takes means of 2x2 pixels (`filter=area`).
+    """
+
+    _target_: str = "qdm_lightning.data.cifar10.Cifar10Data"
+    image_size: int = 32
+
+
+@dataclass(kw_only=True)
+class CelebAConfig(_DownloadedConfig):
+    """`data=celeba`: 162,770 aligned faces, the validation split held out.
+
+    `root` holds torchvision's `celeba/` with `img_align_celeba/` and `list_eval_partition.txt`. The central square of `crop`
+    pixels is resized to `image_size`; the decoded images are kept in `cache` (None: in memory).
+    """
+
+    _target_: str = "qdm_lightning.data.celeba.CelebAData"
+    filter: str = "bilinear"
+    crop: int = 140
+    cache: str | None = DATASETS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between("data.crop", self.crop, 1, 178)
+
+
+@dataclass(kw_only=True)
+class ImageNet64Config(_DownloadedConfig):
+    """`data=imagenet64`: 1,281,167 images of ImageNet at 64x64, the validation set held out.
+
+    `root` holds `train_data_batch_1.npz` to `train_data_batch_10.npz` and `val_data.npz`; the images are kept uncompressed in
+    `cache` (15.7 GB; None: in memory). ImageNet asks for a login, so `download=true` is an error.
+    """
+
+    _target_: str = "qdm_lightning.data.imagenet64.ImageNet64Data"
+    root: str = f"{DATASETS}/imagenet64"
+    cache: str | None = DATASETS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.download:
+            raise ValueError(
+                "data.download=true cannot fetch ImageNet, which asks for a login: get Imagenet64_train_part1.zip, "
+                "Imagenet64_train_part2.zip and Imagenet64_val.zip from https://image-net.org/download-images.php and unpack "
+                f"them in data.root={self.root}"
+            )

@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
+from qdm_lightning.data import images as images_module
 from qdm_lightning.data.images import ImagesData
 
 
@@ -126,3 +127,16 @@ def test_damaged_npz_is_named(tmp_path, rng):
     for damaged in (bytes(whole), bytes(whole[:-40]), b"junk", b""):
         (tmp_path / "x.npz").write_bytes(damaged)
         refused(tmp_path / "x.npz", ValueError, r"x\.npz cannot be read")
+
+
+def test_a_folder_is_decoded_once(tmp_path, rng, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).save(tmp_path / "in" / f"{i}.png")
+    plain, _ = load(tmp_path / "in", image_size=4)
+    first, data = load(tmp_path / "in", image_size=4, cache=str(tmp_path / "cache"))
+    assert torch.equal(first, plain)
+    monkeypatch.setattr(images_module, "decode", lambda *_: pytest.fail("decoded again"))
+    again, _ = load(tmp_path / "in", image_size=4, cache=str(tmp_path / "cache"))
+    assert torch.equal(again, first)
+    assert (len(data.train_images), len(data.val_images)) == (3, 1)
