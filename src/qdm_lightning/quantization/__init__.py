@@ -1,6 +1,6 @@
 """Quantization-aware training of any `nn.Module`: learned-step quantizers, TaQ, layer swap. Imports torch only, and lazily.
 
-    from qdm_lightning.quantization import QuantConfig, calibrate, prepare, timesteps
+from qdm_lightning.quantization import QuantConfig, calibrate, prepare, timesteps
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class QuantizedAttention(nn.Module):
         temb: Tensor | None = None,
     ) -> Tensor:
         """As diffusers calls a processor; it reads the accepted arguments from this signature."""
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)  # type: ignore[no-any-return]
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
     def forward(
         self,
@@ -76,7 +76,10 @@ class QuantizedAttention(nn.Module):
             quantizer(heads) if quantizer is not None else heads
             for quantizer, heads in zip(
                 (self.query, self.key, self.value),
-                (_split(projection, attn.heads) for projection in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))),
+                (
+                    _split(projection, attn.heads)
+                    for projection in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+                ),
                 strict=True,
             )
         )
@@ -87,7 +90,7 @@ class QuantizedAttention(nn.Module):
             out = out.transpose(1, 2).reshape(batch, -1, *spatial)
         if attn.residual_connection:
             out = out + residual
-        return out / attn.rescale_output_factor  # type: ignore[no-any-return]
+        return out / attn.rescale_output_factor
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if self.probabilities is None:
@@ -95,7 +98,7 @@ class QuantizedAttention(nn.Module):
         scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5  # softmax in float32 under autocast too
         if mask is not None:
             scores = scores + mask
-        return self.probabilities(scores.float().softmax(dim=-1).to(v.dtype)) @ v  # type: ignore[no-any-return]
+        return self.probabilities(scores.float().softmax(dim=-1).to(v.dtype)) @ v
 
 
 def _split(x: Tensor, heads: int) -> Tensor:

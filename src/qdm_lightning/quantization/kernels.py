@@ -60,7 +60,9 @@ class _Backend:
             self._try(compiled)
         except Exception as error:  # whatever a missing or broken compiler raises; kept in the record, or raised by `on`
             if self.mode == "on":
-                raise RuntimeError(f"trainer.compile=on, but compiling failed: {_first_line(error)}; type trainer.compile=off") from error
+                raise RuntimeError(
+                    f"trainer.compile=on, but compiling failed: {_first_line(error)}; type trainer.compile=off"
+                ) from error
             self.reason = f"compiling failed: {_first_line(error)}"
             return
         self.chosen, self.reason, self.functions = "compiled", "torch.compile", compiled
@@ -107,19 +109,17 @@ def record() -> dict[str, str]:
 
 def forward(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     """x_hat for x (N,) with scale (1,), or x (R, M) with scale (R, 1)."""
-    return _backend.call("forward", x, scale, zero_point, qmin, qmax)  # type: ignore[no-any-return]
+    return _backend.call("forward", x, scale, zero_point, qmin, qmax)
 
 
-def backward(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to x (its shape), scale and zero point (() or (R,)); see `ste.fake_quantize`."""
-    return _backend.call("backward", grad, x, scale, zero_point, qmin, qmax)  # type: ignore[no-any-return]
+    return _backend.call("backward", grad, x, scale, zero_point, qmin, qmax)
 
 
 def row_moments(x: Tensor, psi: float) -> tuple[Tensor, Tensor]:
     """Mean and sqrt(variance + psi) of each row of x (R, M), in float32, each (R,)."""
-    return _backend.call("row_moments", x, psi)  # type: ignore[no-any-return]
+    return _backend.call("row_moments", x, psi)
 
 
 def memory_order(x: Tensor, keep_first: bool) -> tuple[int, ...] | None:
@@ -129,20 +129,20 @@ def memory_order(x: Tensor, keep_first: bool) -> tuple[int, ...] | None:
     """
     if x.is_contiguous():
         return None
-    axes = sorted(range(x.ndim), key=lambda axis: (-x.stride(axis), axis))
+    axes = sorted(range(x.ndim), key=lambda axis: (-x.stride()[axis], axis))
     if keep_first:
         axes.remove(0)
         axes.insert(0, 0)
     return tuple(axes)
 
 
-def flatten(x: Tensor, order: Sequence[int] | None, rows: int) -> Tensor:
+def flatten(x: Tensor, order: tuple[int, ...] | None, rows: int) -> Tensor:
     """x as (N,), or as (rows, M) where rows > 1; a view wherever the memory allows."""
     ordered = x if order is None else x.permute(order)
     return ordered.contiguous().view((rows, -1) if rows > 1 else (-1,))
 
 
-def unflatten(flat: Tensor, shape: Sequence[int], order: Sequence[int] | None) -> Tensor:
+def unflatten(flat: Tensor, shape: Sequence[int], order: tuple[int, ...] | None) -> Tensor:
     """The inverse of `flatten`: a tensor of `shape` in the memory order of the original."""
     if order is None:
         return flat.view(shape)

@@ -22,7 +22,6 @@ class QuantizedLayer(nn.Module):
     """
 
     weight: Tensor
-    bias: Tensor | None
     weight_quantizer: WeightQuantizer | None
     input_quantizer: ActivationQuantizer | None
 
@@ -97,7 +96,7 @@ def swap(
 ) -> QuantizedLayer:
     """A quantized layer that holds the very parameters, buffers and hooks of `layer`, of a type in `SWAPS`."""
     kind = SWAPS[type(layer)]
-    new = cast(QuantizedLayer, kind.__new__(kind))
+    new = kind.__new__(kind)
     new.__dict__.update(layer.__dict__)
     new._modules = dict(layer._modules)
     new.attach(weight_quantizer, input_quantizer)

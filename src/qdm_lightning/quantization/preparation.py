@@ -130,7 +130,7 @@ def _prepare_layer(model: nn.Module, name: str, layer: nn.Module, bits: _Bits, q
     input_quantizer = None if act_bits == 32 else quantizers.activation(bits=act_bits, padded=padded)
     parent, _, leaf = name.rpartition(".")
     new = swap(layer, weight_quantizer, input_quantizer)
-    setattr(model.get_submodule(parent), leaf, new.to(layer.weight.device))
+    setattr(model.get_submodule(parent), leaf, new.to(next(layer.parameters()).device))
     row.quantizers = [type(q).__name__ for q in (weight_quantizer, input_quantizer) if q is not None]
     return row
 
@@ -142,11 +142,14 @@ def _prepare_attention(name: str, module: nn.Module, bits: _Bits, quantizers: Qu
         return rows
     reason = unsupported(module)
     if reason:
-        raise ValueError(f"{name}: this attention can't be quantized, {reason}: leave it in float by the rule quant.rules={{{name}: 32}}")
+        raise ValueError(
+            f"{name}: this attention can't be quantized, {reason}: leave it in float by the rule quant.rules={{{name}: 32}}"
+        )
     operands = [None if qkv_bits == 32 else quantizers.attention(bits=qkv_bits, padded=False) for _ in range(3)]
     probabilities = None if probs_bits == 32 else quantizers.probabilities(bits=probs_bits, padded=False)
     device = next(module.parameters()).device
-    module.set_processor(QuantizedAttention(*operands, probabilities).to(device))  # type: ignore[operator]
+    q, k, v = operands
+    module.set_processor(QuantizedAttention(q, k, v, probabilities).to(device))  # type: ignore[operator]
     for row, quantizer in zip(rows, (operands[0], probabilities), strict=True):
         row.quantizers = [] if quantizer is None else [type(quantizer).__name__]
     return rows

@@ -100,6 +100,8 @@ class LSQActivation(ActivationQuantizer):
 class LSQProbability(ActivationQuantizer):
     """Attention probabilities: a learned scale and zero point 0 (probabilities are in [0, 1], most of them near 0)."""
 
+    zero_point: Tensor
+
     def __init__(self, *, bits: int, padded: bool = False) -> None:
         super().__init__(bits=bits, padded=padded)
         self.log_scale = nn.Parameter(torch.full((1,), -math.log(self.qmax)))
@@ -145,6 +147,8 @@ class WeightQuantizer(nn.Module):
 
 class LSQWeight(WeightQuantizer):
     """LSQ (arXiv 1902.08153) with a learned scale for each output channel: w_hat = s_w clip(round(w / s_w), qmin, qmax)."""
+
+    zero_point: Tensor
 
     def __init__(self, *, bits: int, weight: Tensor) -> None:
         super().__init__(bits=bits, weight=weight)

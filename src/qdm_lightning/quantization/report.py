@@ -44,7 +44,9 @@ class QuantizationReport:
         for row in self.rows:
             bits = row.weight_bits if row.quantizers else 32
             by_bits[bits] = by_bits.get(bits, 0) + row.parameters
-        parts = [f"{count:,} at {'float' if bits == 32 else f'{bits} bits'}" for bits, count in sorted(by_bits.items()) if count]
+        parts = [
+            f"{count:,} at {'float' if bits == 32 else f'{bits} bits'}" for bits, count in sorted(by_bits.items()) if count
+        ]
         return f"{sum(by_bits.values()):,} parameters: {', '.join(parts)}"
 
     def table(self) -> str:
@@ -55,7 +57,9 @@ class QuantizationReport:
             for r in self.rows
         ]
         widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [head, *body]]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [head, *body]
+        ]
         return "\n".join([*lines, "", self.summary(), "normalisation, SiLU and residual additions: float"])
 
 

@@ -1,4 +1,4 @@
-"""What is quantized and how finely: bit-widths, scopes and quantizers. Imports no torch, so that a command's help stays quick."""
+"""What is quantized and how finely: bit-widths, scopes, quantizers. Imports no torch, so that a command's help stays quick."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax:
             f"scale has {scale.numel()} and zero_point {zero_point.numel()} elements for x of shape {tuple(x.shape)}: "
             f"give both 1 element or both {x.shape[0]}"
         )
-    return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, scale_gradient)  # type: ignore[no-untyped-call, no-any-return]
+    return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, scale_gradient)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -77,7 +77,7 @@ class _FakeQuantize(torch.autograd.Function):
         return kernels.unflatten(out, x.shape, order)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point = ctx.saved_tensors  # type: ignore[attr-defined]
         order, qmin, qmax, scale_gradient = ctx.constants  # type: ignore[attr-defined]
         rows = scale.numel()

@@ -23,8 +23,8 @@ class NormalizedActivation(LSQActivation):
     """`taq=normalize`: the grid follows each sample's own mean mu_n and deviation sigma_n = sqrt(var_n + psi).
 
     s_n = s sigma_n; z_n = round(z - mu_n / s_n), held to the grid where zeros are padded;
-    x_hat = s_n (clip(round(x / s_n) + z_n, 0, 2^b - 1) - z_n). mu_n and sigma_n are taken over all axes but the first, in float32
-    and without gradient. s and z are learned in units of the normalised activation (x - mu_n) / sigma_n.
+    x_hat = s_n (clip(round(x / s_n) + z_n, 0, 2^b - 1) - z_n). mu_n and sigma_n are taken over all axes but the first, in
+    float32 and without gradient. s and z are learned in units of the normalised activation (x - mu_n) / sigma_n.
     """
 
     def __init__(self, *, bits: int, padded: bool = False, psi: float = 1e-5) -> None:
@@ -101,6 +101,10 @@ class EMANormalizedActivation(NormalizedActivation, _Grouped):
         momentum: share of the old value at each update.
     """
 
+    mean: Tensor
+    deviation: Tensor
+    seen: Tensor
+
     def __init__(
         self,
         *,
@@ -141,6 +145,8 @@ class GroupedActivation(LSQActivation, _Grouped):
     `log_scale` and `zero_point` are (G,). A group that is absent from a batch has zero gradient, and the optimizer must leave
     its row alone (`training.optimizer.QuantizerAdam` does; the parameters carry `rows_move_alone = True`).
     """
+
+    seen: Tensor
 
     def __init__(self, *, bits: int, padded: bool = False, groups: int = 20, num_train_timesteps: int = 1000) -> None:
         super().__init__(bits=bits, padded=padded)

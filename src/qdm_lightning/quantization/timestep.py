@@ -34,5 +34,7 @@ def current_timesteps(rows: int) -> Tensor | None:
         return None
     t = t.reshape(-1)
     if rows % t.numel():
-        raise ValueError(f"a tensor of {rows} rows reached a quantizer under timesteps({t.numel()} values): give one t a sample")
+        raise ValueError(
+            f"a tensor of {rows} rows reached a quantizer under timesteps({t.numel()} values): give one t a sample"
+        )
     return t if rows == t.numel() else t.repeat_interleave(rows // t.numel())

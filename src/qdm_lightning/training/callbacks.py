@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor, nn
 
 from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 
@@ -31,15 +32,20 @@ class LearnedScales(Callback):
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         values: dict[str, float] = {}
-        for name, quantizer in module.student.named_modules():  # type: ignore[union-attr,operator]
+        for name, quantizer in module.get_submodule("student").named_modules():
             if isinstance(quantizer, ActivationQuantizer | WeightQuantizer) and hasattr(quantizer, "scale"):
                 label = name.removeprefix("unet.")
-                values[f"scale/{label}"] = float(quantizer.scale.detach().mean())
+                values[f"scale/{label}"] = _mean(quantizer, "scale")
                 if isinstance(quantizer, ActivationQuantizer) and hasattr(quantizer, "zero_point"):
-                    values[f"zero_point/{label}"] = float(quantizer.zero_point.detach().mean())
+                    values[f"zero_point/{label}"] = _mean(quantizer, "zero_point")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_metrics(values, trainer.global_step)
+
+
+def _mean(quantizer: nn.Module, name: str) -> float:
+    value: Tensor = getattr(quantizer, name)
+    return float(value.detach().mean())
 
 
 class SampleDuringTraining(Callback):

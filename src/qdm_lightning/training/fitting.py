@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,8 @@ def fit(
         seed: of the order of the images.
 
     Returns:
-        {"steps": done in all, "best_step": of the checkpoint that is loaded, "val_loss": its loss, "resumed_from": step or None}.
+        {"steps": done in all, "best_step": of the checkpoint that is loaded, "val_loss": its loss,
+        "resumed_from": step or None}.
     """
     monitor = f"{module.prefix}val/loss"
     resume = last_checkpoint(folder)
@@ -59,12 +62,11 @@ def fit(
         auto_insert_metric_name=False,
         enable_version_counter=False,
     )
-    trainer = _trainer(config, max_steps, [best, *callbacks], loggers)
-    if start < max_steps:
-        with warnings.catch_warnings():
-            _quiet_lightning()
-            batch_size = data.batch_size
-            loader = DataLoader(held_out.batches(max(batch_size, 256)), batch_size=None)  # type: ignore[arg-type]
+    with _quiet_lightning():
+        trainer = _trainer(config, max_steps, [best, *callbacks], loggers)
+        if start < max_steps:
+            batches = held_out.batches(max(data.batch_size, 256))
+            loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
             trainer.fit(module, data.train_dataloader(), loader, ckpt_path=str(resume) if resume else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -103,9 +105,24 @@ def _trainer(config: TrainerConfig, max_steps: int, callbacks: list[Callback], l
     )
 
 
-def _quiet_lightning() -> None:
-    """Lightning's advice about loaders without workers or length is not for us: batches come out of memory, without end."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*`IterableDataset` has `__len__`.*", ".*ModelCheckpoint.*directory.*exists.*"):
-        warnings.filterwarnings("ignore", message=message)
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Lightning's advice is not for us: batches come out of memory without end, and the teacher is in eval mode on purpose."""
+    loggers = [logging.getLogger(f"lightning.pytorch.{name}") for name in ("utilities.rank_zero", "accelerators.cuda")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for message in (
+            ".*does not have many workers.*",
+            ".*`IterableDataset` has `__len__`.*",
+            ".*directory.*exists and is not empty.*",
+            ".*in eval mode at the start of training.*",
+            ".*LeafSpec.*is deprecated.*",
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import netrc
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def wandb_logger(
 
     chosen = mode or os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
     identity = run_dir / "wandb_id"
-    run_id = identity.read_text("utf-8").strip() if identity.is_file() else wandb.util.generate_id()
+    run_id = identity.read_text("utf-8").strip() if identity.is_file() else secrets.token_hex(4)
     with atomic_path(identity) as beside:
         beside.write_text(run_id + "\n", "utf-8")
     run = wandb.init(

@@ -1,4 +1,4 @@
-"""NeM on policy (ours, beyond the paper): training states from the student's own sampling trajectory, where its error gathers."""
+"""NeM on policy (ours, beyond the paper): training states from the student's own trajectory, where its error gathers."""
 
 from __future__ import annotations
 

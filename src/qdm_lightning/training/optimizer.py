@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from qdm_lightning.training.spec import OptimizerConfig
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -27,7 +29,7 @@ class QuantizerAdam(torch.optim.Adam):
     A timestep group that is absent from a batch would otherwise drift on by momentum.
     """
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         # The closure holds the backward pass: run it first, the gradients tell which rows must stay.
         loss = None
         if closure is not None:
@@ -67,10 +69,10 @@ def warmup_cosine(warmup_steps: int, max_steps: int) -> Callable[[int], float]:
     return factor
 
 
-def ema_with_warmup(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], None]:
+def ema_with_warmup(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
     """An EMA for `torch.optim.swa_utils.AveragedModel` whose decay grows as min(decay, (1 + n) / (10 + n)) after n updates."""
 
-    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], updates: Tensor) -> None:
+    def update(averaged: Tensors, current: Tensors, updates: Tensor | int) -> None:
         n = int(updates)
         torch._foreach_lerp_(list(averaged), list(current), 1 - min(decay, (1 + n) / (10 + n)))
 

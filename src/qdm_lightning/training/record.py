@@ -11,7 +11,17 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("qdm-lightning", "torch", "lightning", "diffusers", "torchmetrics", "torch-fidelity", "hydra-core", "wandb", "numpy")
+PACKAGES = (
+    "qdm-lightning",
+    "torch",
+    "lightning",
+    "diffusers",
+    "torchmetrics",
+    "torch-fidelity",
+    "hydra-core",
+    "wandb",
+    "numpy",
+)
 
 
 def versions() -> dict[str, str]:

@@ -87,7 +87,7 @@ def _stages(experiment: Experiment, held_out: HeldOut, progress: Any, loggers: l
     clock = _Clock()
     with clock("teacher"):
         unet, origin = obtain_teacher(experiment, held_out, progress, loggers)
-    teacher = Denoiser(unet.to(memory_format=torch.channels_last)).requires_grad_(False).eval()  # type: ignore[call-overload]
+    teacher = Denoiser(unet.to(memory_format=torch.channels_last)).requires_grad_(False).eval()
     measurer = Measurer(experiment)
     metrics: dict[str, Any] = {"floor": measurer.floor(), "teacher": {}, "seconds": clock.seconds, "seed": experiment.seed}
     module, student = None, None
@@ -124,7 +124,7 @@ def _train_student(
     """The trained module with its best checkpoint loaded, and what its training says."""
     folder = experiment.run_dir / "checkpoints"
     student, report = prepare_student(teacher, experiment)
-    student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    student.to(memory_format=torch.channels_last)
     with atomic_path(experiment.run_dir / "quantization.txt") as beside:
         beside.write_text(report.table() + "\n", "utf-8")
     progress.say(report.summary())
@@ -147,7 +147,9 @@ def _train_student(
         return module, {"steps": 0}
     callbacks = [LearnedScales(), *experiment.callbacks]
     if config.sample_every:
-        callbacks.append(SampleDuringTraining(_measure_in_training(experiment, module, measurer, progress, loggers), config.sample_every))
+        callbacks.append(
+            SampleDuringTraining(_measure_in_training(experiment, module, measurer, progress, loggers), config.sample_every)
+        )
     with clock("student"), progress.stage("student", config.max_steps, "steps") as stage:
         fitted = fit(
             module,
@@ -163,7 +165,9 @@ def _train_student(
     return module, fitted
 
 
-def _measure_in_training(experiment: Experiment, module: DiffusionModule, measurer: Measurer, progress: Any, loggers: list[Any]) -> Any:
+def _measure_in_training(
+    experiment: Experiment, module: DiffusionModule, measurer: Measurer, progress: Any, loggers: list[Any]
+) -> Any:
     def measure(step: int) -> Mapping[str, float]:
         images = measurer.draw(module.ema_student, progress, f"sampling at step {step}")
         path = experiment.run_dir / "samples" / f"step_{step:07d}.png"

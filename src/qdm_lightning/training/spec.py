@@ -29,7 +29,9 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         one_of("teacher.source", self.source, ("auto", "checkpoint", "pretrained"))
         if self.source == "auto" and self.path is not None:
-            raise ValueError(f"teacher.path={self.path} needs teacher=checkpoint or teacher=pretrained: teacher=auto trains its own")
+            raise ValueError(
+                f"teacher.path={self.path} needs teacher=checkpoint or teacher=pretrained: teacher=auto trains its own"
+            )
         if self.source != "auto" and not self.path:
             raise ValueError(f"teacher={self.source} needs a path: type teacher.path=<folder>")
         at_least("teacher.seed", self.seed, 0)

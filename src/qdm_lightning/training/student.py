@@ -48,7 +48,9 @@ def calibrate_student(student: nn.Module, experiment: Experiment, progress: Any)
     generator = torch.Generator().manual_seed(experiment.seed)
     batches, images = experiment.quant.calibration_batches, experiment.data.train_images
     total = batches * CALIBRATION_BATCH
-    t = calibration_timesteps(experiment.quant.calibration_timesteps, total, experiment.diffusion.num_train_timesteps, generator)
+    t = calibration_timesteps(
+        experiment.quant.calibration_timesteps, total, experiment.diffusion.num_train_timesteps, generator
+    )
     pick = torch.randint(len(images), (total,), generator=generator)
     scheduler = noise_scheduler(experiment.diffusion)
     network = Denoiser(student).eval()

@@ -44,7 +44,9 @@ def teacher_key(experiment: Experiment) -> tuple[str, dict[str, Any]]:
     return hashlib.sha256(text.encode()).hexdigest()[:16], settings
 
 
-def obtain_teacher(experiment: Experiment, held_out: HeldOut, progress: Any, loggers: list[Any]) -> tuple[nn.Module, dict[str, Any]]:
+def obtain_teacher(
+    experiment: Experiment, held_out: HeldOut, progress: Any, loggers: list[Any]
+) -> tuple[nn.Module, dict[str, Any]]:
     """The teacher's U-Net, in eval mode, and a record of where it comes from. A copy is left in `<run>/teacher`.
 
     Raises:
@@ -63,7 +65,7 @@ def obtain_teacher(experiment: Experiment, held_out: HeldOut, progress: Any, log
         record = {"source": config.source, "path": str(config.path)}
         _check_diffusion(experiment, config.path)
     _check_shape(experiment, unet)
-    save_pipeline(unet, asdict(experiment.diffusion), kept)  # type: ignore[arg-type]
+    save_pipeline(unet, asdict(experiment.diffusion), kept)
     return unet.eval(), record
 
 
@@ -94,7 +96,7 @@ def _train(experiment: Experiment, held_out: HeldOut, folder: Path, progress: An
     config = experiment.teacher
     torch.manual_seed(config.seed)
     module = DiffusionModule(
-        experiment.build_model().to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+        experiment.build_model().to(memory_format=torch.channels_last),
         None,
         diffusion=experiment.diffusion,
         nem=NeMConfig(mode="off"),
@@ -134,7 +136,9 @@ def _from_checkpoint(experiment: Experiment, path: Path) -> nn.Module:
     unet = experiment.build_model()
     missing = sorted(set(unet.state_dict()) ^ set(weights))
     if missing:
-        raise ValueError(f"teacher.path={path} is no checkpoint of this model: {len(missing)} names differ, such as {missing[0]}")
+        raise ValueError(
+            f"teacher.path={path} is no checkpoint of this model: {len(missing)} names differ, such as {missing[0]}"
+        )
     unet.load_state_dict(weights)
     return unet
 
@@ -153,7 +157,8 @@ def _check_diffusion(experiment: Experiment, path: str) -> None:
 def _check_shape(experiment: Experiment, unet: Any) -> None:
     channels, size = experiment.data.channels, experiment.data.image_size
     if (unet.config.in_channels, unet.config.sample_size) != (channels, size):
+        wanted = f"{unet.config.in_channels} channel(s) of {unet.config.sample_size} pixels"
         raise ValueError(
-            f"the teacher takes {unet.config.in_channels} channel(s) of {unet.config.sample_size} pixels, the data have {channels} of "
-            f"{size}: choose other data, for example data=images data.image_size={unet.config.sample_size}"
+            f"the teacher takes {wanted}, the data have {channels} of {size}: choose other data, "
+            f"for example data=images data.image_size={unet.config.sample_size}"
         )

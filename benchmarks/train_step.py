@@ -1,0 +1,226 @@
+"""Cost of a quantized training step (forward, backward, Adam; no teacher) over the full-precision one, beside the peers' cost.
+
+    python benchmarks/train_step.py [--rounds 15] [--threads 2]
+
+All variants quantize the same layers of one U-Net at W4A4: ours as trained (TaQ `normalize`, quantized attention), LSQ+ in plain
+tensor operations, torch's learnable fake-quantize operator, brevitas. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from pairs import interleave, ratio, report
+from torch import Tensor, nn
+
+from qdm_lightning.config import CONF_DIR
+from qdm_lightning.quantization import LSQActivation, LSQWeight, NormalizedActivation, QuantConfig, Quantizers, kernels, prepare
+from qdm_lightning.quantization.layers import QuantizedLayer
+from qdm_lightning.training.denoiser import Denoiser
+
+
+def build(name: str) -> nn.Module:
+    """The U-Net of a `model` config, dropout off, channels-last."""
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = compose("train", overrides=[f"model={name}"], return_hydra_config=False)
+    torch.manual_seed(0)
+    model: nn.Module = instantiate(config.model, dropout=0.0)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+class PlainActivation(LSQActivation):
+    """LSQ+ written as plain tensor operations under autograd."""
+
+    def quantize(self, x: Tensor) -> Tensor:
+        scale = self.scale * self._factor(x) + (self.scale * (1 - self._factor(x))).detach()
+        zero_point = self.zero_point + (self.zero_point.round() - self.zero_point).detach()
+        shifted = x / scale + zero_point
+        clipped = torch.clamp(shifted, self.qmin, self.qmax)
+        return (clipped + (clipped.round() - clipped).detach() - zero_point) * scale
+
+    def _factor(self, x: Tensor) -> float:
+        return 1 / math.sqrt(x[0].numel() * self.qmax)
+
+
+class PlainWeight(LSQWeight):
+    """LSQ written as plain tensor operations under autograd."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        scale = self.scale * self.factor + (self.scale * (1 - self.factor)).detach()
+        clipped = torch.clamp(weight / scale.view(-1, *[1] * (weight.ndim - 1)), self.qmin, self.qmax)
+        return (clipped + (clipped.round() - clipped).detach()) * scale.view(-1, *[1] * (weight.ndim - 1))
+
+
+class TorchActivation(LSQActivation):
+    """torch's learnable operator, per tensor."""
+
+    def quantize(self, x: Tensor) -> Tensor:
+        factor = 1 / math.sqrt(x[0].numel() * self.qmax)
+        return torch._fake_quantize_learnable_per_tensor_affine(x, self.scale, self.zero_point, self.qmin, self.qmax, factor)
+
+
+class TorchWeight(LSQWeight):
+    """torch's learnable operator, per channel."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch._fake_quantize_learnable_per_channel_affine(
+            weight, self.scale, self.zero_point, 0, self.qmin, self.qmax, self.factor
+        )
+
+
+def quantized(model: nn.Module, quantizers: Quantizers) -> nn.Module:
+    """A W4A4 copy with scales of a plausible size (their values do not change the cost)."""
+    copied = copy.deepcopy(model)
+    prepare(copied, QuantConfig(), quantizers)
+    with torch.no_grad():
+        for module in copied.modules():
+            if isinstance(module, LSQActivation):
+                module.log_scale.fill_(math.log(4 / module.qmax))
+                module.zero_point.fill_(module.qmax // 2)
+            elif isinstance(module, QuantizedLayer) and isinstance(module.weight_quantizer, LSQWeight):
+                module.weight_quantizer.log_scale.copy_((module.weight.flatten(1).abs().amax(1) / module.weight_quantizer.qmax).log())
+    return copied
+
+
+def with_brevitas(model: nn.Module) -> nn.Module:
+    """A copy whose convolutions and linear layers are brevitas', 4 bits, learned scales (8 at the edges, as ours)."""
+    import brevitas.nn as qnn
+    from brevitas.quant import Int8WeightPerChannelFloat, Uint8ActPerTensorFloat
+
+    copied = copy.deepcopy(model)
+    for name, layer in list(copied.named_modules()):
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
+            continue
+        edge = name in ("conv_in", "conv_out") or "time_emb" in name
+        bits = 8 if edge else 4
+        options: dict[str, Any] = {
+            "bias": layer.bias is not None,
+            "weight_quant": Int8WeightPerChannelFloat,
+            "weight_bit_width": bits,
+            "weight_scaling_impl_type": "parameter_from_stats",
+            "input_quant": Uint8ActPerTensorFloat,
+            "input_bit_width": bits,
+            "input_collect_stats_steps": 1,
+        }
+        if isinstance(layer, nn.Conv2d):
+            new = qnn.QuantConv2d(
+                layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, **options
+            )
+        else:
+            new = qnn.QuantLinear(layer.in_features, layer.out_features, **options)
+        parent, _, leaf = name.rpartition(".")
+        setattr(copied.get_submodule(parent), leaf, new)
+    return copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "fp32": copy.deepcopy,
+    "qdm": lambda model: quantized(model, Quantizers(attention=NormalizedActivation)),
+    "lsq_eager": lambda model: quantized(
+        model, Quantizers(weight=PlainWeight, activation=PlainActivation, attention=PlainActivation)
+    ),
+    "torch_learnable": lambda model: quantized(
+        model, Quantizers(weight=TorchWeight, activation=TorchActivation, attention=TorchActivation)
+    ),
+    "brevitas": with_brevitas,
+}
+
+
+def step(model: nn.Module, batch: int, channels_last: bool = True) -> Callable[[], None]:
+    """A closure that makes one training step on a fixed batch."""
+    config = model.config
+    network = Denoiser(model).train()
+    x = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    t, eps = torch.randint(0, 1000, (batch,)), torch.randn_like(x)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-5)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        (network(x, t) - eps).square().mean().backward()
+        optimizer.step()
+
+    return run
+
+
+def peak_memory(variant: str, model: str, batch: int, threads: int) -> int:
+    """Bytes by which three steps raise a fresh process's resident memory over what it held before the network."""
+    command = [sys.executable, __file__, "--memory-of", variant, "--model", model, "--batch", str(batch), "--threads", str(threads)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(out.splitlines()[-1])
+
+
+def memory_of(variant: str, model: str, batch: int) -> None:
+    """The child of `peak_memory`."""
+    import resource
+
+    kernels.set_mode("auto")
+    kernels.forward(torch.ones(8), torch.ones(1), torch.zeros(1), 0, 15)  # compilers leave the scene before the count begins
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        before = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    run = step(VARIANTS[variant](build(model)), batch)
+    for _ in range(3):
+        run()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model", default="unet_cifar10")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--memory-of", choices=list(VARIANTS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory_of:
+        memory_of(options.memory_of, options.model, options.batch)
+        return
+    kernels.set_mode("on")
+    small = build("unet_small")
+    small_times = interleave({n: step(VARIANTS[n](small), 64) for n in ("fp32", "qdm")}, options.rounds, options.warmup)
+    model = build(options.model)
+    contiguous = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    layouts = {
+        "channels_last": step(build(options.model), options.batch),
+        "contiguous": step(contiguous, options.batch, channels_last=False),
+    }
+    layout_times = interleave(layouts, 5, 2)
+    best = min(layout_times, key=lambda name: sorted(layout_times[name])[2])
+    base = build(options.model)
+    runs = {name: step(VARIANTS[name](base), options.batch) for name in options.only if name != "fp32"}
+    runs = {"fp32": layouts[best], **runs}
+    times = interleave(runs, options.rounds, options.warmup)
+    memory = {name: peak_memory(name, options.model, options.batch, options.threads) for name in ("fp32", "qdm")}
+    record = {
+        "benchmark": "train_step",
+        "model": options.model,
+        "batch": options.batch,
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "fp32_layout": best,
+        "kernels": kernels.record(),
+        "small_over_fp32": ratio(small_times, "qdm", "fp32")["ratio"],
+        "small_over_fp32_interval": ratio(small_times, "qdm", "fp32")["interval"],
+        "peak_memory_over_fp32": round(memory["qdm"] / memory["fp32"], 3),
+    }
+    print(json.dumps({"peak_memory_bytes": memory}))
+    report(times, "fp32", record)
+
+
+if __name__ == "__main__":
+    main()
