@@ -51,13 +51,14 @@ class DigitsFeatures(nn.Module):
             self.classifier.load_state_dict(load_file(path))
         self.requires_grad_(False).eval()
 
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N, 64) and class logits (N, 10), float32, of uint8 `images` (N, 1, 8, 8)."""
+        features = self.classifier.features(_scaled(images))
+        return features, self.classifier.classify(F.relu(features))
+
     def forward(self, images: Tensor) -> Tensor:
         """Features (N, 64) float32 of uint8 `images` (N, 1, 8, 8). Raises ValueError for another shape or dtype."""
         return self.classifier.features(_scaled(images))
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Class logits (N, 10) float32 of uint8 `images` (N, 1, 8, 8). Raises ValueError for another shape or dtype."""
-        return self.classifier(_scaled(images))
 
 
 def _scaled(images: Tensor) -> Tensor:

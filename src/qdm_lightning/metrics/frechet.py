@@ -1,12 +1,14 @@
 """Features of images and the Frechet distance between two sets of them, in float64.
 
 A feature network is an `nn.Module` with attributes `name` (str) and `dim` (int) and
-`forward(uint8 images (N, C, H, W)) -> float features (N, dim)`.
+`forward(uint8 images (N, C, H, W)) -> float features (N, dim)`; one that classifies may also have
+`features_and_logits(images) -> (features (N, dim), logits (N, classes))`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -37,42 +39,58 @@ def frechet_key(network: nn.Module) -> str:
 
 
 @torch.no_grad()
-def features(network: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
-    """Features of every image, computed in eval mode on the network's device.
+def feature_batches(
+    network: nn.Module,
+    images: Tensor,
+    batch_size: int = 256,
+    *,
+    logits: bool = False,
+    on_batch: Callable[[int], None] | None = None,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Features of `images`, batch by batch, computed in eval mode on the network's device.
 
     The last batch is padded to `batch_size`, so that an image's features do not depend on how many others there are.
 
     Args:
         network: a feature network.
-        images: (N, C, H, W) uint8.
+        images: (N, C, H, W) uint8; a memory-mapped tensor is read piece by piece.
         batch_size: images that go through the network together.
+        logits: ask for class logits too, by the network's `features_and_logits(images)`.
+        on_batch: called with the number of images after every batch.
 
-    Returns:
-        (N, dim) float32 on the CPU.
+    Yields:
+        (features (n, dim),) or (features (n, dim), logits (n, classes)), float32 on the CPU.
 
     Raises:
-        ValueError: `images` is no uint8 (N, C, H, W), or the network returns another shape than (N, dim).
+        ValueError: `images` is no uint8 (N, C, H, W), the network returns another shape than (N, dim), or has no logits.
     """
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"features are taken of uint8 images (N, C, H, W), not of {images.dtype} {tuple(images.shape)}")
-    check_network(network)
-    dim, training = int(network.dim), network.training  # type: ignore[arg-type]
+    dim = int(check_network(network).dim)  # type: ignore[arg-type]
+    if logits and not hasattr(network, "features_and_logits"):
+        raise ValueError(f"metrics: {network.name} has no class logits (no method features_and_logits), so no Inception Score")
     device = next((p.device for p in [*network.parameters(), *network.buffers()]), torch.device("cpu"))
-    network.eval()
-    parts = []
-    try:
-        for begin in range(0, len(images), batch_size):
-            batch = images[begin : begin + batch_size]
-            padding = batch[-1:].expand(batch_size - len(batch), *batch.shape[1:])
-            result = network(torch.cat([batch, padding]).to(device))
-            if result.shape != (batch_size, dim):
-                raise ValueError(
-                    f"metrics: {network.name} returned {tuple(result.shape)} for {batch_size} images, not ({batch_size}, {dim})"
-                )
-            parts.append(result[: len(batch)].float().cpu())
-    finally:
-        network.train(training)
-    return torch.cat(parts) if parts else torch.empty(0, dim)
+    for begin in range(0, len(images), batch_size):
+        batch = images[begin : begin + batch_size]
+        padding = batch[-1:].expand(batch_size - len(batch), *batch.shape[1:])
+        padded, training = torch.cat([batch, padding]).to(device), network.training
+        network.eval()
+        try:
+            results = network.features_and_logits(padded) if logits else (network(padded),)  # type: ignore[operator]
+        finally:
+            network.train(training)
+        if results[0].shape != (batch_size, dim):
+            shape = tuple(results[0].shape)
+            raise ValueError(f"metrics: {network.name} returned {shape} for {batch_size} images, not ({batch_size}, {dim})")
+        yield tuple(result[: len(batch)].float().cpu() for result in results)
+        if on_batch is not None:
+            on_batch(len(batch))
+
+
+def features(network: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
+    """Features (N, dim) float32 of `images` (N, C, H, W) uint8, on the CPU. Arguments and errors: `feature_batches`."""
+    parts = [rows for (rows,) in feature_batches(network, images, batch_size)]
+    return torch.cat(parts) if parts else torch.empty(0, int(network.dim))  # type: ignore[arg-type]
 
 
 class _Features(nn.Module):

@@ -1,0 +1,93 @@
+"""`metrics=inception`: torch-fidelity's port of the Inception v3 that FID is defined by. Its resizing is TensorFlow 1's."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
+from qdm_lightning.metrics.spec import InceptionMetric
+from qdm_lightning.metrics.weights import colour, file_hash
+
+WEIGHTS = URL_INCEPTION_V3.rpartition("/")[2]
+HASH_PREFIX = WEIGHTS.rpartition("-")[2].partition(".")[0]
+"""First digits of the SHA-256 of the published file: its name carries them."""
+
+
+class InceptionFeatures(nn.Module):
+    """The feature network `inception`: uint8 images (N, 1 | 3, H, W) to the 2,048 pooled features and 1,008 logits, frozen.
+
+    Attributes:
+        weights_sha256: of the weights file.
+
+    Args:
+        weights: see `InceptionMetric`.
+
+    Raises:
+        FileNotFoundError: no file at `weights`, or none given and none to be had from the network.
+        ValueError: the file is damaged or holds other weights.
+    """
+
+    name = "inception"
+    dim = 2048
+
+    def __init__(self, weights: str | None = None) -> None:
+        super().__init__()
+        config = InceptionMetric(weights=weights)
+        path = Path(config.weights).expanduser() if config.weights else _published()
+        _check(path)
+        try:
+            layers = ["2048", "logits_unbiased"]
+            self.extractor = FeatureExtractorInceptionV3(
+                "inception-v3-compat", layers, feature_extractor_weights_path=str(path)
+            )
+        except RuntimeError as error:
+            raise ValueError(
+                f"metrics.weights={path} does not hold Inception v3 as torch-fidelity has it: {_first(error)}"
+            ) from error
+        self.weights_sha256 = file_hash(path)
+        self.requires_grad_(False).eval()
+
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled features (N, 2048) and logits without bias (N, 1008), float32, of uint8 `images` (N, 1 | 3, H, W)."""
+        features, logits = self.extractor(colour(images, "metrics=inception"))
+        return features, logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pooled features (N, 2048) float32 of uint8 `images` (N, 1 | 3, H, W). Raises ValueError for other ones."""
+        return self.features_and_logits(images)[0]
+
+
+def _published() -> Path:
+    """The file that torch-fidelity itself would use, fetched and checked if it is not there. Raises FileNotFoundError."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
+    if path.is_file():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=HASH_PREFIX, progress=False)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"metrics=inception needs {WEIGHTS}, which is not in {path.parent} and could not be fetched ({_first(error)}): "
+            f"get {URL_INCEPTION_V3} and type metrics.weights=<that file>"
+        ) from error
+    return path
+
+
+def _check(path: Path) -> None:
+    """Raise ValueError unless the file is a plain state dict: torch-fidelity itself would run code that a file brings along."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"metrics.weights={path} is damaged or no weights file: {_first(error)}; fetch {URL_INCEPTION_V3}"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"metrics.weights={path} holds no state dict; fetch {URL_INCEPTION_V3}")
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
