@@ -45,7 +45,7 @@ def load_unet(path: str | Path) -> UNet2DModel:
             str(folder), use_safetensors=safetensors, low_cpu_mem_usage=False, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be read as a U-Net: {_first_line(error)}") from error
+        raise ValueError(f"{folder} cannot be read as a U-Net: {_one_line(error)}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             names = ", ".join(str(key) for key in info[what][:3])
@@ -140,7 +140,7 @@ def _download(name: str) -> Path:
         if not any(folder.rglob("*.safetensors")):
             snapshot_download(name, allow_patterns=[_PICKLED_WEIGHTS, f"unet/{_PICKLED_WEIGHTS}"])
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{absent}, or a hub id that can be reached ({_first_line(error)})") from error
+        raise FileNotFoundError(f"{absent}, or a hub id that can be reached ({_one_line(error)})") from error
     return folder
 
 
@@ -159,14 +159,14 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ValueError(f"{file} is damaged: {_first_line(error)}") from error
+        raise ValueError(f"{file} is damaged: {_one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} is damaged: it holds no JSON object")
     return content
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _sync(path: Path) -> None:
