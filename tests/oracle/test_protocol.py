@@ -14,7 +14,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from qdm_lightning.metrics.digits import DigitsFeatures
 from qdm_lightning.metrics.frechet import feature_batches, frechet_distance
 from qdm_lightning.metrics.moments import Moments, frechet
-from qdm_lightning.metrics.protocol import inception_score, kernel_distance, precision_recall
+from qdm_lightning.metrics.protocol import PROTOCOL, inception_score, kernel_distance, precision_recall
 from qdm_lightning.metrics.train_digits import DIGITS
 
 
@@ -69,13 +69,15 @@ def theirs(sets, tmp_path_factory, monkeypatch):
         kid=True,
         prc=True,
         cuda=False,
+        kid_subsets=10,
         batch_size=100,
         cache=False,
         verbose=False,
     )
 
 
-def test_all_scores_are_torch_fidelitys(sets, theirs):
+def test_all_scores_are_torch_fidelitys(sets, theirs, monkeypatch):
+    monkeypatch.setitem(PROTOCOL, "kid_subsets", 10)
     batches = [list(feature_batches(DigitsFeatures(), images, 100, logits=True)) for images in sets]
     (generated, logits), (real, _) = (tuple(map(torch.cat, zip(*pairs, strict=True))) for pairs in batches)
     close = {"rel": 1e-6}

@@ -69,8 +69,10 @@ class StepBatches:
                 f"data.batch_size={self.batch_size} cannot be shared among {ranks} devices: "
                 f"type a multiple of {ranks}, for example data.batch_size={max(share, 1) * ranks}"
             )
+        pixels = self.images.numpy()  # numpy copies rows on one thread: torch's indexing waits for all of a busy machine's
         for step in count(self.start_step):
-            yield self.images[self.indices(step)[rank * share : (rank + 1) * share]]
+            chosen = self.indices(step)[rank * share : (rank + 1) * share]
+            yield torch.from_numpy(pixels[chosen.numpy()])
 
 
 class ImageDataModule(LightningDataModule):

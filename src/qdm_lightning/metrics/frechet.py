@@ -2,7 +2,7 @@
 
 A feature network is an `nn.Module` with attributes `name` (str) and `dim` (int) and
 `forward(uint8 images (N, C, H, W)) -> float features (N, dim)`; one that classifies may also have
-`features_and_logits(images) -> (features (N, dim), logits (N, classes))`.
+`features_and_logits(images) -> (features (N, dim), logits (N, classes))`, and one that is large an attribute `batch_size`.
 """
 
 from __future__ import annotations
@@ -38,11 +38,16 @@ def frechet_key(network: nn.Module) -> str:
     return "fid" if name == "inception" else f"fd_{name}"
 
 
+def batch_size_of(network: nn.Module) -> int:
+    """Images that go through `network` together: its attribute `batch_size`, or 256."""
+    return int(getattr(network, "batch_size", 256))
+
+
 @torch.no_grad()
 def feature_batches(
     network: nn.Module,
     images: Tensor,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     *,
     logits: bool = False,
     on_batch: Callable[[int], None] | None = None,
@@ -54,7 +59,7 @@ def feature_batches(
     Args:
         network: a feature network.
         images: (N, C, H, W) uint8; a memory-mapped tensor is read piece by piece.
-        batch_size: images that go through the network together.
+        batch_size: images that go through the network together; None takes `batch_size_of(network)`.
         logits: ask for class logits too, by the network's `features_and_logits(images)`.
         on_batch: called with the number of images after every batch.
 
@@ -67,6 +72,7 @@ def feature_batches(
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"features are taken of uint8 images (N, C, H, W), not of {images.dtype} {tuple(images.shape)}")
     dim = int(check_network(network).dim)  # type: ignore[arg-type]
+    batch_size = batch_size_of(network) if batch_size is None else batch_size
     if logits and not hasattr(network, "features_and_logits"):
         raise ValueError(f"metrics: {network.name} has no class logits (no method features_and_logits), so no Inception Score")
     device = next((p.device for p in [*network.parameters(), *network.buffers()]), torch.device("cpu"))
@@ -87,7 +93,7 @@ def feature_batches(
             on_batch(len(batch))
 
 
-def features(network: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
+def features(network: nn.Module, images: Tensor, batch_size: int | None = None) -> Tensor:
     """Features (N, dim) float32 of `images` (N, C, H, W) uint8, on the CPU. Arguments and errors: `feature_batches`."""
     parts = [rows for (rows,) in feature_batches(network, images, batch_size)]
     return torch.cat(parts) if parts else torch.empty(0, int(network.dim))  # type: ignore[arg-type]

@@ -33,6 +33,7 @@ class InceptionFeatures(nn.Module):
 
     name = "inception"
     dim = 2048
+    batch_size = 32  # 299x299 pixels inside, whatever the size outside
 
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from qdm_lightning.metrics.frechet import check_network, feature_batches
+from qdm_lightning.metrics.frechet import batch_size_of, check_network, feature_batches
 from qdm_lightning.metrics.moments import Moments, MomentsStream, load_moments, save_moments
 from qdm_lightning.metrics.protocol import PROTOCOL
 from qdm_lightning.metrics.weights import state_hash
@@ -43,7 +43,7 @@ def reference(
     *,
     images_hash: str,
     cache: Path | None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     keep_features: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> Reference:
@@ -54,14 +54,14 @@ def reference(
         images: (N, C, H, W) uint8, N >= 2.
         images_hash: hash of their content.
         cache: folder to keep the result in (`references/` below it); None keeps nothing.
-        batch_size: images that go through the network together.
+        batch_size: images that go through the network together; None takes `batch_size_of(network)`.
         keep_features: keep and return the features too (kernel distance, precision and recall need them).
         on_batch: called with the number of images after every batch; not called where the cache has the result.
 
     Raises:
         ValueError: fewer than two images, images or features that do not fit, or a damaged cache.
     """
-    check_network(network)
+    batch_size = batch_size_of(check_network(network)) if batch_size is None else batch_size
     moments_file, features_file = _files(network, images, images_hash, batch_size, cache)
     if moments_file is None or features_file is None:
         moments, rows = _compute(network, images, batch_size, keep_features, on_batch)

@@ -38,6 +38,9 @@ def test_features_come_in_order_from_batches_of_one_size():
     assert network.sizes == [4, 4, 4]
     assert network.training
     assert features(network, images[:0]).shape == (0, 4)
+    network.batch_size = 7
+    features(network, images)
+    assert network.sizes[3:] == [7, 7]
 
 
 def test_key_names_the_network():
