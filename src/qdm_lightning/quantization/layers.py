@@ -18,7 +18,8 @@ class QuantizedLayer(nn.Module):
     """What `QuantConv2d`, `QuantConv1d` and `QuantLinear` share: a weight, its quantizer, the input's quantizer.
 
     With gradients on, the weight is quantized at every forward pass, once a step. Without gradients in eval mode it is
-    quantized once and kept until the weight or its scales change (their version counters tell) or `train()` is called.
+    quantized once and kept until the weight or its scales change (their version counters tell) or `train()` or `eval()` is
+    called. A write through `.data` raises no version counter: call `eval()` after it.
     """
 
     weight: Tensor
@@ -30,7 +31,7 @@ class QuantizedLayer(nn.Module):
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
         self.calibrating = False
-        self._cached: tuple[Any, Tensor] | None = None
+        self._cached: tuple[Any, Tensor, list[Tensor]] | None = None
 
     def quantized_weight(self) -> Tensor:
         """w_hat, of the weight's shape."""
@@ -39,10 +40,13 @@ class QuantizedLayer(nn.Module):
         if torch.is_grad_enabled() or self.training:
             self._cached = None
             return cast(Tensor, self.weight_quantizer(self.weight))
-        state = (self.weight, *self.weight_quantizer.parameters(), *self.weight_quantizer.buffers())
-        key = tuple((t.data_ptr(), t._version, t.dtype) for t in state)
+        state = [self.weight, *self.weight_quantizer.parameters(), *self.weight_quantizer.buffers()]
+        if any(t.is_inference() for t in state):  # these count no versions
+            return cast(Tensor, self.weight_quantizer(self.weight))
+        key = [(t.data_ptr(), t._version, t.dtype) for t in state]
         if self._cached is None or self._cached[0] != key:
-            self._cached = (key, self.weight_quantizer(self.weight))
+            # The tensors are held too: freed, their addresses would come again with other values.
+            self._cached = (key, self.weight_quantizer(self.weight), [t.detach() for t in state])
         return self._cached[1]
 
     def quantized_input(self, x: Tensor) -> Tensor:

@@ -17,7 +17,10 @@ from qdm_lightning.quantization.spec import QuantConfig
 UNET_EDGES = ("conv_in", "conv_out", "time_embedding.*", "*time_emb_proj")
 """Names of the edges in diffusers' U-Nets: first and last convolution and the layers of the time embedding."""
 
-_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
+_WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Modules that compute with their children's weights themselves: a quantized child would be bypassed."""
+
+_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, *_WHOLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ def prepare(
             quantized is not at 32 bits (a rule `<name>: 32` leaves it in float on purpose).
     """
     quantizers = quantizers or Quantizers()
-    modules = dict(model.named_modules())
+    modules = _modules(model)
     if any(isinstance(m, QuantizedLayer | QuantizedAttention) for m in modules.values()):
         raise ValueError("the model is prepared already: prepare a fresh float model")
     bits = _Bits(config, [n for n, m in modules.items() if _has_bits(m)], edges)
@@ -71,6 +74,12 @@ def prepare(
         elif (own := sum(p.numel() for p in module.parameters(recurse=False))) > 0:
             rows.append(LayerRow(name, type(module).__name__, own, 32, 32))
     return QuantizationReport(rows)
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by name, each once, without those whose weights a parent computes with itself."""
+    inside = {id(child) for m in model.modules() if isinstance(m, _WHOLE) for child in m.modules() if child is not m}
+    return {name: module for name, module in model.named_modules() if id(module) not in inside}
 
 
 def _has_bits(module: nn.Module) -> bool:
@@ -128,9 +137,10 @@ def _prepare_layer(model: nn.Module, name: str, layer: nn.Module, bits: _Bits, q
     weight_quantizer = None if weight_bits == 32 else quantizers.weight(bits=weight_bits, weight=layer.weight)
     padded = not isinstance(layer, nn.Linear)
     input_quantizer = None if act_bits == 32 else quantizers.activation(bits=act_bits, padded=padded)
-    parent, _, leaf = name.rpartition(".")
-    new = swap(layer, weight_quantizer, input_quantizer)
-    setattr(model.get_submodule(parent), leaf, new.to(next(layer.parameters()).device))
+    new = swap(layer, weight_quantizer, input_quantizer).to(next(layer.parameters()).device)
+    everywhere = [n for n, m in model.named_modules(remove_duplicate=False) if m is layer]  # one layer may stand in two places
+    for parent, _, leaf in (n.rpartition(".") for n in everywhere):
+        setattr(model.get_submodule(parent), leaf, new)
     row.quantizers = [type(q).__name__ for q in (weight_quantizer, input_quantizer) if q is not None]
     return row
 

@@ -87,7 +87,7 @@ class LSQActivation(ActivationQuantizer):
         return ste.fake_quantize(x, scale, zero_point, self.qmin, self.qmax, gradient_factor(x[0].numel(), self.qmax))
 
     def initialise(self, record: Record, calibrator: Calibrator) -> None:
-        scale, zero_point = calibrator.search(record.values.flatten()[None], self.qmin, self.qmax, symmetric=False)
+        scale, zero_point = calibrator.search(record.pool(), self.qmin, self.qmax, symmetric=False)
         self.set_grid(scale, zero_point)
 
     @torch.no_grad()
@@ -118,7 +118,7 @@ class LSQProbability(ActivationQuantizer):
 
     @torch.no_grad()
     def initialise(self, record: Record, calibrator: Calibrator) -> None:
-        scale, _ = calibrator.search(record.values.flatten()[None], self.qmin, self.qmax, symmetric=True)
+        scale, _ = calibrator.search(record.pool(), self.qmin, self.qmax, symmetric=True)
         self.log_scale.copy_(scale.log())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from qdm_lightning.quantization import kernels
 
@@ -21,6 +21,11 @@ def round_ste(x: Tensor) -> Tensor:
 def integer_zero_point(zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     """The integer in [qmin, qmax] nearest to a learned real zero point; the gradient passes straight through both."""
     return zero_point + (zero_point.clamp(qmin, qmax).round() - zero_point).detach()
+
+
+def multiply_gradient(x: Tensor, factor: float) -> Tensor:
+    """x itself; its gradient is multiplied by `factor`."""
+    return x.detach() + (x - x.detach()) * factor
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
@@ -41,7 +46,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax:
     """x_hat = s (clip(round(x / s) + z, qmin, qmax) - z), with LSQ+'s gradients.
 
     d x_hat / dx is 1 where qmin <= x / s + z <= qmax and 0 elsewhere; d x_hat / ds is (x_hat - x) / s inside and q_limit - z
-    outside; d x_hat / dz is 0 inside and -s outside. The backward pass keeps x, s and z alone.
+    outside; d x_hat / dz is 0 inside and -s outside. The backward pass keeps x, s and z alone, and has no derivative itself.
 
     Args:
         x: any shape and floating type; the result has both.
@@ -77,6 +82,7 @@ class _FakeQuantize(torch.autograd.Function):
         return kernels.unflatten(out, x.shape, order)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point = ctx.saved_tensors  # type: ignore[attr-defined]
         order, qmin, qmax, scale_gradient = ctx.constants  # type: ignore[attr-defined]

@@ -40,7 +40,8 @@ class NormalizedActivation(LSQActivation):
     def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, deviation = self.moments(x)
         scale = self.scale * deviation
-        zero_point = self.zero_point - mean / scale
+        # s acts through z_n too: LSQ's factor belongs on that path of its gradient as well.
+        zero_point = self.zero_point - mean / ste.multiply_gradient(scale, kernels.gradient_factor(x[0].numel(), self.qmax))
         if self.padded:
             return scale, ste.integer_zero_point(zero_point, self.qmin, self.qmax)
         return scale, ste.round_ste(zero_point)
@@ -166,18 +167,19 @@ class GroupedActivation(LSQActivation, _Grouped):
         zero_point = ste.integer_zero_point(self.zero_point, self.qmin, self.qmax)
         return self.scale[group], zero_point[group]
 
+    def observe(self, x: Tensor) -> Tensor:
+        self.group(x.shape[0])  # raises where no timestep was given
+        return x
+
     @torch.no_grad()
     def initialise(self, record: Record, calibrator: Calibrator) -> None:
         """Each group from its own samples; groups without any start from all of them, and stay unseen."""
         group = timestep_group(record.timesteps, self.groups, self.num_train_timesteps)
-        found = group.unique()
-        fewest = int(torch.bincount(group)[found].min())
-        rows = [record.values.flatten(), *(record.values[group == g][:fewest].flatten() for g in found)]
-        width = rows[-1].numel()
-        pick = torch.randperm(rows[0].numel(), generator=torch.Generator().manual_seed(0))[:width]
-        values = torch.stack([rows[0][pick], *rows[1:]])
-        searched = calibrator.search(values, self.qmin, self.qmax, symmetric=False)
-        scale, zero_point = (result[:1].repeat(self.groups) for result in searched)
-        scale[found], zero_point[found] = (result[1:] for result in searched)
-        self.seen[found] = True
+        searched = calibrator.search(record.pool(), self.qmin, self.qmax, symmetric=False)
+        scale, zero_point = (result.repeat(self.groups) for result in searched)
+        for g in group.unique():
+            scale[g], zero_point[g] = (
+                result[0] for result in calibrator.search(record.pool(group == g), self.qmin, self.qmax, symmetric=False)
+            )
+            self.seen[g] = True
         self.set_grid(scale, zero_point)
