@@ -1,0 +1,269 @@
+"""What every command does around its task: help, checks before anything is written, one line and status 2 for bad input.
+
+Hydra creates a run folder before it calls the task, ends its own errors with status 1, and swallows exceptions in its
+callbacks. So each job, also every job of a sweep, is composed and checked here first, and only then handed to Hydra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
+from hydra.version import setbase
+from omegaconf import DictConfig, OmegaConf
+
+from qdm_lightning import __version__
+from qdm_lightning.catalog import help_text
+from qdm_lightning.config import CONFIG_FILE, refuse_unknown, stored, stored_folder
+from qdm_lightning.explain import explain, is_bad_input, one_line
+from qdm_lightning.schema import CONF_DIR, UserError
+from qdm_lightning.targets import targets
+
+VERSION_BASE = "1.3"
+BAD_INPUT, INTERRUPTED = 2, 130
+"""Exit statuses; 1 is left to faults of ours, which come with a traceback."""
+
+Task = Callable[[DictConfig], Any]
+
+
+def run(
+    config_name: str, task: Task, check: Task, examples: Sequence[tuple[str, str]], argv: Sequence[str] | None = None
+) -> None:
+    """Run a command: parse and check what was typed, then let Hydra call `task` once a job.
+
+    Args:
+        config_name: root configuration `conf/<config_name>.yaml`, and name of the module that is run.
+        task: takes the composed configuration; imports what is heavy inside itself. Raises UserError at bad input.
+        check: is called with every job's configuration before anything is written, and raises at bad input.
+        examples: (arguments, what they do) for `--help`.
+        argv: arguments instead of `sys.argv[1:]`.
+
+    Raises:
+        SystemExit: 2 after one line on stderr at bad input, 130 at Ctrl-C; any other error passes through.
+    """
+    typed = list(sys.argv[1:] if argv is None else argv)
+    folder: list[Path] = []  # of the job that runs, for the line after Ctrl-C
+    try:
+        args = _parse(typed)
+        if args.help:
+            folders = [CONF_DIR, *([Path(args.config_dir)] if args.config_dir else [])]
+            print(help_text(config_name, examples, folders))
+            return
+        arguments, resume = _checked(config_name, check, args, typed)
+        _hand_over(config_name, task, arguments, resume, folder)
+    except KeyboardInterrupt:
+        _interrupted(config_name, folder)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
+            _interrupted(config_name, folder)
+        raise
+    except UserError as error:
+        _fail(one_line(error))
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(BAD_INPUT) from None
+
+
+def _interrupted(config_name: str, folder: list[Path]) -> NoReturn:
+    resumable = folder and (folder[-1] / CONFIG_FILE).is_file()
+    hint = f"; to go on: python -m qdm_lightning.{config_name} run={folder[-1]}" if resumable else ""
+    print(f"interrupted{hint}", file=sys.stderr)
+    raise SystemExit(INTERRUPTED) from None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{one_line(message)}: --help lists what there is")
+
+
+def _parse(typed: Sequence[str]) -> argparse.Namespace:
+    """Hydra's own flags, with errors of one line."""
+    parser = get_args_parser()
+    parser.__class__ = _Parser
+    if "--version" in typed:
+        print(f"qdm_lightning {__version__}")
+        raise SystemExit(0)
+    args = parser.parse_args(list(typed))
+    if args.config_path is not None:
+        raise UserError("--config-path would hide our options: name the folder of your own with --config-dir")
+    if args.config_dir is not None and not Path(args.config_dir).is_dir():
+        raise UserError(f"--config-dir={args.config_dir} is not a folder: give the one that holds your <group>/<option>.yaml")
+    if args.experimental_rerun is not None:
+        raise UserError("--experimental-rerun is not supported: type run=<folder of the run>")
+    return args
+
+
+@dataclass(frozen=True)
+class _Resume:
+    """What `run=` asks for: the run's folder, the foreign `_target_`s that the user trusts, and whether a logger was typed."""
+
+    folder: Path
+    trusted: frozenset[str]
+    new_logger: bool
+
+    def config(self, composed: DictConfig) -> DictConfig:
+        cfg = stored(self.folder, self.trusted)
+        if self.new_logger:
+            cfg.logger = composed.logger
+        return cfg
+
+
+def _checked(config_name: str, check: Task, args: argparse.Namespace, typed: list[str]) -> tuple[list[str], _Resume | None]:
+    """Compose and check every job. Returns the arguments for Hydra and what `run=` asks for, if it was typed."""
+    if args.hydra_help or args.shell_completion or args.info:
+        return typed, None
+    try:
+        parsed = OverridesParser.create().parse_overrides(args.overrides)
+        resuming = [str(o.value()) for o in parsed if o.key_or_group == "run" and o.value() is not None]
+        with _hydra(config_name, args.config_dir) as engine:
+            _check_jobs(engine, args.config_name or config_name, refuse_unknown if args.cfg or resuming else check, args)
+        if not resuming:
+            return typed, None
+        resume = _resume(resuming[-1], parsed, args)
+        check(stored(resume.folder, resume.trusted))
+        folder = _quoted(resume.folder)
+        return [*typed, f"run={folder}", f"hydra.run.dir={folder}", "hydra.output_subdir=null"], resume
+    except Exception as error:
+        if is_bad_input(error):
+            raise UserError(explain(error, args.overrides)) from error
+        raise
+
+
+@contextmanager
+def _hydra(task_name: str, config_dir: str | None) -> Iterator[Hydra]:
+    """Hydra over our folder and the user's, as `hydra.main` would set it up."""
+    setbase(VERSION_BASE)
+    search_path = create_config_search_path(str(CONF_DIR))
+    if config_dir is not None:
+        anchor = SearchPathQuery(provider="schema")
+        search_path.prepend(provider="command-line", path=f"file://{Path(config_dir).resolve()}", anchor=anchor)
+    try:
+        yield Hydra.create_main_hydra2(task_name=task_name, config_search_path=search_path)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _check_jobs(engine: Hydra, config_name: str, check: Task, args: argparse.Namespace) -> None:
+    """Check the one job, or each job of a sweep."""
+    master = engine.compose_config(config_name, args.overrides, RunMode.MULTIRUN, validate_sweep_overrides=args.multirun)
+    if not (args.multirun or master.hydra.mode == RunMode.MULTIRUN):
+        check(_without_hydra(engine.compose_config(config_name, args.overrides, RunMode.RUN)))
+        return
+    if master.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}":
+        return  # another sweeper invents its jobs as it goes
+    params = [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
+    sweep = OverridesParser.create().parse_overrides([*params, *master.hydra.overrides.task])
+    jobs = BasicSweeper.split_arguments(sweep, None)[0]
+    for number, overrides in enumerate(jobs):
+        try:
+            check(_without_hydra(engine.compose_config(config_name, [*master.hydra.overrides.hydra, *overrides], RunMode.RUN)))
+        except Exception as error:
+            if is_bad_input(error):
+                raise UserError(f"job {number} ({' '.join(overrides)}): {explain(error, overrides)}") from error
+            raise
+
+
+def _without_hydra(cfg: DictConfig) -> DictConfig:
+    cfg = cfg.copy()
+    OmegaConf.set_struct(cfg, False)
+    cfg.pop("hydra")
+    OmegaConf.set_struct(cfg, True)
+    return cfg
+
+
+def _resume(run: str, parsed: list[Override], args: argparse.Namespace) -> _Resume:
+    """A run goes on with the configuration in its own folder: beside `run=` only the logger may change, and trust be given."""
+    if args.multirun:
+        raise UserError("run= goes on with one run: leave out -m")
+    trusted, new_logger = set(), False
+    for override in parsed:
+        group, _, rest = override.get_key_element().lstrip("+~").partition(".")
+        if rest.endswith("_target_"):
+            trusted.add(str(override.value()))
+        elif group == "logger":
+            new_logger = True
+        elif group != "run" and not override.is_hydra_override():
+            raise UserError(
+                f"{override.input_line} cannot be given with run=, which goes on as the run's own {CONFIG_FILE} says"
+            )
+    if args.config_dir is not None:
+        for file in Path(args.config_dir).rglob("*.yaml"):
+            trusted |= {str(target) for _, target in targets(OmegaConf.to_container(OmegaConf.load(file)))}
+    return _Resume(stored_folder(run), frozenset(trusted), new_logger)
+
+
+def _quoted(path: Path) -> str:
+    """`path` as a value in Hydra's grammar."""
+    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"
+
+
+def _hand_over(config_name: str, task: Task, arguments: list[str], resume: _Resume | None, folder: list[Path]) -> None:
+    """Let `hydra.main` run the job(s). Its own errors, rare after our checks, get one line too."""
+
+    @functools.wraps(task)
+    def job(cfg: DictConfig) -> Any:
+        folder.append(Path(HydraConfig.get().runtime.output_dir))
+        try:
+            return task(resume.config(cfg) if resume else cfg)
+        except UserError as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # the launcher goes on with the other jobs, then reports it
+            if resume is None:
+                _discard(folder[-1], Path(cfg.paths.output).expanduser())
+            _fail(one_line(error))
+
+    main = hydra.main(version_base=VERSION_BASE, config_path=str(CONF_DIR), config_name=config_name)(job)
+    try:
+        with _environment(arguments):
+            main()
+    except UserError:
+        raise
+    except Exception as error:
+        if not folder and is_bad_input(error):
+            raise UserError(explain(error, arguments)) from error
+        raise
+
+
+@contextmanager
+def _environment(arguments: list[str]) -> Iterator[None]:
+    """Hydra reads `sys.argv` (as do the processes that Lightning starts), and lets errors through only if told so."""
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [argv[0], *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        if full_error is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def _discard(folder: Path, output: Path) -> None:
+    """Remove what Hydra and we wrote for a job that never began, and its folder, and `paths.output`, if they are empty then."""
+    for file in [*(folder / ".hydra").glob("*.yaml"), *folder.glob("*.log"), folder / CONFIG_FILE]:
+        file.unlink(missing_ok=True)
+    for empty in (folder / ".hydra", folder, output):
+        with suppress(OSError):  # it holds something else, which stays
+            empty.rmdir()

@@ -1,0 +1,222 @@
+"""What a run shows in the terminal: stages with rate and time left, and at the end a table and what to type next."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+PLAIN_LINES = 10
+"""Lines that a stage prints where there is no terminal to redraw."""
+
+
+class Stage(Protocol):
+    """A stage under way."""
+
+    def advance(self, n: int = 1, **fields: Any) -> None:
+        """`n` more units are done; `fields`, such as `loss`, are shown from now on."""
+
+
+def duration(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are any.
+
+    >>> duration(75), duration(3 * 3600 + 61)
+    ('1:15', '3:01:01')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _rate(done: float, seconds: float, unit: str) -> str:
+    return f"{done / seconds:.3g} {unit}/s" if seconds > 0 else f"- {unit}/s"
+
+
+def _shown(fields: Mapping[str, Any]) -> str:
+    return "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in fields.items())
+
+
+class Progress:
+    """Shows the stages of a run: bars on a terminal, about ten lines a stage elsewhere, nothing with `mode="silent"`.
+
+    Args:
+        mode: `bars`, `plain`, `silent`, or None: bars on a terminal, plain elsewhere, silent on all ranks but the first.
+        console: where to write; None is stdout.
+        clock: seconds.
+
+    Attributes:
+        started: True once a first stage began.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+
+    def __init__(
+        self, mode: str | None = None, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.console = console or Console(soft_wrap=True)
+        if mode is None:
+            mode = "silent" if rank() else "bars" if self.console.is_terminal else "plain"
+        if mode not in ("bars", "plain", "silent"):
+            raise ValueError(f"mode={mode} is not allowed: choose one of bars, plain, silent")
+        self.mode = mode
+        self.started = False
+        self._clock = clock
+        self._bars: RichProgress | None = None
+
+    def say(self, text: str) -> None:
+        """Print a line between the stages, or above the bars."""
+        if self.mode != "silent":
+            self.console.print(text, markup=False, highlight=False)
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Stage]:
+        """Show a stage of `total` units (such as `steps`) while the block runs; stages may lie inside one another."""
+        self.started = True
+        if self.mode == "silent":
+            yield _Silent()
+        elif self.mode == "plain":
+            plain = _Plain(name, total, unit, self.say, self._clock)
+            yield plain
+            plain.finish()
+        else:
+            with self._live() as bars:
+                task = bars.add_task(name, total=total, unit=unit, rate="", shown="")
+                yield _Bar(bars, task, unit, self._clock)
+
+    @contextmanager
+    def _live(self) -> Iterator[RichProgress]:
+        """The bars of the outermost stage; stages inside it add theirs below."""
+        if self._bars is not None:
+            yield self._bars
+            return
+        columns = (
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description:20}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[shown]}"),
+        )
+        try:
+            with RichProgress(*columns, console=self.console, refresh_per_second=4) as self._bars:
+                yield self._bars
+        finally:
+            self._bars = None
+
+
+class _Silent:
+    def advance(self, n: int = 1, **fields: Any) -> None:
+        pass
+
+
+class _Bar:
+    def __init__(self, bars: RichProgress, task: TaskID, unit: str, clock: Callable[[], float]) -> None:
+        self._bars, self._task, self._unit, self._clock = bars, task, unit, clock
+        self._begin, self._done, self._fields = clock(), 0, dict[str, Any]()
+
+    def advance(self, n: int = 1, **fields: Any) -> None:
+        self._done += n
+        self._fields |= fields
+        rate = _rate(self._done, self._clock() - self._begin, self._unit)
+        self._bars.update(self._task, advance=n, rate=rate, shown=_shown(self._fields))
+
+
+class _Plain:
+    """Prints a line at each tenth of the stage."""
+
+    def __init__(self, name: str, total: int, unit: str, say: Callable[[str], None], clock: Callable[[], float]) -> None:
+        self._name, self._total, self._unit, self._say, self._clock = name, total, unit, say, clock
+        self._begin, self._done, self._printed, self._fields = clock(), 0, 0, dict[str, Any]()
+
+    def advance(self, n: int = 1, **fields: Any) -> None:
+        self._done += n
+        self._fields |= fields
+        tenth = self._done * PLAIN_LINES // self._total if self._total else 0
+        if tenth > self._printed:
+            self._printed = tenth
+            self._say(self._line())
+
+    def finish(self) -> None:
+        if self._done * PLAIN_LINES // max(self._total, 1) > self._printed or self._done == 0 or self._printed == 0:
+            self._say(self._line())
+
+    def _line(self) -> str:
+        spent = self._clock() - self._begin
+        left = (
+            f"{duration(spent / self._done * (self._total - self._done))} left"
+            if 0 < self._done < self._total
+            else duration(spent)
+        )
+        parts = [_rate(self._done, spent, self._unit), left, _shown(self._fields)]
+        return f"{self._name}: {self._done}/{self._total} {self._unit}, " + ", ".join(part for part in parts if part)
+
+
+def rank() -> int:
+    """This process's number among those that train together, by the environment variables of their launchers."""
+    return next(
+        (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if os.environ.get(name, "").isdigit()), 0
+    )
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "-" if value is None else str(value)
+
+
+def closing_table(metrics: Mapping[str, Any]) -> Table:
+    """Table `teacher | student | ratio` of the scalars in `metrics` (as in metrics.json), the floor as its caption."""
+    teacher, student = metrics.get("teacher") or {}, metrics.get("student") or {}
+    floor = metrics.get("floor") or {}
+    caption = ", ".join(f"{name} {_number(value)} between two halves of the real images" for name, value in floor.items())
+    table = Table(caption=caption or None)
+    table.add_column("")
+    for column in ("teacher", "student", "ratio") if student else ("teacher",):
+        table.add_column(column, justify="right")
+    for name in dict.fromkeys([*teacher, *student]):
+        values = (teacher.get(name), student.get(name))
+        scalars = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+        if not scalars:
+            continue
+        ratio = f"{values[1] / values[0]:.2f}" if len(scalars) == 2 and values[0] else "-"
+        table.add_row(name, *([_number(values[0]), _number(values[1]), ratio] if student else [_number(values[0])]))
+    return table
+
+
+def print_closing(
+    metrics: Mapping[str, Any], run_dir: Path, following: Sequence[tuple[str, str]] = (), console: Console | None = None
+) -> None:
+    """Print the table, where the pictures are, and what to type next.
+
+    Args:
+        metrics: as in metrics.json.
+        run_dir: folder of the run.
+        following: (command, what it does).
+    """
+    if rank():
+        return
+    console = console or Console(soft_wrap=True)
+    console.print(closing_table(metrics))
+    lines = [f"pictures: {run_dir / 'samples.png'} (teacher above student, same seeds)", f"all else: {run_dir}"]
+    if following:
+        wide = max(len(command) for command, _ in following)
+        lines += ["next:", *(f"  {command:{wide}}  {what}" for command, what in following)]
+    console.print("\n".join(lines), markup=False, highlight=False)

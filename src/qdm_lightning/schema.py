@@ -1,0 +1,161 @@
+"""The typed schema of `conf/`: `TrainConfig` is the root of `conf/train.yaml`.
+
+Nodes whose settings are ours are typed; a group whose options carry a `_target_` is open, and each of our options brings a
+schema of its own (`base_<name>` in Hydra's ConfigStore). Imports no torch, so that help stays quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from qdm_lightning.checks import at_least, one_of
+from qdm_lightning.data.spec import CelebAConfig, Cifar10Config, DigitsConfig, ImageNet64Config, ImagesConfig
+from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig, SamplerConfig
+from qdm_lightning.metrics.spec import CustomMetric, DigitsMetric, InceptionMetric, ResNet20Metric
+from qdm_lightning.models.spec import PretrainedConfig, UNetConfig
+from qdm_lightning.quantization.spec import QuantConfig, TaQEma, TaQNormalize, TaQOff, TaQScale
+from qdm_lightning.training.spec import OptimizerConfig, PathsConfig, TeacherConfig, TrainerConfig
+
+
+def _conf_dir() -> Path:
+    """`conf/` inside the installed package, or at the top of a checkout."""
+    package = Path(__file__).resolve().parent
+    shipped = package / "conf"
+    return shipped if shipped.is_dir() else package.parents[1] / "conf"
+
+
+CONF_DIR = _conf_dir()
+
+
+class UserError(ValueError):
+    """Bad input: its message is one line for the user, who sees no traceback."""
+
+
+@dataclass(kw_only=True)
+class WandbConfig:
+    """`logger=wandb`: a W&B run beside the files of the run folder.
+
+    Args:
+        project, tags: of the W&B run; the root's `tags` are added.
+        name: of the W&B run; None takes the run folder's.
+        mode: `online`, `offline`, or None: online only if the user is logged in.
+    """
+
+    _target_: str = "qdm_lightning.training.loggers.wandb_logger"
+    project: str = "qdm-lightning"
+    name: str | None = None
+    tags: list[str] = field(default_factory=list)
+    mode: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode is not None:
+            one_of("logger.mode", self.mode, ("offline", "online"))
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Root of `conf/train.yaml`.
+
+    Args:
+        seed: of training, and of the images that are compared.
+        run: folder of an earlier run to go on with; nothing else may be given with it.
+        num_samples: images behind each distance.
+        tags: labels of the run, for the records.
+    """
+
+    seed: int = 0
+    run: str | None = None
+    num_samples: int = 1000
+    tags: list[str] = field(default_factory=list)
+    data: Any = MISSING
+    model: Any = MISSING
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    taq: Any = MISSING
+    nem: NeMConfig = field(default_factory=NeMConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    metrics: Any = MISSING
+    logger: Any = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+    def __post_init__(self) -> None:
+        at_least("seed", self.seed, 0)
+        at_least("num_samples", self.num_samples, 2)
+
+
+SCHEMAS: dict[str, dict[str, type]] = {
+    "data": {
+        "digits": DigitsConfig,
+        "images": ImagesConfig,
+        "cifar10": Cifar10Config,
+        "celeba": CelebAConfig,
+        "imagenet64": ImageNet64Config,
+    },
+    "model": {"unet": UNetConfig, "pretrained": PretrainedConfig},
+    "taq": {"off": TaQOff, "normalize": TaQNormalize, "ema": TaQEma, "scale": TaQScale},
+    "metrics": {
+        "digits": DigitsMetric,
+        "inception": InceptionMetric,
+        "resnet20": ResNet20Metric,
+        "custom": CustomMetric,
+    },
+    "logger": {"wandb": WandbConfig},
+}
+"""Schemas of our options in the open groups: a YAML file takes one with `defaults: [base_<name>, _self_]`."""
+
+
+def register() -> None:
+    """Tell Hydra's ConfigStore the schemas and OmegaConf the resolvers; importing this module has done it."""
+    store = ConfigStore.instance()
+    root = OmegaConf.structured(TrainConfig)
+    for node in (
+        root.callbacks,
+        root.quant.rules,
+        root.quant.weight_quantizer,
+        root.quant.act_quantizer,
+        root.quant.calibrator,
+    ):
+        OmegaConf.set_struct(node, False)  # any name may be added: no `+` to type
+    store.store(name="base_train", node=root)
+    for group, schemas in SCHEMAS.items():
+        for name, schema in schemas.items():
+            store.store(group=group, name=f"base_{name}", node=schema)
+    OmegaConf.register_new_resolver("qdm.run_name", lambda _root_: run_name(_root_), replace=True)
+    OmegaConf.register_new_resolver("qdm.expanduser", lambda path: str(Path(path).expanduser()), replace=True)
+
+
+def _default_target(schema: type) -> str | None:
+    return getattr(schema, "_target_", None)
+
+
+def schema_of(group: str, node: DictConfig) -> type | None:
+    """The schema that checks a node of an open group: that of its `_target_`; None where it names the user's own code."""
+    target = None if OmegaConf.is_missing(node, "_target_") else node.get("_target_")
+    own = OmegaConf.get_type(node)
+    known = list(SCHEMAS[group].values())
+    if own in known and (not target or target == _default_target(own)):
+        return own
+    return next((schema for schema in known if _default_target(schema) == target), None)
+
+
+def run_name(cfg: DictConfig) -> str:
+    """Short name of what a run does, such as `w4a4_normalize_replace_ddim_seed0`; the same settings give the same name."""
+    seed = f"seed{cfg.seed}"
+    widths = (cfg.quant.weight_bits, cfg.quant.act_bits)
+    if widths == (32, 32):
+        return f"fp32_{cfg.sampler.kind}_{seed}"
+    schema = schema_of("taq", cfg.taq)
+    taq = next((name for name, s in SCHEMAS["taq"].items() if s is schema), None) or str(cfg.taq._target_).rpartition(".")[2]
+    return f"w{widths[0]}a{widths[1]}_{taq}_{cfg.nem.mode}_{cfg.sampler.kind}_{seed}"
+
+
+register()

@@ -1,0 +1,105 @@
+"""`python -m qdm_lightning.train`: a teacher, its quantized student, and a measurement of both.
+
+`train(cfg)` is the same from Python:
+
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        result = train(compose("train", overrides=["quant=w3a3"]))
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from qdm_lightning import cli
+from qdm_lightning.config import CONFIG_FILE, build, plain, same_settings, stored
+from qdm_lightning.explain import explain, is_bad_input
+from qdm_lightning.schema import UserError
+from qdm_lightning.targets import targets
+
+if TYPE_CHECKING:
+    from qdm_lightning.reporting.terminal import Progress
+    from qdm_lightning.training.runner import Result
+
+EXAMPLES = (
+    ("(nothing)", "the W4A4 student with TaQ and NeM on the embedded digits, minutes on a CPU"),
+    ("quant=w3a3 seed=1", "fewer bits, another seed; the teacher is shared"),
+    ("experiment=digits_baseline", "the same budget without TaQ and NeM"),
+    ("data=images data.path=DIR data.image_size=16 model=unet_small", "your own pictures"),
+    ("teacher=pretrained teacher.path=DIR", "a diffusers folder as teacher"),
+    ("quant=fp32", "a teacher alone"),
+    ("-m seed=0,1,2 quant=w4a4,w3a3", "six runs"),
+    ("run=outputs/NAME", "go on with an interrupted run"),
+)
+"""For `--help`: arguments, and what they do."""
+
+FOLLOWING = (
+    ("python -m qdm_lightning.train taq=off nem=off", "the same student without TaQ and NeM, same teacher"),
+    ("python -m qdm_lightning.train quant=w3a3", "fewer bits"),
+    ("python -m qdm_lightning.train --help", "everything else"),
+)
+"""What to type after a run."""
+
+
+def train(cfg: DictConfig, progress: Progress | None = None) -> Result:
+    """Build the experiment that `cfg` describes and run it.
+
+    Args:
+        cfg: composed from `conf/train.yaml`, or what `config.stored(folder)` returns, to go on with that run.
+        progress: where stages are shown; None chooses by the terminal.
+
+    Returns:
+        Metrics (as in `metrics.json`), run folder and networks.
+
+    Raises:
+        UserError: bad input, found before the first stage began.
+    """
+    from qdm_lightning.reporting.terminal import Progress
+    from qdm_lightning.training.runner import run
+
+    progress = progress or Progress()
+    try:
+        experiment = build(cfg)
+        _keep(cfg, experiment.run_dir / CONFIG_FILE)
+        return run(experiment, progress)
+    except Exception as error:
+        if progress.started or not is_bad_input(error):
+            raise
+        raise UserError(explain(error)) from error
+
+
+def _keep(cfg: DictConfig, file: Path) -> None:
+    """Write the resolved configuration into the run's folder; a run that goes on must have the same one there.
+
+    Raises:
+        UserError: it has another one.
+    """
+    if cfg.run:
+        if not same_settings(cfg, stored(cfg.run, trusted=[target for _, target in targets(plain(cfg))])):
+            raise UserError(
+                f"run={cfg.run} holds another configuration: leave out what was changed, or in Python use stored(folder)"
+            )
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(f".{os.getpid()}.tmp")
+    beside.write_text(OmegaConf.to_yaml(cfg, resolve=True), "utf-8")
+    beside.replace(file)
+
+
+def _task(cfg: DictConfig) -> None:
+    from qdm_lightning.reporting.terminal import print_closing
+
+    result = train(cfg)
+    print_closing(result.metrics, result.run_dir, following=FOLLOWING)
+
+
+def main() -> None:
+    """Console script `qdm-train`."""
+    cli.run("train", _task, check=build, examples=EXAMPLES)
+
+
+if __name__ == "__main__":
+    main()
