@@ -137,7 +137,7 @@ def _prepare_layer(model: nn.Module, name: str, layer: nn.Module, bits: _Bits, q
     weight_quantizer = None if weight_bits == 32 else quantizers.weight(bits=weight_bits, weight=layer.weight)
     padded = not isinstance(layer, nn.Linear)
     input_quantizer = None if act_bits == 32 else quantizers.activation(bits=act_bits, padded=padded)
-    new = swap(layer, weight_quantizer, input_quantizer).to(next(layer.parameters()).device)
+    new = swap(layer, weight_quantizer, input_quantizer).to(next(layer.parameters()).device).train(layer.training)
     everywhere = [n for n, m in model.named_modules(remove_duplicate=False) if m is layer]  # one layer may stand in two places
     for parent, _, leaf in (n.rpartition(".") for n in everywhere):
         setattr(model.get_submodule(parent), leaf, new)
@@ -159,7 +159,8 @@ def _prepare_attention(name: str, module: nn.Module, bits: _Bits, quantizers: Qu
     probabilities = None if probs_bits == 32 else quantizers.probabilities(bits=probs_bits, padded=False)
     device = next(module.parameters()).device
     q, k, v = operands
-    module.set_processor(QuantizedAttention(q, k, v, probabilities).to(device))  # type: ignore[operator]
+    processor = QuantizedAttention(q, k, v, probabilities).to(device).train(module.training)
+    module.set_processor(processor)  # type: ignore[operator]
     for row, quantizer in zip(rows, (operands[0], probabilities), strict=True):
         row.quantizers = [] if quantizer is None else [type(quantizer).__name__]
     return rows
