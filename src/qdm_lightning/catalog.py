@@ -13,6 +13,7 @@ from qdm_lightning.schema import CONF_DIR
 
 COMMANDS = {
     "train": "a full-precision teacher, its quantized student, images of both and a distance for each",
+    "cost": "what a student costs before it is trained: multiplications, bits, bytes, theoretical speed-up by layer",
 }
 """Entry points: `python -m qdm_lightning.<name>`."""
 

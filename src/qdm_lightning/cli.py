@@ -171,11 +171,12 @@ def _check_jobs(engine: Hydra, config_name: str, check: Task, args: argparse.Nam
     if master.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}":
         return  # another sweeper invents its jobs as it goes
     params = [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
-    sweep = OverridesParser.create().parse_overrides([*params, *master.hydra.overrides.task])
+    typed: Any = OmegaConf.to_container(master.hydra.overrides, resolve=False)  # each job fills in its own ${...}
+    sweep = OverridesParser.create().parse_overrides([*params, *typed["task"]])
     jobs = BasicSweeper.split_arguments(sweep, None)[0]
     for number, overrides in enumerate(jobs):
         try:
-            check(_without_hydra(engine.compose_config(config_name, [*master.hydra.overrides.hydra, *overrides], RunMode.RUN)))
+            check(_without_hydra(engine.compose_config(config_name, [*typed["hydra"], *overrides], RunMode.RUN)))
         except Exception as error:
             if is_bad_input(error):
                 raise UserError(f"job {number} ({' '.join(overrides)}): {explain(error, overrides)}") from error

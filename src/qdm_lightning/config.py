@@ -17,13 +17,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from qdm_lightning.checks import one_of
 from qdm_lightning.combinations import check_combinations, taq_scope
 from qdm_lightning.explain import unknown_setting
+from qdm_lightning.quantization.spec import SCOPES, QuantConfig
 from qdm_lightning.schema import SCHEMAS, TrainConfig, UserError, run_name, schema_of
 from qdm_lightning.targets import check_targets
 from qdm_lightning.training.spec import TeacherConfig, TrainerConfig
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from qdm_lightning.quantization.preparation import Quantizers
     from qdm_lightning.training.experiment import Experiment
 
 CONFIG_FILE = "config.yaml"
@@ -37,8 +42,14 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def refuse_unknown(cfg: DictConfig, schema: type = TrainConfig, key: str = "") -> None:
-    """Raise UserError at a setting that the schema has not: Hydra's `+name=` would add any. The user's own nodes are free."""
+def refuse_unknown(cfg: DictConfig, schema: type | None = None, key: str = "") -> None:
+    """Raise UserError at a setting that the schema has not: Hydra's `+name=` would add any. The user's own nodes are free.
+
+    `schema` is that of the composed root where it is None.
+    """
+    if schema is None:
+        composed = OmegaConf.get_type(cfg)
+        schema = composed if composed is not None and is_dataclass(composed) else TrainConfig
     known = {f.name for f in fields(schema)}
     for name in map(str, cfg):
         full = f"{key}.{name}" if key else name
@@ -240,3 +251,32 @@ def build(cfg: DictConfig) -> Experiment:
         resolved=values,
         resume=bool(cfg.run),
     )
+
+
+def build_student(cfg: DictConfig) -> tuple[Callable[[], nn.Module], QuantConfig, Quantizers]:
+    """What of a run describes its student: the network's factory, its bits, the factories of its quantizers.
+
+    Only `model`, `quant` and `taq` are looked at, and the names of all settings. Imports torch.
+
+    Raises:
+        UserError, ValueError, OmegaConfBaseException: bad settings.
+        hydra.errors.InstantiationException: a `_target_` that cannot be imported.
+    """
+    from qdm_lightning.quantization.preparation import Quantizers
+
+    refuse_unknown(cfg)
+    values = {group: plain(cfg[group]) if cfg[group] else {} for group in ("model", "quant", "taq")}
+    _checked(cfg, values, "model")
+    scope = taq_scope(_checked(cfg, values, "taq"))
+    one_of("taq.scope", scope, SCOPES)
+    quant = OmegaConf.to_object(cfg.quant)
+    assert isinstance(quant, QuantConfig)
+    activation = _factory("quant.act_quantizer", values["quant"]["act_quantizer"])
+    taq = {key: value for key, value in values["taq"].items() if key != "scope"}
+    attention = _factory("taq", taq) if taq.get("_target_") else activation
+    quantizers = Quantizers(
+        weight=_factory("quant.weight_quantizer", values["quant"]["weight_quantizer"]),
+        activation=attention if scope == "all" else activation,
+        attention=attention,
+    )
+    return _factory("model", values["model"]), quant, quantizers

@@ -113,10 +113,9 @@ SCHEMAS: dict[str, dict[str, type]] = {
 """Schemas of our options in the open groups: a YAML file takes one with `defaults: [base_<name>, _self_]`."""
 
 
-def register() -> None:
-    """Tell Hydra's ConfigStore the schemas and OmegaConf the resolvers; importing this module has done it."""
-    store = ConfigStore.instance()
-    root = OmegaConf.structured(TrainConfig)
+def root_node(schema: type[TrainConfig]) -> DictConfig:
+    """A root configuration of `schema`; any name may be added to its open nodes: no `+` to type."""
+    root = OmegaConf.structured(schema)
     for node in (
         root.callbacks,
         root.quant.rules,
@@ -124,8 +123,15 @@ def register() -> None:
         root.quant.act_quantizer,
         root.quant.calibrator,
     ):
-        OmegaConf.set_struct(node, False)  # any name may be added: no `+` to type
-    store.store(name="base_train", node=root)
+        OmegaConf.set_struct(node, False)
+    assert isinstance(root, DictConfig)
+    return root
+
+
+def register() -> None:
+    """Tell Hydra's ConfigStore the schemas and OmegaConf the resolvers; importing this module has done it."""
+    store = ConfigStore.instance()
+    store.store(name="base_train", node=root_node(TrainConfig))
     for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():
             store.store(group=group, name=f"base_{name}", node=schema)
