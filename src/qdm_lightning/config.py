@@ -108,6 +108,7 @@ def _float_teacher(s: TrainConfig) -> TeacherConfig:
         max_steps=s.trainer.max_steps,
         lr=o.lr,
         warmup_steps=o.warmup_steps,
+        schedule=o.schedule,
         ema_decay=o.ema_decay,
         gradient_clip=o.gradient_clip,
     )

@@ -16,7 +16,7 @@ from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig
 from qdm_lightning.training.denoiser import Denoiser
 from qdm_lightning.training.held_out import to_float
 from qdm_lightning.training.on_policy import TrajectoryBuffer
-from qdm_lightning.training.optimizer import build_optimizer, ema_with_warmup, split_parameters, warmup_cosine
+from qdm_lightning.training.optimizer import build_optimizer, ema_with_warmup, learning_rate_factor, split_parameters
 from qdm_lightning.training.spec import OptimizerConfig
 
 
@@ -130,7 +130,7 @@ class DiffusionModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.student, self.optimizer)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(self.optimizer.warmup_steps, self.max_steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(self.optimizer, self.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:

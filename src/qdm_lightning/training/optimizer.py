@@ -57,6 +57,18 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> QuantizerAdam:
     return QuantizerAdam(groups, betas=(config.beta1, config.beta2))
 
 
+def learning_rate_factor(config: OptimizerConfig, max_steps: int) -> Callable[[int], float]:
+    """Factor on the learning rate by step, as `config.schedule` says."""
+    if config.schedule == "constant":
+        return warmup_constant(config.warmup_steps)
+    return warmup_cosine(config.warmup_steps, max_steps)
+
+
+def warmup_constant(warmup_steps: int) -> Callable[[int], float]:
+    """Factor on the learning rate: linear from 1/warmup to 1, then 1 (DDPM's code)."""
+    return lambda step: min(1.0, (step + 1) / max(1, warmup_steps))
+
+
 def warmup_cosine(warmup_steps: int, max_steps: int) -> Callable[[int], float]:
     """Factor on the learning rate: linear from 1/warmup to 1, then half a cosine to 0 at `max_steps`."""
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from qdm_lightning.checks import at_least, between, one_of, positive
 
+SCHEDULES = ("cosine", "constant")
+"""Courses of the learning rate after its warm-up."""
+
 
 @dataclass(kw_only=True)
 class TeacherConfig:
@@ -14,7 +17,8 @@ class TeacherConfig:
     Args:
         source: `auto` trains it once and caches it; `checkpoint` takes a run of ours; `pretrained` a diffusers folder.
         path: run folder or checkpoint file (`checkpoint`), or diffusers folder or hub id (`pretrained`).
-        seed, max_steps, lr, warmup_steps, ema_decay, gradient_clip: of `auto`'s training, all part of the cache's key.
+        seed, max_steps, lr, warmup_steps, schedule, ema_decay, gradient_clip: of `auto`'s training, all part of the cache's
+            key; as in `OptimizerConfig`.
     """
 
     source: str = "auto"
@@ -23,6 +27,7 @@ class TeacherConfig:
     max_steps: int = 6000
     lr: float = 1e-3
     warmup_steps: int = 200
+    schedule: str = "cosine"
     ema_decay: float = 0.999
     gradient_clip: float = 1.0
 
@@ -37,6 +42,7 @@ class TeacherConfig:
         at_least("teacher.seed", self.seed, 0)
         at_least("teacher.max_steps", self.max_steps, 1)
         at_least("teacher.warmup_steps", self.warmup_steps, 0)
+        one_of("teacher.schedule", self.schedule, SCHEDULES)
         positive("teacher.lr", self.lr)
         between("teacher.ema_decay", self.ema_decay, 0.0, 1.0)
         positive("teacher.gradient_clip", self.gradient_clip)
@@ -51,7 +57,8 @@ class OptimizerConfig:
         quantizer_lr: learning rate of log-scales and zero points.
         betas: Adam's moments.
         weight_decay: decoupled, on weights only.
-        warmup_steps: linear warm-up before the cosine decay to zero.
+        warmup_steps: linear warm-up before the schedule.
+        schedule: of the learning rate after the warm-up: `cosine` decay to zero at the last step, or `constant` (DDPM).
         gradient_clip: largest norm of the weights' gradient.
         ema_decay: EMA of the student, with warm-up.
     """
@@ -61,6 +68,7 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     warmup_steps: int = 50
+    schedule: str = "cosine"
     gradient_clip: float = 1.0
     ema_decay: float = 0.995
 
@@ -70,6 +78,7 @@ class OptimizerConfig:
         between("optimizer.beta1", self.beta1, 0.0, 0.9999999)
         between("optimizer.beta2", self.beta2, 0.0, 0.9999999)
         at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        one_of("optimizer.schedule", self.schedule, SCHEDULES)
         positive("optimizer.gradient_clip", self.gradient_clip)
         between("optimizer.ema_decay", self.ema_decay, 0.0, 1.0)
 

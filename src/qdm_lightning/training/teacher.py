@@ -101,7 +101,11 @@ def _train(experiment: Experiment, held_out: HeldOut, folder: Path, progress: An
         diffusion=experiment.diffusion,
         nem=NeMConfig(mode="off"),
         optimizer=OptimizerConfig(
-            lr=config.lr, warmup_steps=config.warmup_steps, ema_decay=config.ema_decay, gradient_clip=config.gradient_clip
+            lr=config.lr,
+            warmup_steps=config.warmup_steps,
+            schedule=config.schedule,
+            ema_decay=config.ema_decay,
+            gradient_clip=config.gradient_clip,
         ),
         max_steps=config.max_steps,
         seed=config.seed,
