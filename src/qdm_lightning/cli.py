@@ -58,7 +58,7 @@ def run(
     Raises:
         SystemExit: 2 after one line on stderr at bad input, 130 at Ctrl-C; any other error passes through.
     """
-    typed = list(sys.argv[1:] if argv is None else argv)
+    typed = [_home(word) for word in (sys.argv[1:] if argv is None else argv)]
     folder: list[Path] = []  # of the job that runs, for the line after Ctrl-C
     try:
         args = _parse(typed)
@@ -90,6 +90,12 @@ def _interrupted(config_name: str, folder: list[Path]) -> NoReturn:
     raise SystemExit(INTERRUPTED) from None
 
 
+def _home(word: str) -> str:
+    """`paths.output=~/runs` with the home folder spelt out: shells leave it, Hydra's grammar has no `~` there."""
+    name, _, value = word.partition("=")
+    return f"{name}={Path(value).expanduser()}" if value == "~" or value.startswith("~/") else word
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{one_line(message)}: --help lists what there is")
@@ -102,7 +108,7 @@ def _parse(typed: Sequence[str]) -> argparse.Namespace:
     if "--version" in typed:
         print(f"qdm_lightning {__version__}")
         raise SystemExit(0)
-    args = parser.parse_args(list(typed))
+    args = parser.parse_intermixed_args(list(typed))
     if args.config_path is not None:
         raise UserError("--config-path would hide our options: name the folder of your own with --config-dir")
     if args.config_dir is not None and not Path(args.config_dir).is_dir():
@@ -136,16 +142,23 @@ def _checked(config_name: str, check: Task, args: argparse.Namespace, typed: lis
         resuming = [str(o.value()) for o in parsed if o.key_or_group == "run" and o.value() is not None]
         with _hydra(config_name, args.config_dir) as engine:
             _check_jobs(engine, args.config_name or config_name, refuse_unknown if args.cfg or resuming else check, args)
+        arguments = [*_flags(typed, args.overrides), *args.overrides]  # in this order: Lightning appends overrides of its own
         if not resuming:
-            return typed, None
+            return arguments, None
         resume = _resume(resuming[-1], parsed, args)
         check(stored(resume.folder, resume.trusted))
         folder = _quoted(resume.folder)
-        return [*typed, f"run={folder}", f"hydra.run.dir={folder}", "hydra.output_subdir=null"], resume
+        return [*arguments, f"run={folder}", f"hydra.run.dir={folder}", "hydra.output_subdir=null"], resume
     except Exception as error:
         if is_bad_input(error):
             raise UserError(explain(error, args.overrides)) from error
         raise
+
+
+def _flags(typed: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """What of `typed` is not an override."""
+    rest = list(overrides)
+    return [word for word in typed if not (rest and word == rest[0] and rest.pop(0))]
 
 
 @contextmanager

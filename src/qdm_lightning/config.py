@@ -151,7 +151,7 @@ def run_folder(cfg: DictConfig) -> Path:
     """Absolute folder of this run: `run=`, else Hydra's, else (outside Hydra) a new name under `paths.output`."""
     if cfg.run:
         return Path(cfg.run).expanduser().resolve()
-    if HydraConfig.initialized():
+    if HydraConfig.initialized() and not OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir"):
         return Path(HydraConfig.get().runtime.output_dir)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}_{run_name(cfg)}"
     return Path(cfg.paths.output).expanduser().resolve() / name
@@ -194,12 +194,16 @@ def same_settings(cfg: DictConfig, other: DictConfig) -> bool:
     return plain(cfg) | ignored == plain(other) | ignored
 
 
-def _check_device(trainer: TrainerConfig) -> None:
+def accelerators() -> set[str]:
+    """Values of `trainer.accelerator`, beside `auto` and `cpu`, that this machine has."""
     import torch
 
-    found = {"gpu": torch.cuda.is_available() or torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
-    found["mps"] = torch.backends.mps.is_available()
-    if not found.get(trainer.accelerator, True):
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    return {name for name, there in (("gpu", cuda or mps), ("cuda", cuda), ("mps", mps)) if there}
+
+
+def _check_device(trainer: TrainerConfig) -> None:
+    if trainer.accelerator not in {"auto", "cpu"} | accelerators():
         raise UserError(
             f"trainer.accelerator={trainer.accelerator}: there is none on this machine; type trainer=auto or trainer=cpu"
         )
@@ -218,9 +222,10 @@ def build(cfg: DictConfig) -> Experiment:
         UserError, ValueError, FileNotFoundError: bad settings, see `validate`.
         hydra.errors.InstantiationException: a `_target_` that cannot be imported or refuses its arguments.
     """
+    settings, values = validate(cfg), plain(cfg)  # first: bad input needs no torch to be told
+
     from qdm_lightning.training.experiment import Experiment
 
-    settings, values = validate(cfg), plain(cfg)
     _check_device(settings.trainer)
     quant = values["quant"]
     activation = _factory("quant.act_quantizer", quant["act_quantizer"])

@@ -36,13 +36,6 @@ EXAMPLES = (
 )
 """For `--help`: arguments, and what they do."""
 
-FOLLOWING = (
-    ("python -m qdm_lightning.train taq=off nem=off", "the same student without TaQ and NeM, same teacher"),
-    ("python -m qdm_lightning.train quant=w3a3", "fewer bits"),
-    ("python -m qdm_lightning.train --help", "everything else"),
-)
-"""What to type after a run."""
-
 
 def train(cfg: DictConfig, progress: Progress | None = None) -> Result:
     """Build the experiment that `cfg` describes and run it.
@@ -93,7 +86,19 @@ def _task(cfg: DictConfig) -> None:
     from qdm_lightning.reporting.terminal import print_closing
 
     result = train(cfg)
-    print_closing(result.metrics, result.run_dir, following=FOLLOWING)
+    print_closing(result.metrics, result.run_dir, _following(result))
+
+
+def _following(result: Result) -> list[tuple[str, str]]:
+    """What to type after a run: (command, what it does)."""
+    command = "python -m qdm_lightning.train"
+    if "student" not in result.metrics:
+        return [(f"{command} teacher=checkpoint teacher.path={result.run_dir}", "a student of this teacher")]
+    return [
+        (f"{command} taq=off nem=off", "the same student without TaQ and NeM, same teacher"),
+        (f"{command} quant=w3a3", "fewer bits, same teacher"),
+        (f"{command} --help", "everything else"),
+    ]
 
 
 def main() -> None:

@@ -32,6 +32,9 @@ class Stage(Protocol):
     def advance(self, n: int = 1, **fields: Any) -> None:
         """`n` more units are done; `fields`, such as `loss`, are shown from now on."""
 
+    def skip(self, n: int) -> None:
+        """`n` units were done before, by the run that this one goes on with: they count, but not for the rate."""
+
 
 def duration(seconds: float) -> str:
     """Minutes and seconds, with hours where there are any.
@@ -128,6 +131,9 @@ class _Silent:
     def advance(self, n: int = 1, **fields: Any) -> None:
         pass
 
+    def skip(self, n: int) -> None:
+        pass
+
 
 class _Bar:
     def __init__(self, bars: RichProgress, task: TaskID, unit: str, clock: Callable[[], float]) -> None:
@@ -140,35 +146,41 @@ class _Bar:
         rate = _rate(self._done, self._clock() - self._begin, self._unit)
         self._bars.update(self._task, advance=n, rate=rate, shown=_shown(self._fields))
 
+    def skip(self, n: int) -> None:
+        self._bars.reset(self._task, completed=n)
+
 
 class _Plain:
     """Prints a line at each tenth of the stage."""
 
     def __init__(self, name: str, total: int, unit: str, say: Callable[[str], None], clock: Callable[[], float]) -> None:
         self._name, self._total, self._unit, self._say, self._clock = name, total, unit, say, clock
-        self._begin, self._done, self._printed, self._fields = clock(), 0, 0, dict[str, Any]()
+        self._begin, self._done, self._before, self._fields = clock(), 0, 0, dict[str, Any]()
+        self._printed = -1  # units at the last line
 
     def advance(self, n: int = 1, **fields: Any) -> None:
-        self._done += n
+        last, self._done = self._done, self._done + n
         self._fields |= fields
-        tenth = self._done * PLAIN_LINES // self._total if self._total else 0
-        if tenth > self._printed:
-            self._printed = tenth
-            self._say(self._line())
+        if self._total and self._done * PLAIN_LINES // self._total > last * PLAIN_LINES // self._total:
+            self._print()
+
+    def skip(self, n: int) -> None:
+        self._done = self._before = n
 
     def finish(self) -> None:
-        if self._done * PLAIN_LINES // max(self._total, 1) > self._printed or self._done == 0 or self._printed == 0:
-            self._say(self._line())
+        if self._printed != self._done:
+            self._print()
 
-    def _line(self) -> str:
-        spent = self._clock() - self._begin
+    def _print(self) -> None:
+        self._printed = self._done
+        spent, new = self._clock() - self._begin, self._done - self._before
         left = (
-            f"{duration(spent / self._done * (self._total - self._done))} left"
-            if 0 < self._done < self._total
+            f"{duration(spent / new * (self._total - self._done))} left"
+            if new and self._done < self._total
             else duration(spent)
         )
-        parts = [_rate(self._done, spent, self._unit), left, _shown(self._fields)]
-        return f"{self._name}: {self._done}/{self._total} {self._unit}, " + ", ".join(part for part in parts if part)
+        parts = [_rate(new, spent, self._unit), left, _shown(self._fields)]
+        self._say(f"{self._name}: {self._done}/{self._total} {self._unit}, " + ", ".join(part for part in parts if part))
 
 
 def rank() -> int:
@@ -183,7 +195,7 @@ def _number(value: Any) -> str:
 
 
 def closing_table(metrics: Mapping[str, Any]) -> Table:
-    """Table `teacher | student | ratio` of the scalars in `metrics` (as in metrics.json), the floor as its caption."""
+    """Table `teacher | student | ratio` of the measurements (floats) in `metrics` (as in metrics.json), the floor as its caption."""
     teacher, student = metrics.get("teacher") or {}, metrics.get("student") or {}
     floor = metrics.get("floor") or {}
     caption = ", ".join(f"{name} {_number(value)} between two halves of the real images" for name, value in floor.items())
@@ -193,7 +205,7 @@ def closing_table(metrics: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="right")
     for name in dict.fromkeys([*teacher, *student]):
         values = (teacher.get(name), student.get(name))
-        scalars = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+        scalars = [value for value in values if isinstance(value, float)]
         if not scalars:
             continue
         ratio = f"{values[1] / values[0]:.2f}" if len(scalars) == 2 and values[0] else "-"
@@ -215,7 +227,8 @@ def print_closing(
         return
     console = console or Console(soft_wrap=True)
     console.print(closing_table(metrics))
-    lines = [f"pictures: {run_dir / 'samples.png'} (teacher above student, same seeds)", f"all else: {run_dir}"]
+    rows = " (teacher above student, same seeds)" if metrics.get("student") else ""
+    lines = [f"pictures: {run_dir / 'samples.png'}{rows}", f"all else: {run_dir}"]
     if following:
         wide = max(len(command) for command, _ in following)
         lines += ["next:", *(f"  {command:{wide}}  {what}" for command, what in following)]

@@ -1,0 +1,148 @@
+"""Bad input: one line that says what is allowed, exit status 2, no traceback, nothing written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qdm_lightning import cli, config
+from qdm_lightning.config import build
+
+HERE = Path(__file__).parent
+
+CASES = {
+    # names
+    "quant=w5": "quant=w5 is not an option: choose one of fp32, w2a2, w3a3, w4a4, w4a8, w8a8",
+    "taq=normalise": "for example taq=normalize",
+    "quant=5": "quant=5: a group takes the name of an option",
+    "experiment=null": "experiment=null: a group takes the name of an option",
+    "qunat=w4a4": "did you mean quant?",
+    "sampler.step=5": "did you mean sampler.steps?",
+    "max_steps=5": "did you mean teacher.max_steps or trainer.max_steps?",
+    "+unknown=1": "unknown is not a setting",
+    "++unknown=1": "unknown is not a setting",
+    "+taq.foo=1": "taq.foo is not a setting: taq has _target_, psi, scope",
+    "+sampler.foo=1": "sampler.foo is not a setting",
+    "quant@other=w4a4": "quant@other is not a group",
+    "~taq": "taq is missing",
+    # types and values
+    "sampler.steps=abc": "sampler.steps=abc is not allowed: sampler.steps must be an integer",
+    "seed=1.5": "seed must be an integer",
+    "seed=null": "seed=null is not allowed: seed needs a value",
+    "seed=-1": "seed=-1 is not allowed: it must be at least 0",
+    "trainer.devices=[1]": "trainer.devices must be int or str",
+    "quant.weight_bits=9": "quant.weight_bits=9 is not allowed: choose one of 2, 3, 4, 5, 6, 7, 8, 32",
+    "quant.rules={conv_in:9}": "quant.rules.conv_in=9 is not allowed",
+    "num_samples=1": "num_samples=1 is not allowed",
+    "sampler.steps=${nowhere}": "Interpolation key 'nowhere' not found",
+    "logger.mode=sometimes": "choose one of offline, online",
+    "taq.scope=everywhere": "choose one of attention, all",
+    "data=images": "data.path=<folder",
+    "data=images data.path=/does/not/exist": "data.path=/does/not/exist: nothing there",
+    "teacher=checkpoint": "teacher.path=<folder>",
+    "teacher=checkpoint teacher.path=/does/not/exist": "teacher.path=/does/not/exist: nothing there",
+    "teacher=pretrained teacher.path=/does/not/exist": "/does/not/exist has no config.json",
+    "metrics=custom": "metrics._target_=<package.module.Class>",
+    "metrics._target_=no.such.Network": "metrics._target_ cannot be imported: Error loading 'no.such.Network'",
+    "metrics._target_=torch.nn.Linear": "metrics: Linear.__init__() missing 2 required positional arguments",
+    "quant.act_quantizer.nonsense=1": "quant.act_quantizer.nonsense is not an argument of",
+    "callbacks.mine=3": "callbacks.mine needs a _target_",
+    # combinations
+    "sampler.steps=1001": "at most 1000",
+    "taq=ema taq.groups=1001": "at most 1000",
+    "model=unet_small": "the images are 8 pixels wide, the network takes 16: type model.sample_size=8 or another model=",
+    "model.in_channels=3 model.out_channels=3": "the images have 1 channel(s), the network takes 3",
+    "quant=fp32 taq=normalize": "type taq=off",
+    "quant=fp32 nem=add": "type nem=off",
+    "quant=fp32 quant.mode=ptq": "type quant.mode=qat",
+    "quant=fp32 teacher=checkpoint teacher.path=/": "leave out teacher=checkpoint",
+    "quant.mode=ptq nem=on_policy": "type nem=replace",
+    "teacher=pretrained teacher.path=a/b model=unet_digits": "leave out the other model",
+    "trainer.devices=3": "type a multiple of 3",
+    "trainer=gpu": "type trainer=auto or trainer=cpu",
+    # the command line itself
+    "word": "'word' is not understood",
+    "seed=(": "seed=(",
+    "seed=1,2": "seed=1,2 gives several values: add -m",
+    "--nonsense": "unrecognized arguments: --nonsense",
+    "--cfg": "--cfg",
+    "--config-name=nothing": "there is no nothing.yaml",
+    "--config-dir=/does/not/exist": "--config-dir=/does/not/exist is not a folder",
+    "--config-path=/": "--config-dir",
+    "--experimental-rerun=x": "run=<folder of the run>",
+    "run=/does/not/exist": "run=/does/not/exist is not a folder",
+    "run=.": "run=. has no config.yaml",
+    # every job of a sweep, before the first
+    "-m seed=0,1 quant=w4a4,w5": "quant=w5 is not an option",
+    "-m quant=w4a4,fp32 taq=off,normalize nem=off": "job 3 (quant=fp32 taq=normalize nem=off): a run with quant=fp32",
+    "-m sampler.steps=10,2000": "job 1 (sampler.steps=2000)",
+    "hydra.mode=MULTIRUN seed=0,-1": "job 1 (seed=-1)",
+    "--cfg job quant=w5": "quant=w5 is not an option",
+    "--cfg job +unknown=1": "unknown is not a setting",
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(config, "accelerators", set)
+    return tmp_path
+
+
+def refuse(argv: list[str], capsys, task=None) -> str:
+    """Run the command in this process; returns its one line."""
+    with pytest.raises(SystemExit) as end:
+        cli.run("train", task or pytest.fail, check=build, examples=(), argv=argv)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("typed", CASES)
+def test_one_line_and_nothing_written(typed, folder, capsys):
+    assert CASES[typed] in refuse(typed.split(), capsys)
+    assert list(folder.iterdir()) == []
+
+
+def test_beside_run_only_the_logger_may_be_given(folder, capsys):
+    (folder / "config.yaml").write_text("seed: 0\n")
+    assert "seed=3 cannot be given with run=" in refuse(["run=.", "seed=3"], capsys)
+    assert "leave out -m" in refuse(["-m", "run=."], capsys)
+
+
+def test_bad_input_found_by_the_task_removes_its_folder(folder, capsys):
+    def task(cfg):
+        raise cli.UserError("picture 3\nis damaged")
+
+    assert "error: picture 3 is damaged" in refuse([], capsys, task)
+    assert list(folder.iterdir()) == []
+
+
+def test_bad_input_found_by_the_task_leaves_what_others_wrote(folder, capsys):
+    def task(cfg):
+        Path("outputs/valuable").mkdir()
+        raise cli.UserError("no")
+
+    refuse([], capsys, task)
+    assert [p.name for p in (folder / "outputs").iterdir()] == ["valuable"]
+
+
+def test_a_fault_of_ours_keeps_its_traceback(folder, capsys):
+    def task(cfg):
+        raise ValueError("in the middle of training")
+
+    with pytest.raises(ValueError, match="in the middle"):
+        cli.run("train", task, check=build, examples=(), argv=[])
+
+
+@pytest.mark.parametrize("typed", ["quant=w5", "+unknown=1"])
+def test_as_a_command(typed, tmp_path):
+    ran = subprocess.run([sys.executable, "-m", "qdm_lightning.train", typed], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert ran.stdout == ""
+    assert len(ran.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
