@@ -99,7 +99,7 @@ def set_mode(mode: str) -> None:
     """`auto` compiles where that works, `on` insists (RuntimeError otherwise), `off` runs eager."""
     if mode not in ("auto", "on", "off"):
         raise ValueError(f"compile mode {mode} is not allowed: choose one of auto, on, off")
-    _backend.mode, _backend.chosen = mode, None
+    _backend.mode, _backend.chosen, _backend.reason = mode, None, ""
 
 
 def record() -> dict[str, str]:

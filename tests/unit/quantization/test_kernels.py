@@ -1,0 +1,163 @@
+"""Compiled equals eager, and whatever keeps the compiler from running is seen."""
+
+import functools
+
+import pytest
+import torch
+
+from qdm_lightning.quantization import kernels
+from qdm_lightning.quantization.layers import swap
+from qdm_lightning.quantization.quantizer import LSQActivation, LSQWeight
+from qdm_lightning.quantization.ste import fake_quantize
+from qdm_lightning.quantization.taq import NormalizedActivation
+
+CASES = {
+    "vector": ((7,), 1),
+    "linear input": ((4, 33), 1),
+    "linear weight": ((33, 17), 33),
+    "pointwise weight": ((8, 1, 1, 1), 8),
+    "convolution weight": ((16, 3, 3, 3), 16),
+    "activation": ((4, 16, 9, 9), 1),
+    "activation by sample": ((5, 16, 9, 9), 5),
+    "large activation": ((2, 32, 65, 65), 1),
+    "one sample": ((1, 16, 8, 8), 1),
+    "attention operand": ((4, 2, 64, 8), 4),
+}
+GRIDS = [(0, 15), (0, 3), (0, 255), (-8, 7), (-2, 1)]
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def traced(monkeypatch, fresh_compiler):
+    """torch.compile without its slow half: dynamo traces, guards and recompiles, the graph runs as it is."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+
+def run(shape, rows, qmin, qmax, dtype=torch.float32):
+    """x_hat and all gradients."""
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(shape, generator=generator).to(dtype)
+    if x.ndim == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    scale = torch.rand(rows, generator=generator) * 0.5 + 0.1
+    zero_point = torch.full((rows,), float((qmin + qmax + 1) // 2))
+    inputs = [t.requires_grad_() for t in (x, scale, zero_point)]
+    out = fake_quantize(x, scale, zero_point, qmin, qmax, 0.5)
+    return out.detach(), *torch.autograd.grad(out, inputs, torch.randn(shape, generator=generator).to(dtype))
+
+
+def run_all(grids, dtypes):
+    return {(case, grid, dtype): run(*CASES[case], *grid, dtype) for dtype in dtypes for grid in grids for case in CASES}
+
+
+def test_compiled_equals_eager(fresh_compiler):
+    """Forward and the gradient to x exactly; sums in another order to 1e-6 of what is summed."""
+    moments = {shape: torch.randn(shape) * 3 + 1 for shape in ((6, 1536), (1, 77), (4, 4096))}
+    eager = run_all(GRIDS[:1] + GRIDS[3:4], [torch.float32])
+    eager_moments = {shape: kernels.row_moments(x, 1e-5) for shape, x in moments.items()}
+    kernels.set_mode("on")
+    compiled = run_all(GRIDS[:1] + GRIDS[3:4], [torch.float32])
+    for name, expected in eager.items():
+        for found, wanted in zip(compiled[name][:2], expected[:2], strict=True):
+            assert torch.equal(found, wanted), name
+            assert found.stride() == wanted.stride(), name
+        size = expected[1].abs().sum() * 255
+        for found, wanted in zip(compiled[name][2:], expected[2:], strict=True):
+            assert (found - wanted).abs().max() <= 1e-6 * size, name
+    for shape, x in moments.items():
+        for found, wanted in zip(kernels.row_moments(x, 1e-5), eager_moments[shape], strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    assert kernels.record() == {"fake_quantization": "compiled", "reason": "torch.compile"}
+
+
+def test_every_shape_and_grid_is_one_of_a_few_variants(traced):
+    """Well within dynamo's limit of 8: a vector, rows, and rows of one element."""
+    kernels.set_mode("on")
+    found = run_all(GRIDS, [torch.float32])
+    assert [variants(name) for name in ("_forward", "_backward")] == [3, 3]
+    assert kernels.record()["fake_quantization"] == "compiled"
+    kernels.set_mode("off")
+    for name, expected in run_all(GRIDS, [torch.float32]).items():
+        assert all(torch.equal(a, b) for a, b in zip(found[name], expected, strict=True)), name
+    assert kernels.record() == {"fake_quantization": "eager", "reason": "asked for"}
+
+
+def variants(function):
+    """How often dynamo has compiled a function of the module."""
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    return len(_debug_get_cache_entry_list(getattr(kernels, function).__code__))
+
+
+def test_training_in_bfloat16_and_sampling_stay_within_the_limit(traced):
+    kernels.set_mode("auto")
+    quantizers = [NormalizedActivation(bits=2), LSQActivation(bits=8)]
+    model = torch.nn.Conv2d(3, 1, 3)
+    layer = swap(model, LSQWeight(bits=2, weight=model.weight), quantizers[0])
+    for batch in (4, 3, 1):
+        x = torch.randn(batch, 3, 9 + batch, 9).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = quantizers[1](layer.train()(x))
+            assert y.dtype == torch.bfloat16
+            quantizers[0](y)
+        y.float().sum().backward()
+        with torch.no_grad():
+            quantizers[1](layer.eval()(x))
+    assert kernels.record()["fake_quantization"] == "compiled"
+    assert max(variants(name) for name in ("_forward", "_backward", "_row_moments")) <= 8
+
+
+def broken(*args, **kwargs):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no C++ compiler\nmore lines")
+
+    return fail
+
+
+def test_auto_runs_eager_without_a_compiler_and_says_so(monkeypatch):
+    expected = run(*CASES["activation"], 0, 15)
+    monkeypatch.setattr(torch, "compile", broken)
+    kernels.set_mode("auto")
+    assert kernels.record() == {"fake_quantization": "unused", "reason": ""}
+    assert all(torch.equal(a, b) for a, b in zip(run(*CASES["activation"], 0, 15), expected, strict=True))
+    assert kernels.record() == {"fake_quantization": "eager", "reason": "compiling failed: no C++ compiler"}
+
+
+def test_on_insists(monkeypatch):
+    monkeypatch.setattr(torch, "compile", broken)
+    kernels.set_mode("on")
+    with pytest.raises(RuntimeError, match=r"trainer.compile=on, .* failed: no C\+\+ compiler; type trainer.compile=off"):
+        run(*CASES["activation"], 0, 15)
+
+
+def test_the_recompile_limit_is_seen(traced):
+    kernels.set_mode("auto")
+    run(*CASES["activation"], 0, 15)
+    assert kernels.record()["fake_quantization"] == "compiled"
+    with torch._dynamo.config.patch(recompile_limit=1):
+        found = run(*CASES["activation"], 0, 15, torch.bfloat16)
+    assert kernels.record()["fake_quantization"] == "eager"
+    assert kernels.record()["reason"].startswith("recompile limit: ")
+    assert all(torch.equal(a, b) for a, b in zip(found, run(*CASES["activation"], 0, 15, torch.bfloat16), strict=True))
+
+
+def test_on_raises_at_the_recompile_limit(traced):
+    kernels.set_mode("on")
+    run(*CASES["activation"], 0, 15)
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        run(*CASES["activation"], 0, 15, torch.bfloat16)
+
+
+def test_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="compile mode fast is not allowed: choose one of auto, on, off"):
+        kernels.set_mode("fast")
+
+
+def test_gradient_factor():
+    assert kernels.gradient_factor(100, 4) == 0.05
