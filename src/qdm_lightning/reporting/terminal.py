@@ -195,11 +195,9 @@ def _number(value: Any) -> str:
 
 
 def closing_table(metrics: Mapping[str, Any]) -> Table:
-    """Table `teacher | student | ratio` of the measurements (floats) in `metrics` (as in metrics.json), the floor as its caption."""
+    """Table `teacher | student | ratio` of the measurements (floats) in `metrics` (as in metrics.json)."""
     teacher, student = metrics.get("teacher") or {}, metrics.get("student") or {}
-    floor = metrics.get("floor") or {}
-    caption = ", ".join(f"{name} {_number(value)} between two halves of the real images" for name, value in floor.items())
-    table = Table(caption=caption or None)
+    table = Table()
     table.add_column("")
     for column in ("teacher", "student", "ratio") if student else ("teacher",):
         table.add_column(column, justify="right")
@@ -228,7 +226,10 @@ def print_closing(
     console = console or Console(soft_wrap=True)
     console.print(closing_table(metrics))
     rows = " (teacher above student, same seeds)" if metrics.get("student") else ""
-    lines = [f"pictures: {run_dir / 'samples.png'}{rows}", f"all else: {run_dir}"]
+    floor = [
+        f"{name} {_number(value)} between two halves of the real images" for name, value in metrics.get("floor", {}).items()
+    ]
+    lines = [*floor, f"pictures: {run_dir / 'samples.png'}{rows}", f"all else: {run_dir}"]
     if following:
         wide = max(len(command) for command, _ in following)
         lines += ["next:", *(f"  {command:{wide}}  {what}" for command, what in following)]

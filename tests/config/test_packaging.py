@@ -1,0 +1,56 @@
+"""The wheel: `conf/` ships inside, and the command runs from any folder with a user's own options."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, unpacked as pip would."""
+    folder = tmp_path_factory.mktemp("wheel")
+    [wheel] = WheelBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_every_configuration_ships(installed):
+    shipped = {path.relative_to(installed / "qdm_lightning" / "conf") for path in (installed / "qdm_lightning").rglob("*.yaml")}
+    assert shipped == {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml")}
+
+
+def test_data_and_weights_ship(installed):
+    for name in ("data/assets/digits.npz", "metrics/assets/digits.safetensors"):
+        assert (installed / "qdm_lightning" / name).read_bytes() == (ROOT / "src/qdm_lightning" / name).read_bytes()
+
+
+def test_runs_from_any_folder_with_options_of_ones_own(installed, tmp_path):
+    mine = tmp_path / "mine" / "sampler"
+    mine.mkdir(parents=True)
+    (mine / "quick.yaml").write_text("# Mine.\nkind: ddim\nsteps: 3\n")
+    ran = subprocess.run(
+        [sys.executable, "-m", "qdm_lightning.train", "--config-dir=mine", "sampler=quick", "--cfg", "job"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert OmegaConf.create(ran.stdout).sampler.steps == 3
+    where = subprocess.run(
+        [sys.executable, "-c", "from qdm_lightning.schema import CONF_DIR; print(CONF_DIR)"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    assert where.stdout.strip() == str(installed / "qdm_lightning" / "conf")
