@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,37 @@ def atomic_path(path: Path) -> Iterator[Path]:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`; after the block its files are synced and it takes the place of `path`.
+
+    After an error in the block `path` is what it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    new = scratch / "new"
+    new.mkdir()
+    try:
+        yield new
+        for file in [*sorted(new.rglob("*")), new]:
+            _sync(file)
+        if path.exists():
+            path.rename(scratch / "old")
+        new.rename(path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(scratch)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder to disk, so that a rename never publishes what a crash could empty."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, data: Any) -> None:

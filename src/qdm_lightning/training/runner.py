@@ -27,6 +27,7 @@ from qdm_lightning.training.loggers import CSVMetrics
 from qdm_lightning.training.module import DiffusionModule
 from qdm_lightning.training.record import git_commit, hardware, versions
 from qdm_lightning.training.student import calibrate_student, prepare_student
+from qdm_lightning.training.student_files import save_student
 from qdm_lightning.training.teacher import obtain_teacher
 
 GRID_IMAGES = 16
@@ -94,6 +95,7 @@ def _stages(experiment: Experiment, held_out: HeldOut, progress: Any, loggers: l
     if not experiment.quant.is_float:
         module, fitted = _train_student(experiment, unet, held_out, measurer, progress, loggers, clock)
         student = module.ema_student
+        save_student(student.unet, experiment, experiment.run_dir / "student")
         metrics["student"] = {"bits": [experiment.quant.weight_bits, experiment.quant.act_bits], **fitted}
         teacher = module.teacher or teacher
     rows, labels = _measure(experiment, measurer, teacher, student, held_out, metrics, progress, clock)

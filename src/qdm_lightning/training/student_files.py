@@ -1,0 +1,194 @@
+"""A student as a folder: weights as safetensors, and beside them what builds the network around them again.
+
+    student = qdm_lightning.load_student("outputs/<run>")
+    with qdm_lightning.quantization.timesteps(t):
+        eps = student(x, t).sample
+
+`config.json` names the quantizers by dotted paths, as the run's configuration did. A path in a file runs code: those of this
+package must be quantizers, any other one must be trusted by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Collection
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from lightning.pytorch.utilities import rank_zero_only
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qdm_lightning.quantization.preparation import Quantizers, prepare
+from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuantizer
+from qdm_lightning.quantization.spec import QuantConfig
+from qdm_lightning.targets import is_ours, targets
+from qdm_lightning.training.experiment import Experiment
+from qdm_lightning.training.files import atomic_folder
+
+FORMAT = 1
+"""Raised when a folder of an older version could no longer be read as it was meant."""
+
+FOLDER, CONFIG, WEIGHTS = "student", "config.json", "model.safetensors"
+BITS = ("weight_bits", "act_bits", "qkv_bits", "probs_bits", "edge_bits", "rules")
+ROLES: dict[str, type[nn.Module]] = {
+    "weight": WeightQuantizer,
+    "activation": ActivationQuantizer,
+    "attention": ActivationQuantizer,
+}
+
+
+@rank_zero_only
+def save_student(student: nn.Module, experiment: Experiment, folder: Path) -> None:
+    """Write a student's folder, whole or not at all; an older one is replaced.
+
+    Args:
+        student: the prepared U-Net, any device and memory layout.
+        experiment: of its run, with the resolved configuration.
+        folder: `config.json` and `model.safetensors` go there.
+
+    Raises:
+        ValueError: the student's state holds something that is no tensor.
+    """
+    state = student.state_dict()
+    foreign = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if foreign:
+        raise ValueError(f"{foreign[0]} of the student is no tensor: a quantizer must keep its state in parameters and buffers")
+    with atomic_folder(folder) as beside:
+        text = json.dumps(_settings(student, experiment), indent=2)
+        (beside / CONFIG).write_text(text + "\n", "utf-8")
+        whole = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+        save_file(whole, beside / WEIGHTS, metadata={"format": "pt"})
+
+
+def _settings(student: Any, experiment: Experiment) -> dict[str, Any]:
+    quant, taq = experiment.resolved["quant"], dict(experiment.resolved["taq"])
+    scope = taq.pop("scope", None)
+    attention = taq if taq.get("_target_") else quant["act_quantizer"]
+    return {
+        "format": FORMAT,
+        "unet": {**json.loads(student.to_json_string()), "dropout": 0.0},
+        "diffusion": asdict(experiment.diffusion),
+        "quant": {name: quant[name] for name in BITS},
+        "quantizers": {
+            "weight": quant["weight_quantizer"],
+            "activation": attention if scope == "all" else quant["act_quantizer"],
+            "attention": attention,
+        },
+    }
+
+
+def load_student(folder: str | Path, *, trusted: Collection[str] = ()) -> nn.Module:
+    """The quantized student of a run: a `UNet2DModel` in eval mode, on the CPU, channels-last, as it was measured.
+
+    Under `with quantization.timesteps(t):` its output `student(x, t).sample`, (B, C, H, W), is that of the run's student,
+    bit for bit (same machine, versions and threads).
+
+    Args:
+        folder: of a run, or its `student` folder.
+        trusted: dotted paths outside this package that the file may name as quantizers; they are imported and run.
+
+    Raises:
+        FileNotFoundError: no student there.
+        ValueError: a damaged or foreign file, a quantizer that is not trusted or cannot be imported, weights that do not fit.
+    """
+    place = _place(Path(folder).expanduser())
+    settings = read_settings(place)
+    quantizers = Quantizers(
+        **{role: _quantizer(place / CONFIG, role, settings["quantizers"][role], frozenset(trusted)) for role in ROLES}
+    )
+    try:
+        state = load_file(place / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{place / WEIGHTS} is damaged: {_first(error)}") from error
+    try:
+        bits = QuantConfig(**settings["quant"])
+        unet = UNet2DModel.from_config(settings["unet"])
+        # The float weights come first: a quantizer may look at the weight that it is made for.
+        unet.load_state_dict({name: state[name] for name in unet.state_dict()})
+        prepare(unet, bits, quantizers)
+        unet.load_state_dict(state)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{place}: {CONFIG} and {WEIGHTS} do not make a student: {_first(error)}") from error
+    student: nn.Module = unet.to(memory_format=torch.channels_last).eval()
+    return student
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What `config.json` of a student's folder says: `unet`, `diffusion`, `quant`, `quantizers`. Runs no code.
+
+    Raises:
+        ValueError: the file is damaged, or of another format.
+    """
+    file = folder / CONFIG
+    try:
+        settings = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {_first(error)}") from error
+    if not isinstance(settings, dict) or "format" not in settings:
+        raise ValueError(f"{file} does not describe a student of ours")
+    if settings["format"] != FORMAT:
+        raise ValueError(
+            f"{file} has format {settings['format']}, this version reads {FORMAT}: load it with the version it is of"
+        )
+    wanted = {"unet": dict, "diffusion": dict, "quant": dict, "quantizers": dict}
+    for name, kind in wanted.items():
+        if not isinstance(settings.get(name), kind):
+            raise ValueError(f"{file} is damaged: {name} is missing")
+    for role in ROLES:
+        if not isinstance(settings["quantizers"].get(role), dict) or not settings["quantizers"][role].get("_target_"):
+            raise ValueError(f"{file} is damaged: quantizers.{role}._target_ is missing")
+    return settings
+
+
+def _place(folder: Path) -> Path:
+    for place in (folder / FOLDER, folder):
+        if (place / CONFIG).is_file() and (place / WEIGHTS).is_file():
+            return place
+    raise FileNotFoundError(f"{folder} holds no student: give the folder of a run, or one with {CONFIG} and {WEIGHTS}")
+
+
+def _quantizer(file: Path, role: str, node: dict[str, Any], trusted: frozenset[str]) -> Callable[..., Any]:
+    """The factory that a node names. Ours must be quantizers; other code runs only if it is trusted."""
+    for key, target in targets(node, f"quantizers.{role}"):
+        if isinstance(target, str) and target in trusted:
+            continue
+        if not (isinstance(target, str) and is_ours(target)):
+            raise ValueError(
+                f"{file} would run {target} ({key}._target_), which is not part of qdm_lightning: "
+                f"if you trust it, load_student(..., trusted=[{target!r}])"
+            )
+        found = _locate(file, target)
+        if not (isinstance(found, type) and issubclass(found, ROLES[role])):
+            raise ValueError(f"{file}: {key}._target_={target} is no {ROLES[role].__name__}")
+    return _factory(file, node)
+
+
+def _factory(file: Path, node: dict[str, Any]) -> Callable[..., Any]:
+    """A node as a partial of its `_target_`; nodes inside it are called."""
+    options = {name: _value(file, value) for name, value in node.items() if not (name.startswith("_") and name.endswith("_"))}
+    return functools.partial(_locate(file, node["_target_"]), *_value(file, node.get("_args_", [])), **options)
+
+
+def _value(file: Path, value: Any) -> Any:
+    if isinstance(value, dict):
+        return _factory(file, value)() if "_target_" in value else {name: _value(file, v) for name, v in value.items()}
+    return [_value(file, v) for v in value] if isinstance(value, list) else value
+
+
+def _locate(file: Path, target: str) -> Any:
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file}: {target} cannot be imported: {_first(error)}") from error
+
+
+def _first(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
