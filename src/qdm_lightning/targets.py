@@ -62,7 +62,8 @@ def check_targets(plain: Any, trusted: Collection[str] = ()) -> None:
         ValueError: a `_target_` (None aside) is not allowed; the message says how to trust it.
     """
     for key, target in targets(plain):
-        if target is not None and target not in trusted and not (isinstance(target, str) and is_ours(target)):
+        allowed = target is None or (isinstance(target, str) and (target in trusted or is_ours(target)))
+        if not allowed:
             raise ValueError(
                 f"the stored configuration would run {target} ({key}._target_), which is not part of {PACKAGE}: "
                 f"if you trust it, type {key}._target_={target} as well, or --config-dir=<the folder that names it>"
