@@ -12,7 +12,7 @@ import numpy as np
 
 
 def interleave(variants: Mapping[str, Callable[[], None]], rounds: int, warmup: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each of `rounds` counted rounds, after `warmup` rounds; the order turns from round to round."""
+    """Seconds of each variant in each of `rounds` rounds, after `warmup` more; the order turns from round to round."""
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in range(warmup + rounds):

@@ -2,8 +2,8 @@
 
     python benchmarks/train_step.py [--rounds 15] [--threads 2]
 
-All variants quantize the same layers of one U-Net at W4A4: ours as trained (TaQ `normalize`, quantized attention), LSQ+ in plain
-tensor operations, torch's learnable fake-quantize operator, brevitas. The last line is one JSON object.
+All variants quantize the same layers of one U-Net at W4A4: ours as trained (TaQ `normalize`, quantized attention), LSQ+ in
+plain tensor operations, torch's learnable fake-quantize operator, brevitas. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from hydra.utils import instantiate
 from pairs import interleave, ratio, report
 from torch import Tensor, nn
 
-from qdm_lightning.config import CONF_DIR
 from qdm_lightning.quantization import LSQActivation, LSQWeight, NormalizedActivation, QuantConfig, Quantizers, kernels, prepare
 from qdm_lightning.quantization.layers import QuantizedLayer
+from qdm_lightning.schema import CONF_DIR
 from qdm_lightning.training.denoiser import Denoiser
 
 
@@ -89,7 +89,9 @@ def quantized(model: nn.Module, quantizers: Quantizers) -> nn.Module:
                 module.log_scale.fill_(math.log(4 / module.qmax))
                 module.zero_point.fill_(module.qmax // 2)
             elif isinstance(module, QuantizedLayer) and isinstance(module.weight_quantizer, LSQWeight):
-                module.weight_quantizer.log_scale.copy_((module.weight.flatten(1).abs().amax(1) / module.weight_quantizer.qmax).log())
+                module.weight_quantizer.log_scale.copy_(
+                    (module.weight.flatten(1).abs().amax(1) / module.weight_quantizer.qmax).log()
+                )
     return copied
 
 
@@ -157,7 +159,18 @@ def step(model: nn.Module, batch: int, channels_last: bool = True) -> Callable[[
 
 def peak_memory(variant: str, model: str, batch: int, threads: int) -> int:
     """Bytes by which three steps raise a fresh process's resident memory over what it held before the network."""
-    command = [sys.executable, __file__, "--memory-of", variant, "--model", model, "--batch", str(batch), "--threads", str(threads)]
+    command = [
+        sys.executable,
+        __file__,
+        "--memory-of",
+        variant,
+        "--model",
+        model,
+        "--batch",
+        str(batch),
+        "--threads",
+        str(threads),
+    ]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return int(out.splitlines()[-1])
 

@@ -70,7 +70,7 @@ class TrainConfig:
 
     seed: int = 0
     run: str | None = None
-    num_samples: int = 1000
+    num_samples: int = 1024
     tags: list[str] = field(default_factory=list)
     data: Any = MISSING
     model: Any = MISSING
@@ -136,7 +136,28 @@ def register() -> None:
         for name, schema in schemas.items():
             store.store(group=group, name=f"base_{name}", node=schema)
     OmegaConf.register_new_resolver("qdm.run_name", lambda _root_: run_name(_root_), replace=True)
+    OmegaConf.register_new_resolver(
+        "qdm.unless_float", lambda value, other, _root_: other if _is_float(_root_) else value, replace=True
+    )
+    OmegaConf.register_new_resolver(
+        "qdm.unless_trial", lambda value, other, _root_: other if _is_trial(_root_) else value, replace=True
+    )
     OmegaConf.register_new_resolver("qdm.expanduser", lambda path: str(Path(path).expanduser()), replace=True)
+
+
+TRIAL_STEPS = 1000
+"""A run of fewer training steps is a trial: `${qdm.unless_trial:50000,16}` does not ask it for 50,000 images."""
+
+
+def _is_trial(root: DictConfig) -> bool:
+    return bool(root.trainer.max_steps < TRIAL_STEPS)
+
+
+def _is_float(root: DictConfig) -> bool:
+    """True where the run is a teacher, as `QuantConfig.is_float`, without the checks."""
+    q = root.quant
+    attention = q.act_bits if q.qkv_bits is None else q.qkv_bits
+    return {q.weight_bits, q.act_bits, attention, q.probs_bits, q.edge_bits, *q.rules.values()} == {32}
 
 
 def _default_target(schema: type) -> str | None:

@@ -74,7 +74,7 @@ class SamplerConfig:
 
     kind: str = "ddim"
     steps: int = 50
-    micro_batch: int = 64
+    micro_batch: int = 128
     eta: float = 0.0
     spacing: str = "uniform"
     variance: str = "fixed_large"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -95,7 +96,10 @@ class QuantizedAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if self.probabilities is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5  # softmax in float32 under autocast too
+        # One pass for product and factor; softmax in float32 under autocast too.
+        unused = q.new_zeros(())
+        scores = torch.baddbmm(unused, q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=q.shape[-1] ** -0.5)
+        scores = scores.view(*q.shape[:3], k.shape[2])
         if mask is not None:
             scores = scores + mask
         return self.probabilities(scores.float().softmax(dim=-1).to(v.dtype)) @ v

@@ -101,6 +101,7 @@ class TaQEma(TaQNormalize):
     _target_: str = "qdm_lightning.quantization.taq.EMANormalizedActivation"
     groups: int = 20
     momentum: float = 0.95
+    num_train_timesteps: int = 1000
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,6 +115,7 @@ class TaQScale(TaQOff):
 
     _target_: str = "qdm_lightning.quantization.taq.GroupedActivation"
     groups: int = 20
+    num_train_timesteps: int = 1000
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -72,29 +72,19 @@ class _FakeQuantize(torch.autograd.Function):
         ctx: FunctionCtx, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, scale_gradient: float
     ) -> Tensor:
         rows = scale.numel()
-        scale, zero_point = scale.contiguous(), zero_point.contiguous()
+        column = (rows, 1) if rows > 1 else (1,)
         order = kernels.memory_order(x, keep_first=rows > 1)
-        flat = kernels.flatten(x, order, rows)
-        ctx.save_for_backward(x, scale, zero_point)
-        ctx.constants = (order, qmin, qmax, scale_gradient)  # type: ignore[attr-defined]
-        shape = (rows, 1) if rows > 1 else (1,)
-        out = kernels.forward(flat, scale.view(shape), zero_point.view(shape), qmin, qmax)
-        return kernels.unflatten(out, x.shape, order)
+        flat, s, z = kernels.flatten(x, order, rows), scale.reshape(column), zero_point.reshape(column)
+        ctx.save_for_backward(flat, s, z)
+        ctx.constants = (x.shape, scale.shape, order, qmin, qmax, scale_gradient)  # type: ignore[attr-defined]
+        return kernels.unflatten(kernels.forward(flat, s, z, qmin, qmax), x.shape, order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, zero_point = ctx.saved_tensors  # type: ignore[attr-defined]
-        order, qmin, qmax, scale_gradient = ctx.constants  # type: ignore[attr-defined]
-        rows = scale.numel()
-        shape = (rows, 1) if rows > 1 else (1,)
-        grad_x, grad_scale, grad_zero = kernels.backward(
-            kernels.flatten(grad, order, rows),
-            kernels.flatten(x, order, rows),
-            scale.view(shape),
-            zero_point.view(shape),
-            qmin,
-            qmax,
-        )
-        grad_scale = (grad_scale * scale_gradient).reshape(scale.shape)
-        return kernels.unflatten(grad_x, x.shape, order), grad_scale, grad_zero.reshape(zero_point.shape), None, None, None
+        flat, s, z = ctx.saved_tensors  # type: ignore[attr-defined]
+        shape, own, order, qmin, qmax, scale_gradient = ctx.constants  # type: ignore[attr-defined]
+        upstream = kernels.flatten(grad, order, s.shape[0])
+        grad_x, grad_scale, grad_zero = kernels.backward(upstream, flat, s, z, qmin, qmax)
+        grad_x = kernels.unflatten(grad_x, shape, order)
+        return grad_x, grad_scale.mul_(scale_gradient).view(own), grad_zero.view(own), None, None, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,19 @@ class Experiment:
     paths: PathsConfig = field(default_factory=PathsConfig)
     resolved: dict[str, Any] = field(default_factory=dict)
     resume: bool = False
+
+    def __post_init__(self) -> None:
+        """A full-precision run is its own teacher: what is typed for the run holds for the teacher."""
+        if self.quant.is_float:
+            self.teacher = replace(
+                self.teacher,
+                max_steps=self.trainer.max_steps,
+                lr=self.optimizer.lr,
+                warmup_steps=self.optimizer.warmup_steps,
+                schedule=self.optimizer.schedule,
+                ema_decay=self.optimizer.ema_decay,
+                gradient_clip=self.optimizer.gradient_clip,
+            )
 
     def quantizer_factories(self) -> Quantizers:
         """The factories as `prepare` takes them, TaQ's scope applied."""

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from qdm_lightning.diffusion.sampling import to_uint8
 from qdm_lightning.quantization import kernels
+from qdm_lightning.quantization.cost import network_cost
 from qdm_lightning.reporting.pictures import save_grid
 from qdm_lightning.training.callbacks import LearnedScales, SampleDuringTraining, StageProgress, log_pictures
 from qdm_lightning.training.denoiser import Denoiser
+from qdm_lightning.training.devices import measuring_device
 from qdm_lightning.training.evaluation import Measurer, nem_error
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.files import atomic_path, load_checkpoint, write_json
@@ -89,6 +91,8 @@ def _stages(experiment: Experiment, held_out: HeldOut, progress: Any, loggers: l
     with clock("teacher"):
         unet, origin = obtain_teacher(experiment, held_out, progress, loggers)
     teacher = Denoiser(unet.to(memory_format=torch.channels_last)).requires_grad_(False).eval()
+    device = measuring_device(experiment.trainer.accelerator)
+    experiment.feature_network.to(device)
     measurer = Measurer(experiment)
     metrics: dict[str, Any] = {"floor": measurer.floor(), "teacher": {}, "seconds": clock.seconds, "seed": experiment.seed}
     module, student = None, None
@@ -98,6 +102,9 @@ def _stages(experiment: Experiment, held_out: HeldOut, progress: Any, loggers: l
         save_student(student.unet, experiment, experiment.run_dir / "student")
         metrics["student"] = {"bits": [experiment.quant.weight_bits, experiment.quant.act_bits], **fitted}
         teacher = module.teacher or teacher
+    for network in (teacher, student):
+        if network is not None:
+            network.to(device)
     rows, labels = _measure(experiment, measurer, teacher, student, held_out, metrics, progress, clock)
     metrics |= {
         "teacher_origin": origin,
@@ -125,11 +132,7 @@ def _train_student(
 ) -> tuple[DiffusionModule, dict[str, Any]]:
     """The trained module with its best checkpoint loaded, and what its training says."""
     folder = experiment.run_dir / "checkpoints"
-    student, report = prepare_student(teacher, experiment)
-    student.to(memory_format=torch.channels_last)
-    with atomic_path(experiment.run_dir / "quantization.txt") as beside:
-        beside.write_text(report.table() + "\n", "utf-8")
-    progress.say(report.summary())
+    student, price = _prepare_student(experiment, teacher, progress)
     if last_checkpoint(folder) is None:
         with clock("calibration"):
             calibrate_student(student, experiment, progress)
@@ -146,7 +149,7 @@ def _train_student(
         log_every=config.log_every,
     )
     if experiment.quant.mode == "ptq":
-        return module, {"steps": 0}
+        return module, {"steps": 0, "cost": price}
     callbacks = [LearnedScales(), *experiment.callbacks]
     if config.sample_every:
         callbacks.append(
@@ -164,7 +167,18 @@ def _train_student(
             loggers=loggers,
             callbacks=[StageProgress(stage), *callbacks],
         )
-    return module, fitted
+    return module, {**fitted, "cost": price}
+
+
+def _prepare_student(experiment: Experiment, teacher: Any, progress: Any) -> tuple[Any, dict[str, Any]]:
+    """The quantized U-Net, not calibrated, and its cost; says and keeps what got how many bits."""
+    student, report = prepare_student(teacher, experiment)
+    with atomic_path(experiment.run_dir / "quantization.txt") as beside:
+        beside.write_text(report.table() + "\n", "utf-8")
+    progress.say(report.summary())
+    size = int(experiment.data.image_size or 0)
+    student = student.to(measuring_device(experiment.trainer.accelerator), memory_format=torch.channels_last)
+    return student, network_cost(student, report, (experiment.data.channels, size, size))
 
 
 def _measure_in_training(

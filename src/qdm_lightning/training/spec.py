@@ -24,7 +24,7 @@ class TeacherConfig:
     source: str = "auto"
     path: str | None = None
     seed: int = 0
-    max_steps: int = 6000
+    max_steps: int = 4000
     lr: float = 1e-3
     warmup_steps: int = 200
     schedule: str = "cosine"
@@ -98,7 +98,7 @@ class TrainerConfig:
         channels_last: memory layout of networks and batches.
     """
 
-    max_steps: int = 1500
+    max_steps: int = 1200
     val_every: int = 250
     sample_every: int = 0
     log_every: int = 10

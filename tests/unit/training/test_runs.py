@@ -1,0 +1,195 @@
+"""Whole runs, tiny: what they leave, that resume loses nothing, that a teacher is trained once, what W&B gets."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from qdm_lightning.config import stored
+from qdm_lightning.reporting.terminal import Progress
+from qdm_lightning.schema import CONF_DIR
+from qdm_lightning.train import train
+from qdm_lightning.training.callbacks import StageProgress
+from qdm_lightning.training.files import load_checkpoint
+
+TINY = [
+    "model.block_out_channels=[8,16]",
+    "model.norm_num_groups=4",
+    "data.batch_size=16",
+    "teacher.max_steps=6",
+    "trainer.max_steps=6",
+    "trainer.val_every=2",
+    "trainer.compile=off",
+    "trainer.accelerator=cpu",
+    "quant.calibration_batches=2",
+    "sampler.steps=3",
+    "num_samples=24",
+]
+
+
+def run(tmp_path: Path, *overrides: str, name: str = "runs", logger: str = "none"):
+    places = [f"paths.cache={tmp_path / 'cache'}", f"paths.output={tmp_path / name}", f"logger={logger}"]
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose("train", overrides=[*TINY, *places, *overrides])
+    return train(cfg, Progress("silent"))
+
+
+def assert_same_weights(folder: Path, other: Path) -> None:
+    one, two = (load_checkpoint(f / "checkpoints" / "last.ckpt")["state_dict"] for f in (folder, other))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return root, run(root)
+
+
+def test_a_run_leaves_its_record(first):
+    _, result = first
+    metrics = json.loads((result.run_dir / "metrics.json").read_text())
+    assert metrics["floor"]["fd_digits"] > 0
+    assert metrics["teacher"]["fd_digits"] > 0
+    assert {"fd_digits", "image_mse", "nem_error"} <= set(metrics["student"])
+    assert len(metrics["student"]["nem_error"]) == 10
+    assert {"teacher", "calibration", "student", "sampling_teacher", "sampling_student"} <= set(metrics["seconds"])
+    assert metrics["seed"] == 0
+    assert metrics["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert metrics["kernels"]["fake_quantization"] == "eager"
+    names = (
+        "config.yaml",
+        "samples.png",
+        "quantization.txt",
+        "metrics.csv",
+        "checkpoints/best.ckpt",
+        "teacher/unet/config.json",
+    )
+    assert all((result.run_dir / name).is_file() for name in names)
+    rows = read_csv(result.run_dir / "metrics.csv")
+    assert {"train/loss", "val/loss", "teacher/val/loss", "final/student/fd_digits"} <= set(rows[0])
+
+
+def test_the_teacher_is_trained_once_for_all_seeds(first):
+    root, result = first
+    other = run(root, "seed=1", "trainer.max_steps=2")
+    assert result.metrics["teacher_origin"]["trained_now"]
+    assert not other.metrics["teacher_origin"]["trained_now"]
+    assert result.metrics["teacher_origin"]["key"] == other.metrics["teacher_origin"]["key"]
+    changed = run(root, "teacher.seed=1", "trainer.max_steps=2")
+    assert changed.metrics["teacher_origin"]["key"] != result.metrics["teacher_origin"]["key"]
+
+
+def test_the_same_run_twice_gives_the_same_weights_and_images(first):
+    root, result = first
+    again = run(root, name="again")
+    assert_same_weights(again.run_dir, result.run_dir)
+    assert again.metrics["student"]["image_mse"] == result.metrics["student"]["image_mse"]
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(first, monkeypatch):
+    """A kill after step 5: the last checkpoint is of step 4; optimizer, schedule, EMA, order and noise go on exactly."""
+    root, result = first
+
+    def killed(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == 5 and not module.prefix:
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageProgress, "on_train_batch_end", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(root, name="killed")
+    (folder,) = (root / "killed").iterdir()
+    assert load_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == 4
+    resumed = train(stored(folder), Progress("silent"))
+    assert resumed.run_dir == folder
+    assert resumed.metrics["student"]["resumed_from"] == 4
+    assert_same_weights(folder, result.run_dir)
+    for measure in ("fd_digits", "image_mse", "nem_error"):
+        assert resumed.metrics["student"][measure] == result.metrics["student"][measure]
+    steps = [int(row["step"]) for row in read_csv(folder / "metrics.csv") if row["val/loss"]]
+    assert steps == sorted(set(steps))
+
+
+def test_a_full_precision_run_is_the_teacher_that_auto_takes(first):
+    root, result = first
+    alone = run(root, "quant=fp32", name="fp32")
+    assert alone.metrics["teacher_origin"]["key"] == result.metrics["teacher_origin"]["key"]
+    assert "student" not in alone.metrics
+    assert alone.metrics["teacher"] == result.metrics["teacher"]
+    taken = run(root, "teacher=checkpoint", f"teacher.path={alone.run_dir}", "trainer.max_steps=2", name="taken")
+    assert taken.metrics["teacher"] == result.metrics["teacher"]
+
+
+@pytest.mark.parametrize("taq", ["ema", "scale"])
+def test_every_taq_variant_trains_everywhere(first, taq):
+    result = run(first[0], f"taq={taq}", "taq.scope=all", "taq.groups=5", "trainer.max_steps=2", name=taq)
+    assert result.metrics["student"]["fd_digits"] > 0
+
+
+def test_post_training_quantization_takes_no_step(first):
+    result = run(
+        first[0], "quant.mode=ptq", "quant.calibrator._target_=qdm_lightning.quantization.calibration.MinMax", name="ptq"
+    )
+    assert result.metrics["student"]["steps"] == 0
+    assert result.metrics["student"]["image_mse"] > 0
+
+
+def test_on_policy_runs_and_resumes(first):
+    result = run(first[0], "nem=on_policy", "nem.on_policy_buffer=40", "nem.on_policy_refresh=2", name="on_policy")
+    assert "trajectory_buffer" in load_checkpoint(result.run_dir / "checkpoints" / "last.ckpt")
+
+
+def test_two_runs_in_one_process_are_two_wandb_runs(first, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    results = [run(first[0], f"seed={seed}", "trainer.max_steps=2", name="wandb", logger="wandb") for seed in (0, 1)]
+    ids = [(result.run_dir / "wandb_id").read_text().strip() for result in results]
+    assert ids[0] != ids[1]
+    logged = [_offline_records(result.run_dir) for result in results]
+    for result, (config, summary, history) in zip(results, logged, strict=True):
+        assert json.loads(config["seed"]) == result.metrics["seed"]
+        assert float(summary["student/fd_digits"]) == pytest.approx(result.metrics["student"]["fd_digits"])
+        assert {"train/loss", "val/loss", "final/student/fd_digits"} <= history
+        assert any(name.startswith("samples/teacher_above_student") for name in history)
+        assert any(name.startswith("scale/") for name in history)
+
+
+def _offline_records(run_dir: Path):
+    """Config, summary and names of the history out of the offline run's own file: records in LevelDB's log format."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    config, summary, history = {}, {}, set()
+    for data in _leveldb_records(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        for update in [*record.run.config.update, *record.config.update]:
+            config[update.key] = update.value_json
+        for update in record.summary.update:
+            summary["/".join(update.nested_key) or update.key] = update.value_json
+        for item in record.history.item:
+            history.add("/".join(item.nested_key) or item.key)
+    return config, summary, history
+
+
+def _leveldb_records(data: bytes):
+    """After 7 bytes: blocks of 32 KiB with chunks of (checksum 4, length 2, type 1); 1 full, 2 first, 3 middle, 4 last."""
+    assert data[:4] == b":W&B"
+    position, parts = 7, b""
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        chunk = data[position + 7 : position + 7 + length]
+        position += 7 + length
+        parts = chunk if kind in (1, 2) else parts + chunk
+        if kind in (1, 4):
+            yield parts
