@@ -13,6 +13,9 @@ from qdm_lightning.schema import CONF_DIR
 
 COMMANDS = {
     "train": "a full-precision teacher, its quantized student, images of both and a distance for each",
+    "evaluate": "the scores of a run: Frechet distance, Inception Score, kernel distance, precision and recall, with their record",
+    "sample": "pictures of chosen seeds, and their way through the steps, teacher above student",
+    "diagnose": "activations over the timesteps and the error that gathers over the steps, of one run or several",
     "cost": "what a student costs before it is trained: multiplications, bits, bytes, theoretical speed-up by layer",
 }
 """Entry points: `python -m qdm_lightning.<name>`."""
@@ -86,7 +89,8 @@ def help_text(config_name: str, examples: Sequence[tuple[str, str]], folders: Se
     ]
     for group, chosen in defaults(config_name).items():
         if group != "hydra":
-            lines += ["", f"  {group}=", *_option_lines(options(group, folders), chosen)]
+            stored = [Option(chosen, "what the run itself used")] if chosen == "stored" else []
+            lines += ["", f"  {group}=", *_option_lines([*stored, *options(group, folders)], chosen)]
     wide = max(map(len, FLAGS))
     lines += [
         "",

@@ -44,7 +44,12 @@ Task = Callable[[DictConfig], Any]
 
 
 def run(
-    config_name: str, task: Task, check: Task, examples: Sequence[tuple[str, str]], argv: Sequence[str] | None = None
+    config_name: str,
+    task: Task,
+    check: Task,
+    examples: Sequence[tuple[str, str]],
+    argv: Sequence[str] | None = None,
+    adopt: Callable[[argparse.Namespace, list[str]], list[str]] | None = None,
 ) -> None:
     """Run a command: parse and check what was typed, then let Hydra call `task` once a job.
 
@@ -54,6 +59,8 @@ def run(
         check: is called with every job's configuration before anything is written, and raises at bad input.
         examples: (arguments, what they do) for `--help`.
         argv: arguments instead of `sys.argv[1:]`.
+        adopt: prepares the composition from the parsed and the typed arguments and returns those to compose; `run=` is then
+            a setting like others, and goes on with nothing.
 
     Raises:
         SystemExit: 2 after one line on stderr at bad input, 130 at Ctrl-C; any other error passes through.
@@ -66,7 +73,9 @@ def run(
             folders = [CONF_DIR, *([Path(args.config_dir)] if args.config_dir else [])]
             print(help_text(config_name, examples, folders))
             return
-        arguments, resume = _checked(config_name, check, args, typed)
+        if adopt is not None:
+            args, typed = _adopted(adopt, args, typed)
+        arguments, resume = _checked(config_name, check, args, typed, resumes=adopt is None)
         _hand_over(config_name, task, arguments, resume, folder)
     except KeyboardInterrupt:
         _interrupted(config_name, folder)
@@ -133,13 +142,27 @@ class _Resume:
         return cfg
 
 
-def _checked(config_name: str, check: Task, args: argparse.Namespace, typed: list[str]) -> tuple[list[str], _Resume | None]:
+def _adopted(
+    adopt: Callable[[argparse.Namespace, list[str]], list[str]], args: argparse.Namespace, typed: list[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    try:
+        typed = adopt(args, typed)
+    except Exception as error:
+        if is_bad_input(error):
+            raise UserError(explain(error, args.overrides)) from error
+        raise
+    return _parse(typed), typed
+
+
+def _checked(
+    config_name: str, check: Task, args: argparse.Namespace, typed: list[str], resumes: bool
+) -> tuple[list[str], _Resume | None]:
     """Compose and check every job. Returns the arguments for Hydra and what `run=` asks for, if it was typed."""
     if args.hydra_help or args.shell_completion or args.info:
         return typed, None
     try:
         parsed = OverridesParser.create().parse_overrides(args.overrides)
-        resuming = [str(o.value()) for o in parsed if o.key_or_group == "run" and o.value() is not None]
+        resuming = [str(o.value()) for o in parsed if resumes and o.key_or_group == "run" and o.value() is not None]
         with _hydra(config_name, args.config_dir) as engine:
             _check_jobs(engine, args.config_name or config_name, refuse_unknown if args.cfg or resuming else check, args)
         arguments = [*_flags(typed, args.overrides), *args.overrides]  # in this order: Lightning appends overrides of its own
@@ -147,7 +170,7 @@ def _checked(config_name: str, check: Task, args: argparse.Namespace, typed: lis
             return arguments, None
         resume = _resume(resuming[-1], parsed, args)
         check(stored(resume.folder, resume.trusted))
-        folder = _quoted(resume.folder)
+        folder = quoted(resume.folder)
         return [*arguments, f"run={folder}", f"hydra.run.dir={folder}", "hydra.output_subdir=null"], resume
     except Exception as error:
         if is_bad_input(error):
@@ -225,9 +248,9 @@ def _resume(run: str, parsed: list[Override], args: argparse.Namespace) -> _Resu
     return _Resume(stored_folder(run), frozenset(trusted), new_logger)
 
 
-def _quoted(path: Path) -> str:
-    """`path` as a value in Hydra's grammar."""
-    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
+def quoted(value: object) -> str:
+    """A path or name as a value in Hydra's grammar."""
+    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
     return f"'{text}'"
 
 

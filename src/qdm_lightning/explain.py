@@ -121,7 +121,7 @@ def _composition(error: ConfigCompositionException) -> str:
 
 def _in_file(file: str, text: str) -> str:
     if file == "teacher/pretrained":
-        return "teacher=pretrained brings its own network, model=pretrained: leave out the other model"
+        return "teacher=pretrained brings its own network: leave out the other model, or type model=pretrained beside an experiment"
     return f"{file}.yaml: {text}"
 
 

@@ -177,7 +177,7 @@ def _prepare_student(experiment: Experiment, teacher: Any, progress: Any) -> tup
         beside.write_text(report.table() + "\n", "utf-8")
     progress.say(report.summary())
     size = int(experiment.data.image_size or 0)
-    student = student.to(measuring_device(experiment.trainer.accelerator), memory_format=torch.channels_last)
+    student = student.to(measuring_device(experiment.trainer.accelerator)).to(memory_format=torch.channels_last)
     return student, network_cost(student, report, (experiment.data.channels, size, size))
 
 
