@@ -1,0 +1,109 @@
+"""Files of a fixed number of images or features each: whole or absent, checksummed, the same whoever wrote them.
+
+A chunk is known by its seeds, not by its position, so that any evaluation that needs the same images finds them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qdm_lightning.training.files import atomic_path
+
+STALE = 3600.0
+"""Seconds after which a half-written file is that of a killed process."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Arrays by name, each with one row a seed, and what is told about them as plain data."""
+
+    arrays: dict[str, np.ndarray]
+    meta: dict[str, Any]
+
+
+class DamagedChunk(ValueError):
+    """A file that is there but is not what was written."""
+
+
+class ChunkFolder:
+    """Chunks of one kind.
+
+    Args:
+        path: folder.
+        key: identity of what made them; a file with another one is damaged.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
+
+    def file(self, seeds: Sequence[int]) -> Path:
+        """File of the chunk with these seeds."""
+        return self.path / f"{seeds[0]:010d}-{seeds_hash(seeds)[:12]}.npz"
+
+    def write(self, seeds: Sequence[int], arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+        """Write a chunk, whole or not at all. Each array has one row a seed; `meta` is plain data."""
+        for name, array in arrays.items():
+            if len(array) != len(seeds):
+                raise ValueError(f"chunk of {len(seeds)} seeds: {name} has {len(array)} rows")
+        text = json.dumps({"key": self.key, **meta}, sort_keys=True)
+        kept = {"seeds": np.array(seeds, dtype=np.int64), **arrays}
+        with atomic_path(self.file(seeds)) as beside, beside.open("wb") as stream:
+            np.savez(stream, **kept, meta=np.array(text), sha256=np.array(_digest(kept, text)))  # type: ignore[arg-type]
+
+    def read(self, seeds: Sequence[int]) -> Chunk | None:
+        """The chunk, None where it is absent.
+
+        Raises:
+            DamagedChunk: the file cannot be read, its checksum is wrong, or it is of another kind.
+        """
+        path = self.file(seeds)
+        if not path.is_file():
+            return None
+        try:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+            text, sha256 = str(arrays.pop("meta")[()]), str(arrays.pop("sha256")[()])
+            meta = json.loads(text)
+        except Exception as error:  # zip, zlib, numpy and json each raise their own
+            raise DamagedChunk(f"{path} is damaged: {error}") from error
+        if sha256 != _digest(arrays, text) or meta.get("key") != self.key or arrays["seeds"].tolist() != list(seeds):
+            raise DamagedChunk(f"{path} is damaged: its checksum, or what it says it is, is wrong")
+        arrays.pop("seeds")
+        return Chunk(arrays, meta)
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half-written, long ago."""
+        for file in self.path.glob(".*.tmp"):
+            if time.time() - file.stat().st_mtime > STALE:
+                file.unlink(missing_ok=True)
+
+
+def seeds_hash(seeds: Sequence[int]) -> str:
+    """SHA-256 (hexadecimal) of a list of seeds."""
+    return hashlib.sha256(np.array(seeds, dtype="<i8").tobytes()).hexdigest()
+
+
+def array_hash(array: np.ndarray) -> str:
+    """SHA-256 (hexadecimal) over dtype, shape and bytes."""
+    return _digest({"": array}, "")
+
+
+def data_hash(data: Any) -> str:
+    """SHA-256 (hexadecimal) of plain data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(arrays: Mapping[str, np.ndarray], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

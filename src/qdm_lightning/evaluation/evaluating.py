@@ -1,0 +1,295 @@
+"""One evaluation from beginning to end: draw, take features, score, write the record."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdm_lightning.data.module import content_hash
+from qdm_lightning.diffusion.sampling import timesteps
+from qdm_lightning.evaluation import protocol, scores
+from qdm_lightning.evaluation.chunks import Chunk, ChunkFolder, data_hash, seeds_hash
+from qdm_lightning.evaluation.drawing import Workshop, environment
+from qdm_lightning.evaluation.plan import Plan, plan_evaluation
+from qdm_lightning.evaluation.spec import EvaluationConfig, format_seeds, parse_shard
+from qdm_lightning.metrics.reference import Reference, import_reference, reference
+from qdm_lightning.metrics.weights import state_hash
+from qdm_lightning.training.devices import share
+from qdm_lightning.training.experiment import Experiment
+from qdm_lightning.training.files import write_json
+from qdm_lightning.training.record import git_commit, hardware, versions
+from qdm_lightning.training.restore import set_up
+from qdm_lightning.training.spec import TrainerConfig
+
+FORMAT = 1
+CHUNKS = "chunks"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` returns: the record as in evaluation.json (None from a shard), its folder, and records to stand beside."""
+
+    record: dict[str, Any] | None
+    folder: Path
+    beside: list[dict[str, Any]]
+
+
+def evaluate(experiment: Experiment, config: EvaluationConfig, progress: Any) -> Evaluation:
+    """Measure a network of the run in `experiment.run_dir`, and write `evaluation.json`.
+
+    What was done before, by this command or by shards of it, is taken up; the result has the same bits.
+
+    Args:
+        experiment: from the run's own configuration, with the sampler, the feature network and the data of this evaluation.
+        config: the rest of what was asked for.
+        progress: shows the stages.
+
+    Raises:
+        FileNotFoundError, ValueError: what is asked for cannot be done; told before an image is drawn. With `merge`, also
+            where an image is missing.
+    """
+    plan = plan_evaluation(experiment, config, progress)
+    index, count = parse_shard(config.shard)
+    network = experiment.feature_network.to(plan.painter.device)
+    base = Path(config.out).expanduser().resolve() if config.out else experiment.run_dir / protocol.FOLDER
+    workshop = _workshop(plan, network, base, config.keep_images)
+    if config.shard is not None:
+        scores.choose(config.scores, len(plan.seeds), network, None, config.reference is None)
+        _fill(workshop, plan.chunks[index::count], experiment, config, progress)
+        progress.say(_shard_line(workshop, plan.chunks, config))
+        return Evaluation(None, base, [])
+    real = _real_images(experiment, config)
+    choice = scores.choose(config.scores, len(plan.seeds), network, real.count, real.images is not None)
+    record = _record(experiment, plan, real, choice)
+    folder = base if config.out else base / _name(record)
+    others = _beside(experiment.run_dir, record)
+    others += [r for against in config.against for r in protocol.comparable(against, record["protocol"], config.force)]
+    done = _earlier(folder, record)
+    if done is None:
+        if config.merge:
+            _gather(workshop, plan.chunks)
+        else:
+            _fill(workshop, plan.chunks, experiment, config, progress)
+        done = _score(record, workshop, plan, _reference(experiment, real, choice, progress), choice, progress)
+        write_json(folder / protocol.RESULT, done)
+    else:
+        progress.say(f"measured before: {folder / protocol.RESULT}")
+    if not config.out:
+        write_json(experiment.run_dir / protocol.RESULT, done)
+    return Evaluation(done, folder, others)
+
+
+def _workshop(plan: Plan, network: nn.Module, base: Path, keep_images: bool) -> Workshop:
+    key, weights = data_hash(plan.identity), state_hash(network)
+    folder = base / CHUNKS / key[:16]
+    if not (folder / "identity.json").is_file():
+        write_json(folder / "identity.json", plan.identity)
+    return Workshop(
+        painter=plan.painter,
+        feature_network=network,
+        images=ChunkFolder(folder / "images", key) if keep_images else None,
+        features=ChunkFolder(folder / f"features_{network.name}_{weights[:8]}", data_hash([key, weights])),
+    )
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one of several processes does; pickled to get there."""
+
+    workshop: Workshop
+    chunks: list[Sequence[int]]
+    trainer: TrainerConfig
+
+    def __call__(self, device: torch.device, index: int, count: int) -> None:
+        set_up(self.trainer)
+        self.workshop.painter.device = device
+        self.workshop.painter.network.to(device)
+        self.workshop.feature_network.to(device)
+        for seeds in self.chunks[index::count]:
+            self.workshop.make(seeds, lambda: None, print)
+
+
+def _fill(
+    workshop: Workshop, chunks: Sequence[Sequence[int]], experiment: Experiment, config: EvaluationConfig, progress: Any
+) -> None:
+    """Make what is missing of the chunks."""
+    missing = workshop.missing(chunks, progress.say)
+    rounds = {id(seeds): workshop.painter.rounds(len(seeds)) for seeds in chunks}
+    total = sum(rounds.values())
+    if not missing:
+        return
+    with progress.stage("sampling", total, "steps") as stage:
+        stage.skip(total - sum(rounds[id(seeds)] for seeds in missing))
+        if config.devices > 1:
+            share(_Share(workshop, missing, experiment.trainer), config.accelerator, config.devices)
+            stage.advance(sum(rounds[id(seeds)] for seeds in missing))
+        else:
+            for seeds in missing:
+                workshop.make(seeds, lambda: stage.advance(1), progress.say)
+
+
+def _shard_line(workshop: Workshop, chunks: Sequence[Sequence[int]], config: EvaluationConfig) -> str:
+    there = sum(len(seeds) for seeds in chunks if workshop.features.file(seeds).is_file())
+    total = sum(len(seeds) for seeds in chunks)
+    after = "the same command without shard= scores them" if there == total else "the other shards draw the rest"
+    return f"shard {config.shard} is done: {there} of {total} images are there; {after}"
+
+
+@dataclass(frozen=True)
+class _Real:
+    """The real images, before anything is computed: `images` (N, C, H, W), or None where `imported` statistics stand for them.
+
+    `source` is the hash of their content, or of the statistics.
+    """
+
+    images: Tensor | None
+    imported: Reference | None
+    source: str
+    origin: str
+    count: int | None
+
+
+def _real_images(experiment: Experiment, config: EvaluationConfig) -> _Real:
+    if config.reference is not None:
+        path = Path(config.reference).expanduser().resolve()
+        imported = import_reference(path, experiment.feature_network)
+        return _Real(None, imported, imported.sha256, str(path), imported.moments.count)
+    experiment.data.setup()
+    images = experiment.data.train_images
+    origin = f"training images of {experiment.resolved['data'].get('_target_')}"
+    return _Real(images, None, content_hash(images), origin, len(images))
+
+
+def _reference(experiment: Experiment, real: _Real, choice: scores.Choice, progress: Any) -> Reference:
+    if real.imported is not None:
+        return real.imported
+    assert real.images is not None
+    done: list[int] = []
+    with progress.stage("reference", len(real.images), "images") as stage:
+
+        def count(images: int) -> None:
+            done.append(images)
+            stage.advance(images)
+
+        found = reference(
+            experiment.feature_network,
+            real.images,
+            images_hash=real.source,
+            cache=Path(experiment.paths.cache),
+            keep_features=bool({"kid", "prc"} & set(choice.taken)),
+            on_batch=count,
+        )
+        stage.skip(len(real.images) - sum(done))  # what the cache had
+    return found
+
+
+def _record(experiment: Experiment, plan: Plan, real: _Real, choice: scores.Choice) -> dict[str, Any]:
+    """The record of an evaluation before it is made: all but the scores and what they took."""
+    quant = experiment.quant
+    reference_record = {"source": real.source, "count": real.count, "from": real.origin}
+    measured = protocol.protocol(experiment.feature_network, len(plan.seeds), reference_record)
+    seeds = {"count": len(plan.seeds), "seeds": format_seeds(plan.seeds), "sha256": seeds_hash(plan.seeds)}
+    what = {"protocol": measured, "images": seeds, "scores": choice.taken, **plan.identity}
+    return {
+        "format": FORMAT,
+        "identity": data_hash(what),
+        "run": str(experiment.run_dir),
+        "name": experiment.run_dir.name,
+        "network": plan.which,
+        "bits": [quant.weight_bits, quant.act_bits] if plan.which == "student" else None,
+        "origin": plan.restored.origin,
+        "sampler": asdict(experiment.sampler),
+        "network_calls": len(timesteps(experiment.sampler, experiment.diffusion)),
+        "diffusion": asdict(experiment.diffusion),
+        "images": {**seeds, "shape": list(plan.painter.shape)},
+        "metric": protocol.metric_record(experiment.feature_network),
+        "reference": reference_record,
+        "protocol": measured,
+        "left_out": choice.left_out,
+    }
+
+
+def _name(record: Mapping[str, Any]) -> str:
+    weights = record["origin"]["weights"]
+    who = record["network"] if weights in ("ema", "calibrated") else f"{record['network']}_{weights}"
+    metric, count = record["metric"]["network"], record["images"]["count"]
+    return f"{who}_{protocol.sampler_name(record['sampler'])}_{metric}_n{count}-{record['identity'][:8]}"
+
+
+def _beside(run_dir: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The run's other results of this protocol and sampler: the teacher's beside the student's."""
+    found = [protocol.read_result(file) for file in sorted((run_dir / protocol.FOLDER).glob(f"*/{protocol.RESULT}"))]
+    alike = [r for r in found if r["protocol"] == record["protocol"] and r["sampler"] == record["sampler"]]
+    return [r for r in alike if r["identity"] != record["identity"]]
+
+
+def _earlier(folder: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The same evaluation, where it was made before. Raises ValueError where another one's result would be overwritten."""
+    if not (folder / protocol.RESULT).is_file():
+        return None
+    found = protocol.read_result(folder / protocol.RESULT)
+    found.pop("folder")
+    if found["identity"] != record["identity"]:
+        raise ValueError(
+            f"out={folder} holds the result of another evaluation ({found['network']}, "
+            f"{protocol.sampler_name(found['sampler'])}, {found['images']['count']} images): give another folder"
+        )
+    return found
+
+
+def _score(
+    record: Mapping[str, Any], workshop: Workshop, plan: Plan, real: Reference, choice: scores.Choice, progress: Any
+) -> dict[str, Any]:
+    """The record with its scores.
+
+    Raises:
+        ValueError: an image is missing.
+    """
+    chunks = _gather(workshop, plan.chunks)
+    begin = time.perf_counter()
+    found = scores.compute(choice.taken, chunks, real, workshop.feature_network)
+    environments = [chunk.meta["environment"] for chunk in chunks]
+    distinct = list({data_hash(one): one for one in environments}.values())
+    warnings = []
+    if len(distinct) > 1:
+        differing = sorted({name for one in distinct for name in one if one[name] != distinct[0][name]})
+        warnings.append(f"images were drawn in different surroundings ({', '.join(differing)}): their last bits may differ")
+    for line in warnings:
+        progress.say(f"warning: {line}")
+    digests = b"".join(chunk.arrays["images_sha256"].tobytes() for chunk in chunks)
+    seconds = {name: round(sum(chunk.meta["seconds"][name] for chunk in chunks), 3) for name in ("sampling", "features")}
+    workshop.features.sweep()
+    return {
+        **record,
+        "scores": found,
+        "floor": scores.floor(real, workshop.feature_network),
+        "reference": {**record["reference"], "moments_sha256": real.sha256},
+        "images": {**record["images"], "sha256_of_images": hashlib.sha256(digests).hexdigest()},
+        "seconds": {**seconds, "scores": round(time.perf_counter() - begin, 3)},
+        "drawn_on": distinct,
+        "scored_on": environment(plan.painter.device),
+        "warnings": warnings,
+        "versions": versions(),
+        "hardware": hardware(),
+        "git": git_commit(),
+    }
+
+
+def _gather(workshop: Workshop, chunks: Sequence[Sequence[int]]) -> list[Chunk]:
+    """Features of all images. Raises ValueError unless each of them is there: 50,000 means 50,000."""
+    found = [workshop.features.read(seeds) for seeds in chunks]
+    missing = [seeds for seeds, chunk in zip(chunks, found, strict=True) if chunk is None]
+    if missing:
+        lacking, total = sum(map(len, missing)), sum(map(len, chunks))
+        raise ValueError(
+            f"{lacking} of {total} images are missing, the first has seed {missing[0][0]}: the shards are not done; "
+            "leave out merge=true to draw them here"
+        )
+    return [chunk for chunk in found if chunk is not None]

@@ -1,0 +1,200 @@
+"""What a score was measured by, and the rule that results of different protocols do not share a table."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+
+from qdm_lightning.evaluation.spec import SCORES
+from qdm_lightning.metrics.frechet import batch_size_of
+from qdm_lightning.metrics.protocol import PROTOCOL, metric_keys
+from qdm_lightning.metrics.weights import state_hash
+
+RESULT = "evaluation.json"
+FOLDER = "evaluations"
+"""Folder of a run's evaluations, below the run's own."""
+
+
+def protocol(network: nn.Module, num_samples: int, reference: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that two scores must share to be compared: the checkpoint and its sampler are what is compared.
+
+    Args:
+        network: of the features.
+        num_samples: generated images.
+        reference: record of the real images: `source` (hash of their content, or of imported moments) and `count`.
+    """
+    return {
+        **PROTOCOL,
+        "network": network.name,
+        "network_sha256": state_hash(network),
+        "feature_batch_size": batch_size_of(network),
+        "num_samples": num_samples,
+        "reference": reference["source"],
+        "reference_count": reference["count"],
+    }
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Entries in which two protocols differ.
+
+    >>> differences({"num_samples": 50000, "rng_seed": 2020}, {"num_samples": 10000, "rng_seed": 2020})
+    {'num_samples': (50000, 10000)}
+    """
+    return {name: (a.get(name), b.get(name)) for name in dict.fromkeys([*a, *b]) if a.get(name) != b.get(name)}
+
+
+def check_same(records: Sequence[Mapping[str, Any]], force: bool = False) -> None:
+    """Refuse records of different protocols, unless `force`.
+
+    Raises:
+        ValueError: two of them differ; the message says in what.
+    """
+    for record in records[1:]:
+        different = differences(records[0]["protocol"], record["protocol"])
+        if different and not force:
+            say = ", ".join(f"{name} {_short(a)} against {_short(b)}" for name, (a, b) in different.items())
+            raise ValueError(
+                f"{record['folder']} was measured by another protocol ({say}): its scores do not compare; "
+                "measure it alike, or type force=true"
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A record from its evaluation.json, with `folder`, where it lies.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no record of ours.
+    """
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        known = isinstance(record, dict) and {"protocol", "scores", "sampler", "identity"} <= set(record)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not known:
+        raise ValueError(f"{path} is no record of an evaluation")
+    return {**record, "folder": str(path.parent)}
+
+
+def results_in(folder: str | Path) -> list[dict[str, Any]]:
+    """All records of a run (or the one of an evaluation's folder), sorted by their folders.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: one of them is damaged.
+    """
+    path = Path(folder).expanduser().resolve()
+    files = sorted((path / FOLDER).glob(f"*/{RESULT}")) or sorted(path.glob(RESULT))
+    if not files:
+        raise FileNotFoundError(
+            f"against={folder} holds no {RESULT}: python -m qdm_lightning.evaluate run={folder} makes one for a run"
+        )
+    return [read_result(file) for file in files]
+
+
+def comparable(folder: str | Path, wanted: Mapping[str, Any], force: bool) -> list[dict[str, Any]]:
+    """Records in `folder` with the protocol `wanted`; all of them where `force`.
+
+    Raises:
+        FileNotFoundError: there is no record.
+        ValueError: none has that protocol; the message says what differs in the nearest.
+    """
+    found = results_in(folder)
+    alike = [record for record in found if not differences(wanted, record["protocol"])]
+    if force or alike:
+        return found if force else alike
+    nearest = min(found, key=lambda record: len(differences(wanted, record["protocol"])))
+    check_same([{"protocol": dict(wanted)}, nearest])
+    raise AssertionError("check_same refuses what differs")
+
+
+def table(records: Sequence[Mapping[str, Any]], force: bool = False) -> Table:
+    """Records below one another: what was measured, how it was drawn, its scores.
+
+    Args:
+        records: as in evaluation.json.
+        force: take different protocols together; each row then says how many images and which network it is about.
+
+    Raises:
+        ValueError: different protocols without `force`.
+    """
+    check_same(records, force)
+    mixed = any(differences(records[0]["protocol"], record["protocol"]) for record in records)
+    keys = list(dict.fromkeys(key for record in records for key in record["scores"] if not key.endswith("_std")))
+    shown = Table(title="different protocols: these scores do not compare" if mixed else None)
+    for name in ("run", "network", "sampler", *(("protocol",) if mixed else ()), *keys):
+        shown.add_column(name, justify="right" if name in keys else "left", overflow="fold")
+    for record in records:
+        cells = [run_label(record["name"]), network_name(record), sampler_name(record["sampler"])]
+        if mixed:
+            cells.append(f"{record['protocol']['num_samples']} images, {_short(record['protocol']['reference'])}")
+        shown.add_row(*cells, *(_score(record["scores"], key) for key in keys))
+    return shown
+
+
+def run_label(name: str) -> str:
+    """Name of a run folder without its date and time.
+
+    >>> run_label("2026-01-31_10-11-12-123456_w4a4_normalize_replace_ddim_seed0"), run_label("mine")
+    ('w4a4_normalize_replace_ddim_seed0', 'mine')
+    """
+    return re.sub(r"^\d{4}-\d\d-\d\d_[\d-]+_", "", name)
+
+
+def network_name(record: Mapping[str, Any]) -> str:
+    """Such as `student W4A4, ema`."""
+    bits = record.get("bits")
+    return f"{record['network']}{f' W{bits[0]}A{bits[1]}' if bits else ''}, {record['origin']['weights']}"
+
+
+def sampler_name(sampler: Mapping[str, Any]) -> str:
+    """Short name of a sampler, fit for a folder.
+
+    >>> base = {"kind": "ddim", "steps": 50, "spacing": "uniform", "eta": 0.0, "variance": "fixed_large", "clip_sample": True}
+    >>> sampler_name(base), sampler_name({**base, "spacing": "quadratic", "eta": 0.5})
+    ('ddim50', 'ddim50_quadratic_eta0.5')
+    >>> sampler_name({**base, "kind": "ddpm", "steps": 1000, "variance": "fixed_small", "clip_sample": False})
+    'ddpm1000_fixed_small_noclip'
+    """
+    parts = [f"{sampler['kind']}{sampler['steps']}"]
+    if sampler["kind"] == "ddim":
+        parts += [sampler["spacing"]] if sampler["spacing"] != "uniform" else []
+        parts += [f"eta{sampler['eta']:g}"] if sampler["eta"] else []
+    else:
+        parts.append(sampler["variance"])
+    return "_".join(parts if sampler["clip_sample"] else [*parts, "noclip"])
+
+
+def _score(scores: Mapping[str, float], key: str) -> str:
+    if key not in scores:
+        return "-"
+    deviation = scores.get(f"{key}_std")
+    return f"{scores[key]:.4g}" if deviation is None else f"{scores[key]:.4g} ± {deviation:.2g}"
+
+
+def metric_record(network: nn.Module) -> dict[str, Any]:
+    """The feature network: its name, width and weights, and under which keys its scores stand."""
+    keys = metric_keys(network)
+    names = dict(
+        zip(SCORES, (keys["frechet"], keys["score"], keys["kernel"], [keys["precision"], keys["recall"]]), strict=True)
+    )
+    return {
+        "network": network.name,
+        "class": f"{type(network).__module__}.{type(network).__qualname__}",
+        "dim": network.dim,
+        "weights_sha256": state_hash(network),
+        "weights_file_sha256": getattr(network, "weights_sha256", None),
+        "batch_size": batch_size_of(network),
+        "keys": names,
+    }

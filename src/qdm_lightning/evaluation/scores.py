@@ -1,0 +1,101 @@
+"""Which scores images, network and reference allow, and their computation from features that were taken once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qdm_lightning.evaluation.chunks import Chunk
+from qdm_lightning.evaluation.spec import SCORES
+from qdm_lightning.metrics.frechet import halves_distance
+from qdm_lightning.metrics.moments import MomentsStream, frechet
+from qdm_lightning.metrics.protocol import PROTOCOL, inception_score, kernel_distance, metric_keys, precision_recall
+from qdm_lightning.metrics.reference import Reference
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Scores to compute, and those that cannot be, each with the reason."""
+
+    taken: list[str]
+    left_out: dict[str, str]
+
+
+def choose(asked: Sequence[str] | None, count: int, network: nn.Module, real_count: int | None, real_features: bool) -> Choice:
+    """Decide which of `SCORES` to compute.
+
+    Args:
+        asked: what the user wants, all of it; None takes whatever can be had.
+        count: generated images.
+        network: feature network.
+        real_count: images behind the reference; None where it is not known.
+        real_features: whether the reference has features, not moments alone.
+
+    Raises:
+        ValueError: a score that was asked for cannot be had.
+    """
+    least = {
+        "fd": 2,
+        "is": PROTOCOL["isc_splits"],
+        "kid": PROTOCOL["kid_subset_size"],
+        "prc": PROTOCOL["prc_neighborhood"] + 1,
+    }
+    reasons: dict[str, str] = {}
+    for score in SCORES:
+        if count < least[score]:
+            reasons[score] = f"{least[score]} images are needed, not {count}: type num_samples={least[score]} or more"
+        elif score == "is" and not hasattr(network, "features_and_logits"):
+            reasons[score] = f"{network.name} has no class logits"
+        elif score in ("kid", "prc") and not real_features:
+            reasons[score] = "the reference holds mean and covariance alone: leave out reference="
+        elif score in ("kid", "prc") and real_count is not None and real_count < least[score]:
+            reasons[score] = f"{least[score]} real images are needed, not {real_count}"
+    for score in asked or ():
+        if score in reasons:
+            raise ValueError(f"scores={score} cannot be had: {reasons[score]}")
+    wanted = [score for score in SCORES if asked is None or score in asked]
+    return Choice([s for s in wanted if s not in reasons], {s: reasons[s] for s in wanted if s in reasons})
+
+
+def compute(taken: Sequence[str], chunks: Sequence[Chunk], reference: Reference, network: nn.Module) -> dict[str, float]:
+    """The scores by the keys under which they are logged.
+
+    Args:
+        taken: of `SCORES`, as `choose` allows.
+        chunks: features of the generated images, in the order of their seeds.
+        reference: of the real images, with features where a score needs them.
+        network: whose features they are.
+
+    Raises:
+        ValueError: features that are not finite.
+    """
+    keys, scores = metric_keys(network), dict[str, float]()
+    if "fd" in taken:
+        stream = MomentsStream(int(network.dim))  # type: ignore[arg-type]
+        for index, chunk in enumerate(chunks):
+            stream.add(index, torch.from_numpy(chunk.arrays["features"]))
+        scores[keys["frechet"]] = frechet(stream.result(), reference.moments)
+    if "is" in taken:
+        scores[keys["score"]], scores[keys["score_std"]] = inception_score(_joined(chunks, "logits"))
+    if "kid" in taken or "prc" in taken:
+        generated, real = _joined(chunks, "features"), reference.features
+        assert real is not None
+        if "kid" in taken:
+            scores[keys["kernel"]], scores[keys["kernel_std"]] = kernel_distance(generated, real)
+        if "prc" in taken:
+            scores[keys["precision"]], scores[keys["recall"]] = precision_recall(generated, real)
+    return {name: float(value) for name, value in scores.items()}
+
+
+def floor(reference: Reference, network: nn.Module) -> dict[str, float]:
+    """The Frechet distance between two halves of the real images, where their features are there."""
+    if reference.features is None or len(reference.features) < 4:
+        return {}
+    return {metric_keys(network)["frechet"]: halves_distance(reference.features)}
+
+
+def _joined(chunks: Sequence[Chunk], name: str) -> Tensor:
+    return torch.cat([torch.from_numpy(chunk.arrays[name]) for chunk in chunks])

@@ -1,0 +1,230 @@
+"""Settings of the commands that measure an earlier run. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from qdm_lightning.checks import at_least, one_of
+
+NETWORKS = ("student", "teacher")
+WEIGHTS = ("ema", "raw")
+SCORES = ("fd", "is", "kid", "prc")
+"""Frechet distance, Inception Score, kernel distance, precision and recall."""
+
+MOST_SEEDS = 10_000_000
+SEED_LIMIT = 2**32
+
+
+def parse_seeds(value: Any, name: str = "seeds") -> list[int]:
+    """Seeds of images, in the order given: an integer, `first-last` (both included), or a list of these.
+
+    Raises:
+        ValueError: not of that form, none or too many, a seed outside [0, 2^32), or one given twice.
+
+    >>> parse_seeds("0-3,9"), parse_seeds(5), parse_seeds([7, "1-2"])
+    ([0, 1, 2, 3, 9], [5], [7, 1, 2])
+    """
+    parts = [part for item in (value if isinstance(value, list | tuple) else [value]) for part in str(item).split(",")]
+    seeds: list[int] = []
+    for part in parts:
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if first > last:
+            raise ValueError(f"{name}={value} is not understood at {part!r}: write {name}=0-63, or {name}=[0-63,100]")
+        if last >= SEED_LIMIT or last - first >= MOST_SEEDS - len(seeds):
+            raise ValueError(f"{name}={value}: seeds lie in [0, {SEED_LIMIT - 1}], at most {MOST_SEEDS:,} of them")
+        seeds += range(first, last + 1)
+    if len(set(seeds)) < len(seeds):
+        twice = next(a for a, b in pairwise(sorted(seeds)) if a == b)
+        raise ValueError(f"{name}={value} has {twice} twice: one seed is one image")
+    return seeds
+
+
+def format_seeds(seeds: Sequence[int]) -> str:
+    """The shortest text that `parse_seeds` reads back.
+
+    >>> format_seeds([0, 1, 2, 3, 9, 7])
+    '0-3,9,7'
+    """
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and seed == runs[-1][1] + 1:
+            runs[-1][1] = seed
+        else:
+            runs.append([seed, seed])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def parse_shard(value: str | None) -> tuple[int, int]:
+    """(index from 0, number of shards) of `k/n`; None is the whole.
+
+    Raises:
+        ValueError: not of that form, or k outside 1..n.
+
+    >>> parse_shard("3/8"), parse_shard(None)
+    ((2, 8), (0, 1))
+    """
+    if value is None:
+        return 0, 1
+    match = re.fullmatch(r"(\d+)/(\d+)", str(value))
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"shard={value} is not allowed: write shard=k/n with k in 1..n, for example shard=3/8")
+    return int(match[1]) - 1, int(match[2])
+
+
+@dataclass(kw_only=True)
+class RestoreConfig:
+    """Which network of a run, and where it computes.
+
+    Args:
+        network: `student` or `teacher`; None takes the student where the run has one.
+        weights: of the student: `ema` (what a run measures at its end) or `raw` (as the optimizer left them).
+        checkpoint: of the student: `best`, `last`, or a .ckpt file.
+        accelerator: as in `lightning.Trainer`.
+        threads: CPU threads of torch; None as the run was trained (0: torch's own choice). Changes the last bits of an image.
+        compile: of fake quantization, `auto`, `on`, `off`; None as the run was trained. Changes the last bits of an image.
+    """
+
+    network: str | None = None
+    weights: str = "ema"
+    checkpoint: str = "best"
+    accelerator: str = "auto"
+    threads: int | None = None
+    compile: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.network is not None:
+            one_of("network", self.network, NETWORKS)
+        one_of("weights", self.weights, WEIGHTS)
+        if self.checkpoint not in ("best", "last") and not Path(self.checkpoint).expanduser().is_file():
+            raise FileNotFoundError(f"checkpoint={self.checkpoint}: no such file; type checkpoint=best, last, or a .ckpt file")
+        one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps"))
+        if self.threads is not None:
+            at_least("threads", self.threads, 0)
+        if self.compile is not None:
+            one_of("compile", self.compile, ("auto", "on", "off"))
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig(RestoreConfig):
+    """One evaluation: how many images of which seeds, which scores, and this process's share of the work.
+
+    Args:
+        num_samples: images; None takes the number of `seeds`, or else the run's own.
+        seed: images 0..num_samples-1 of this run seed (see `image_seeds`); None takes the run's own.
+        seeds: the images' own seeds instead, `0-49999` or a list.
+        shard: `k/n`: do the k-th of n shares, score nothing. The command without it does what is missing, then scores.
+        merge: score what is there; an error where an image is missing.
+        devices: processes that share the work, each with a device of its own.
+        chunk: images in one file, a multiple of `sampler.micro_batch`; None: the least one from 64 up.
+        keep_images: keep the images beside their features, so that other scores need no new images.
+        scores: of `SCORES`; None takes all that the images and the network allow.
+        reference: statistics of the real images (.npz with `mu` and `sigma`) instead of the run's training images.
+        against: folders of runs or of evaluations that share the closing table.
+        force: put results of different protocols into one table all the same.
+        out: folder of the result; None makes one below `<run>/evaluations`.
+    """
+
+    num_samples: int | None = None
+    seed: int | None = None
+    seeds: Any = None
+    shard: str | None = None
+    merge: bool = False
+    devices: int = 1
+    chunk: int | None = None
+    keep_images: bool = True
+    scores: list[str] | None = None
+    reference: str | None = None
+    against: list[str] = field(default_factory=list)
+    force: bool = False
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        count = None if self.seeds is None else len(parse_seeds(self.seeds))
+        if self.num_samples is not None:
+            at_least("num_samples", self.num_samples, 2)
+        if count is not None and self.num_samples not in (None, count):
+            raise ValueError(
+                f"num_samples={self.num_samples}, but seeds={self.seeds} are {count} images: leave out one of them"
+            )
+        if self.seeds is not None and self.seed is not None:
+            raise ValueError("seed= picks the images of a run seed, seeds= names the images themselves: leave out one of them")
+        if self.seed is not None:
+            at_least("seed", self.seed, 0)
+        parse_shard(self.shard)
+        at_least("devices", self.devices, 1)
+        if self.merge and self.shard is not None:
+            raise ValueError("merge=true scores what all shards left: leave out shard=")
+        for score in self.scores or ():
+            one_of("scores", score, SCORES)
+        if self.scores is not None and not self.scores:
+            raise ValueError(f"scores=[] asks for nothing: choose from {', '.join(SCORES)}")
+        if self.reference is not None and not Path(self.reference).expanduser().is_file():
+            raise FileNotFoundError(f"reference={self.reference}: no such file; an .npz with arrays mu and sigma is wanted")
+
+    def images_per_file(self, micro_batch: int) -> int:
+        """`chunk`, or its default. Raises ValueError unless it is a multiple of `micro_batch`."""
+        chunk = -(-64 // micro_batch) * micro_batch if self.chunk is None else self.chunk
+        if chunk < 1 or chunk % micro_batch:
+            raise ValueError(f"chunk={chunk} is not allowed: a multiple of sampler.micro_batch={micro_batch} is wanted")
+        return chunk
+
+
+@dataclass(kw_only=True)
+class SampleConfig(RestoreConfig):
+    """Pictures of chosen seeds.
+
+    Args:
+        seeds: the images' own seeds, `0-63` or a list.
+        shard: `k/n`: draw the k-th of n shares alone; the command without it draws what is missing, and the grid.
+        trajectory: also draw x_t and the predicted x_0 over the steps, teacher above student.
+        trajectory_seeds: how many of the seeds get such a picture.
+        out: folder of the pictures; None makes one below `<run>/images`.
+    """
+
+    seeds: Any = "0-63"
+    shard: str | None = None
+    trajectory: bool = False
+    trajectory_seeds: int = 4
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_seeds(self.seeds)
+        parse_shard(self.shard)
+        at_least("trajectory_seeds", self.trajectory_seeds, 1)
+
+
+@dataclass(kw_only=True)
+class DiagnosisConfig(RestoreConfig):
+    """The paper's two claims on a run: activations that oscillate over t, and an error that gathers over the steps.
+
+    Args:
+        against: folders of further runs, laid over this one.
+        layers: name patterns of the layers whose inputs are shown; None picks six, spread over the network.
+        num_images: held-out images that are noised for the activations, and images whose trajectories are compared.
+        timesteps: how many timesteps the activations are shown at, spread evenly.
+        points: at most so many steps of the trajectory are compared, spread evenly.
+        out: folder of the pictures; None takes `<run>/diagnosis`.
+    """
+
+    against: list[str] = field(default_factory=list)
+    layers: list[str] | None = None
+    num_images: int = 64
+    timesteps: int = 10
+    points: int = 50
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("num_images", self.num_images, 2)
+        at_least("timesteps", self.timesteps, 2)
+        at_least("points", self.points, 2)
+        if self.layers is not None and not self.layers:
+            raise ValueError("layers=[] shows nothing: leave it out, or type for example layers='[*attentions*]'")
