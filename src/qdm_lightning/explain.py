@@ -121,7 +121,9 @@ def _composition(error: ConfigCompositionException) -> str:
 
 def _in_file(file: str, text: str) -> str:
     if file == "teacher/pretrained":
-        return "teacher=pretrained brings its own network: leave out the other model, or type model=pretrained beside an experiment"
+        return (
+            "teacher=pretrained brings its own network: leave out the other model; beside an experiment, type model=pretrained"
+        )
     return f"{file}.yaml: {text}"
 
 

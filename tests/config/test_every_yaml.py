@@ -41,6 +41,7 @@ def companions(group: str, name: str) -> str:
         ("metrics", "resnet20"): "metrics.weights=PATH",
         ("data", name): UNET_FOR.get(name, ""),
         ("model", name): DATA_FOR.get(name, ""),
+        ("experiment", name): "metrics=digits" if name.startswith("paper/") else "",
     }
     return own.get((group, name), "")
 
