@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "the scores of a run: Frechet distance, Inception Score, kernel distance, precision and recall, with their record",
     "sample": "pictures of chosen seeds, and their way through the steps, teacher above student",
     "diagnose": "activations over the timesteps and the error that gathers over the steps, of one run or several",
+    "convert": "a checkpoint of the original DDIM code becomes a diffusers folder",
     "cost": "what a student costs before it is trained: multiplications, bits, bytes, theoretical speed-up by layer",
 }
 """Entry points: `python -m qdm_lightning.<name>`."""
