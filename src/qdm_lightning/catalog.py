@@ -13,7 +13,7 @@ from qdm_lightning.schema import CONF_DIR
 
 COMMANDS = {
     "train": "a full-precision teacher, its quantized student, images of both and a distance for each",
-    "evaluate": "the scores of a run: Frechet distance, Inception Score, kernel distance, precision and recall, with their record",
+    "evaluate": "scores of a run, with their record: Frechet distance, Inception Score, kernel distance, precision, recall",
     "sample": "pictures of chosen seeds, and their way through the steps, teacher above student",
     "diagnose": "activations over the timesteps and the error that gathers over the steps, of one run or several",
     "convert": "a checkpoint of the original DDIM code becomes a diffusers folder",
