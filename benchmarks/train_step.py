@@ -19,24 +19,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
+from models import build, quantized
 from pairs import interleave, ratio, report
 from torch import Tensor, nn
 
-from qdm_lightning.quantization import LSQActivation, LSQWeight, NormalizedActivation, QuantConfig, Quantizers, kernels, prepare
-from qdm_lightning.quantization.layers import QuantizedLayer
-from qdm_lightning.schema import CONF_DIR
+from qdm_lightning.quantization import LSQActivation, LSQWeight, NormalizedActivation, Quantizers, kernels
 from qdm_lightning.training.denoiser import Denoiser
-
-
-def build(name: str) -> nn.Module:
-    """The U-Net of a `model` config, dropout off, channels-last."""
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        config = compose("train", overrides=[f"model={name}"], return_hydra_config=False)
-    torch.manual_seed(0)
-    model: nn.Module = instantiate(config.model, dropout=0.0)
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 class PlainActivation(LSQActivation):
@@ -77,22 +65,6 @@ class TorchWeight(LSQWeight):
         return torch._fake_quantize_learnable_per_channel_affine(
             weight, self.scale, self.zero_point, 0, self.qmin, self.qmax, self.factor
         )
-
-
-def quantized(model: nn.Module, quantizers: Quantizers) -> nn.Module:
-    """A W4A4 copy with scales of a plausible size (their values do not change the cost)."""
-    copied = copy.deepcopy(model)
-    prepare(copied, QuantConfig(), quantizers)
-    with torch.no_grad():
-        for module in copied.modules():
-            if isinstance(module, LSQActivation):
-                module.log_scale.fill_(math.log(4 / module.qmax))
-                module.zero_point.fill_(module.qmax // 2)
-            elif isinstance(module, QuantizedLayer) and isinstance(module.weight_quantizer, LSQWeight):
-                module.weight_quantizer.log_scale.copy_(
-                    (module.weight.flatten(1).abs().amax(1) / module.weight_quantizer.qmax).log()
-                )
-    return copied
 
 
 def with_brevitas(model: nn.Module) -> nn.Module:

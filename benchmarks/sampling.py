@@ -1,0 +1,56 @@
+"""Cost of a sampling step of the simulated student (quantized weights cached) over the full-precision network's.
+
+    python benchmarks/sampling.py [--rounds 15] [--threads 2]
+
+The last line is one JSON object; `simulated_over_fp32` is the figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from models import build, quantized
+from pairs import interleave, report
+
+from qdm_lightning.quantization import LSQActivation, NormalizedActivation, Quantizers, kernels
+from qdm_lightning.training.denoiser import Denoiser
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model", default="unet_cifar10")
+    parser.add_argument("--batch", type=int, default=16)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    kernels.set_mode("on")
+    base = build(options.model)
+    networks = {
+        "fp32": Denoiser(base),
+        "simulated": Denoiser(quantized(base, Quantizers(attention=NormalizedActivation))),
+        "simulated_taq_off": Denoiser(quantized(base, Quantizers(attention=LSQActivation))),
+    }
+    size = base.config.sample_size
+    x = torch.randn(options.batch, base.config.in_channels, size, size).contiguous(memory_format=torch.channels_last)
+    t = torch.full((options.batch,), 500)
+    for network in networks.values():
+        network.eval()
+    with torch.no_grad():
+        runs = {name: lambda network=network: network(x, t) for name, network in networks.items()}
+        times = interleave(runs, options.rounds, options.warmup)
+    record = {
+        "benchmark": "sampling",
+        "model": options.model,
+        "batch": options.batch,
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "kernels": kernels.record(),
+    }
+    report(times, "fp32", record)
+
+
+if __name__ == "__main__":
+    main()
