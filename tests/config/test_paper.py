@@ -50,13 +50,13 @@ def test_settings_are_ddpms(name, quant, composed):
     assert s.nem.mode == "replace"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_network_and_student_are_built(name, composed):
+@pytest.mark.parametrize("data", PARAMETERS)
+def test_network_and_student_are_built(data, composed):
     for quant, bits in QUANTS.items():
-        build_model, config, quantizers = build_student(composed(f"experiment=paper/{name}", f"quant={quant}"))
+        build_model, config, quantizers = build_student(composed(f"experiment=paper/{data}_ddpm", f"quant={quant}"))
         with torch.device("meta"):
             unet = build_model()
-            assert sum(p.numel() for p in unet.parameters()) == PARAMETERS[name.split("_")[0]]
+            assert sum(p.numel() for p in unet.parameters()) == PARAMETERS[data]
             report = prepare(unet, config, quantizers)
         rows = {row.name: (row.weight_bits, row.act_bits) for row in report.quantized}
         assert rows["conv_in"] == rows["conv_out"] == rows["time_embedding.linear_1"] == (8, 8)
@@ -64,10 +64,12 @@ def test_network_and_student_are_built(name, composed):
         assert rows["mid_block.attentions.0.qkv"] == (32, bits)
 
 
-def test_ddpm_and_ddim_share_a_teacher(composed):
+def test_ddim_shares_network_and_teacher_with_ddpm(composed):
     for data in PARAMETERS:
         one, two = (composed(f"experiment=paper/{data}_{sampler}") for sampler in ("ddpm", "ddim"))
-        assert all(one[group] == two[group] for group in ("data", "model", "diffusion", "teacher", "optimizer", "trainer"))
+        assert all(
+            one[group] == two[group] for group in ("data", "model", "diffusion", "quant", "teacher", "optimizer", "trainer")
+        )
 
 
 def test_a_trial_is_short_everywhere(composed):
