@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -33,7 +33,13 @@ EXAMPLES = (
 
 @dataclass(kw_only=True)
 class EvaluateConfig(runs.RunConfig, EvaluationConfig):
-    """Root of `conf/evaluate.yaml`."""
+    """Root of `conf/evaluate.yaml`.
+
+    Args:
+        metrics: the feature network.
+    """
+
+    metrics: Any = field(default_factory=dict)
 
 
 def evaluate(run: str | Path, overrides: Sequence[str] = (), progress: Progress | None = None) -> Evaluation:
@@ -51,7 +57,7 @@ def evaluate(run: str | Path, overrides: Sequence[str] = (), progress: Progress 
         UserError, ValueError, FileNotFoundError: bad input, found before the first stage began.
     """
     cfg = runs.compose(NAME, EvaluateConfig, run, overrides)
-    runs.check(cfg)
+    runs.check_run(cfg)
     return _evaluate(cfg, progress)
 
 

@@ -42,6 +42,9 @@ GROUPS = ("sampler", "metrics", "logger")
 LOCATIONS = ("root", "path", "cache", "verify", "download")
 """Settings of `data` that say where it lies: it may have moved since the run. The others belong to training."""
 
+UNUSED_METRIC = {"_target_": "qdm_lightning.metrics.digits.DigitsFeatures"}
+"""Stands for the run's feature network where a command scores nothing: a large one need not be loaded."""
+
 
 @dataclass(kw_only=True)
 class RunConfig:
@@ -55,8 +58,6 @@ class RunConfig:
     run: str | None = None
     trust: list[str] = field(default_factory=list)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    metrics: Any = field(default_factory=dict)
-    logger: Any = field(default_factory=dict)
     data: Any = field(default_factory=dict)
     paths: PathsConfig = field(default_factory=PathsConfig)
 
@@ -79,8 +80,9 @@ def main(
     task: cli.Task,
     examples: Sequence[tuple[str, str]],
     argv: Sequence[str] | None = None,
+    check: cli.Task | None = None,
 ) -> None:
-    """Run a command about a run, see `cli.run`. `task` may raise ValueError or FileNotFoundError before its first stage."""
+    """Run a command about a run, see `cli.run`. `check` is `check_run` where None."""
 
     def adopt(args: argparse.Namespace, typed: list[str]) -> list[str]:
         return _adopt(config_name, schema, args, typed)
@@ -94,7 +96,7 @@ def main(
             raise
 
     register(config_name, schema)
-    cli.run(config_name, kept, check, examples, argv, adopt=adopt)
+    cli.run(config_name, kept, check or check_run, examples, argv, adopt=adopt)
 
 
 def compose(config_name: str, schema: type[RunConfig], run: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
@@ -158,11 +160,11 @@ def _merged(cfg: DictConfig) -> DictConfig:
     base = stored(cfg.run, cfg.trust)
     values = plain(cfg)
     OmegaConf.set_struct(base, False)
-    for group in ("metrics", "data", "logger"):
-        base[group] = values[group]
+    base.data, base.callbacks = values["data"], {}
+    base.logger = values.get("logger") or {}
+    base.metrics = values.get("metrics") or UNUSED_METRIC
     for group in ("sampler", "paths"):
         base[group].update(values[group])
-    base.callbacks = {}
     teacher = str(Path(base.run) / "teacher")
     base.model = {"_target_": "qdm_lightning.models.pretrained.load_unet", "path": teacher}
     if base.teacher.source != "auto":
@@ -174,7 +176,7 @@ def _merged(cfg: DictConfig) -> DictConfig:
     return base
 
 
-def check(cfg: DictConfig) -> None:
+def check_run(cfg: DictConfig) -> None:
     """What can be checked before anything heavy is imported: names, types, values, the run's folder.
 
     Raises:
@@ -186,6 +188,17 @@ def check(cfg: DictConfig) -> None:
     if not (folder / "teacher" / "unet" / "config.json").is_file():
         raise UserError(f"run={cfg.run} has no teacher yet: python -m qdm_lightning.train run={cfg.run} goes on with it")
     validate(_merged(cfg))
+
+
+def another(cfg: DictConfig, run: str) -> DictConfig:
+    """`cfg` about another run: its own data and places, everything else as typed."""
+    other = cfg.copy()
+    values = plain(stored(run, cfg.trust))
+    OmegaConf.set_struct(other, False)
+    other.run, other.data = run, values["data"]
+    other.paths.update(values["paths"])
+    OmegaConf.set_struct(other, True)
+    return other
 
 
 def settings_of(cfg: DictConfig) -> Any:

@@ -18,7 +18,7 @@ from qdm_lightning.evaluation import protocol, scores
 from qdm_lightning.evaluation.chunks import Chunk, ChunkFolder, data_hash, seeds_hash
 from qdm_lightning.evaluation.drawing import Workshop, environment
 from qdm_lightning.evaluation.plan import Plan, plan_evaluation
-from qdm_lightning.evaluation.spec import EvaluationConfig, format_seeds, parse_shard
+from qdm_lightning.evaluation.spec import EvaluationConfig, format_seeds, listed, parse_shard
 from qdm_lightning.metrics.reference import Reference, import_reference, reference
 from qdm_lightning.metrics.weights import state_hash
 from qdm_lightning.training.devices import share
@@ -34,7 +34,7 @@ CHUNKS = "chunks"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` returns: the record as in evaluation.json (None from a shard), its folder, and records to stand beside."""
+    """What `evaluate` returns: the record as in evaluation.json (None from a shard), its folder, records to stand beside."""
 
     record: dict[str, Any] | None
     folder: Path
@@ -55,22 +55,23 @@ def evaluate(experiment: Experiment, config: EvaluationConfig, progress: Any) ->
         FileNotFoundError, ValueError: what is asked for cannot be done; told before an image is drawn. With `merge`, also
             where an image is missing.
     """
-    plan = plan_evaluation(experiment, config, progress)
+    plan = plan_evaluation(experiment, config)
     index, count = parse_shard(config.shard)
+    asked = listed(config.scores) or None
     network = experiment.feature_network.to(plan.painter.device)
     base = Path(config.out).expanduser().resolve() if config.out else experiment.run_dir / protocol.FOLDER
     workshop = _workshop(plan, network, base, config.keep_images)
     if config.shard is not None:
-        scores.choose(config.scores, len(plan.seeds), network, None, config.reference is None)
+        scores.choose(asked, len(plan.seeds), network, None, config.reference is None)
         _fill(workshop, plan.chunks[index::count], experiment, config, progress)
         progress.say(_shard_line(workshop, plan.chunks, config))
         return Evaluation(None, base, [])
     real = _real_images(experiment, config)
-    choice = scores.choose(config.scores, len(plan.seeds), network, real.count, real.images is not None)
+    choice = scores.choose(asked, len(plan.seeds), network, real.count, real.images is not None)
     record = _record(experiment, plan, real, choice)
     folder = base if config.out else base / _name(record)
     others = _beside(experiment.run_dir, record)
-    others += [r for against in config.against for r in protocol.comparable(against, record["protocol"], config.force)]
+    others += [r for against in listed(config.against) for r in protocol.comparable(against, record["protocol"], config.force)]
     done = _earlier(folder, record)
     if done is None:
         if config.merge:

@@ -12,8 +12,9 @@ from qdm_lightning.diffusion.sampling import image_seeds, timesteps
 from qdm_lightning.evaluation.chunks import data_hash
 from qdm_lightning.evaluation.drawing import Painter
 from qdm_lightning.evaluation.spec import EvaluationConfig, RestoreConfig, parse_seeds
+from qdm_lightning.training.devices import measuring_device
 from qdm_lightning.training.experiment import Experiment
-from qdm_lightning.training.restore import Restored, find_device, restore, set_up
+from qdm_lightning.training.restore import Restored, restore, set_up
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,12 @@ def identity(experiment: Experiment, which: str, origin: Mapping[str, Any], shap
     }
 
 
-def restored_painter(experiment: Experiment, config: RestoreConfig, progress: Any) -> tuple[str, Restored, Painter]:
+def restored_painter(experiment: Experiment, config: RestoreConfig) -> tuple[str, Restored, Painter]:
     """Which network `config` means, that network, and a painter with it."""
     set_up(experiment.trainer)
-    device = find_device(config.accelerator)
+    device = measuring_device(config.accelerator)
     which = config.network or ("teacher" if experiment.quant.is_float else "student")
-    restored = restore(experiment, which, config.weights, config.checkpoint, device, progress)
+    restored = restore(experiment, which, config.weights, config.checkpoint, device)
     return which, restored, painter(experiment, restored, device)
 
 
@@ -66,9 +67,9 @@ def painter(experiment: Experiment, restored: Restored, device: torch.device) ->
     )
 
 
-def plan_evaluation(experiment: Experiment, config: EvaluationConfig, progress: Any) -> Plan:
+def plan_evaluation(experiment: Experiment, config: EvaluationConfig) -> Plan:
     """Restore the network and divide the seeds. Raises FileNotFoundError, ValueError where run or settings forbid it."""
-    which, restored, drawn_by = restored_painter(experiment, config, progress)
+    which, restored, drawn_by = restored_painter(experiment, config)
     if config.seeds is not None:
         seeds = parse_seeds(config.seeds)
     else:

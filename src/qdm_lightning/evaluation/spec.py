@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,15 @@ def parse_seeds(value: Any, name: str = "seeds") -> list[int]:
         twice = next(a for a, b in pairwise(sorted(seeds)) if a == b)
         raise ValueError(f"{name}={value} has {twice} twice: one seed is one image")
     return seeds
+
+
+def listed(value: Any) -> list[str]:
+    """One or several names as a list; None is none.
+
+    >>> listed(None), listed("a"), listed(["a", "b"])
+    ([], ['a'], ['a', 'b'])
+    """
+    return [] if value is None else [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
 
 
 def format_seeds(seeds: Sequence[int]) -> str:
@@ -123,9 +132,9 @@ class EvaluationConfig(RestoreConfig):
         devices: processes that share the work, each with a device of its own.
         chunk: images in one file, a multiple of `sampler.micro_batch`; None: the least one from 64 up.
         keep_images: keep the images beside their features, so that other scores need no new images.
-        scores: of `SCORES`; None takes all that the images and the network allow.
+        scores: one or several of `SCORES`; None takes all that the images and the network allow.
         reference: statistics of the real images (.npz with `mu` and `sigma`) instead of the run's training images.
-        against: folders of runs or of evaluations that share the closing table.
+        against: one or several folders of runs or of evaluations that share the closing table.
         force: put results of different protocols into one table all the same.
         out: folder of the result; None makes one below `<run>/evaluations`.
     """
@@ -138,9 +147,9 @@ class EvaluationConfig(RestoreConfig):
     devices: int = 1
     chunk: int | None = None
     keep_images: bool = True
-    scores: list[str] | None = None
+    scores: Any = None
     reference: str | None = None
-    against: list[str] = field(default_factory=list)
+    against: Any = None
     force: bool = False
     out: str | None = None
 
@@ -161,9 +170,9 @@ class EvaluationConfig(RestoreConfig):
         at_least("devices", self.devices, 1)
         if self.merge and self.shard is not None:
             raise ValueError("merge=true scores what all shards left: leave out shard=")
-        for score in self.scores or ():
+        for score in listed(self.scores):
             one_of("scores", score, SCORES)
-        if self.scores is not None and not self.scores:
+        if self.scores is not None and not listed(self.scores):
             raise ValueError(f"scores=[] asks for nothing: choose from {', '.join(SCORES)}")
         if self.reference is not None and not Path(self.reference).expanduser().is_file():
             raise FileNotFoundError(f"reference={self.reference}: no such file; an .npz with arrays mu and sigma is wanted")
@@ -206,16 +215,16 @@ class DiagnosisConfig(RestoreConfig):
     """The paper's two claims on a run: activations that oscillate over t, and an error that gathers over the steps.
 
     Args:
-        against: folders of further runs, laid over this one.
-        layers: name patterns of the layers whose inputs are shown; None picks six, spread over the network.
+        against: one or several folders of further runs, laid over this one.
+        layers: one or several name patterns of the layers whose inputs are shown; None picks six, spread over the network.
         num_images: held-out images that are noised for the activations, and images whose trajectories are compared.
         timesteps: how many timesteps the activations are shown at, spread evenly.
         points: at most so many steps of the trajectory are compared, spread evenly.
         out: folder of the pictures; None takes `<run>/diagnosis`.
     """
 
-    against: list[str] = field(default_factory=list)
-    layers: list[str] | None = None
+    against: Any = None
+    layers: Any = None
     num_images: int = 64
     timesteps: int = 10
     points: int = 50
@@ -226,5 +235,5 @@ class DiagnosisConfig(RestoreConfig):
         at_least("num_images", self.num_images, 2)
         at_least("timesteps", self.timesteps, 2)
         at_least("points", self.points, 2)
-        if self.layers is not None and not self.layers:
+        if self.layers is not None and not listed(self.layers):
             raise ValueError("layers=[] shows nothing: leave it out, or type for example layers='[*attentions*]'")

@@ -53,7 +53,7 @@ class CurvePanel:
 
 
 def save_boxes(path: Path, rows: Sequence[Sequence[BoxPanel]], title: str) -> None:
-    """Draw rows of panels; run k has the k-th colour everywhere. Raises ValueError without panels, or rows of unequal length."""
+    """Draw rows of panels; run k has the k-th colour everywhere. Raises ValueError without panels, or where rows differ."""
     if not rows or len({len(row) for row in rows}) != 1 or not rows[0]:
         raise ValueError("boxes need rows of equally many panels, at least one")
     columns = len(rows[0])

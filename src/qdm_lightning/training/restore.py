@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.loggers import WandbLogger
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from qdm_lightning.metrics.weights import file_hash, state_hash
 from qdm_lightning.models.pretrained import load_unet
@@ -19,7 +21,8 @@ from qdm_lightning.training.denoiser import Denoiser
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.files import load_checkpoint
 from qdm_lightning.training.spec import TrainerConfig
-from qdm_lightning.training.student import calibrate_student, prepare_student
+from qdm_lightning.training.student import prepare_student
+from qdm_lightning.training.student_files import FOLDER, WEIGHTS
 
 PREFIXES = {"ema": "ema.module.unet.", "raw": "student.unet."}
 """Where a checkpoint keeps the student's averaged weights, and those of the optimizer."""
@@ -40,22 +43,13 @@ def set_up(trainer: TrainerConfig) -> None:
     kernels.set_mode(trainer.compile)
 
 
-def find_device(accelerator: str) -> torch.device:
-    """The device that `accelerator` (`auto`, `cpu`, `gpu`, `cuda`, `mps`) means on this machine; it must have one."""
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda")
-    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
-
-
-def restore(experiment: Experiment, which: str, weights: str, checkpoint: str, device: torch.device, progress: Any) -> Restored:
+def restore(experiment: Experiment, which: str, weights: str, checkpoint: str, device: torch.device) -> Restored:
     """`restore_teacher` or `restore_student`, by `which`."""
     if which == "teacher":
         if weights != "ema":
             raise ValueError("network=teacher keeps no raw weights, only its average: leave out weights=raw")
         return restore_teacher(experiment, device)
-    return restore_student(experiment, device, weights=weights, checkpoint=checkpoint, progress=progress)
+    return restore_student(experiment, device, weights=weights, checkpoint=checkpoint)
 
 
 def restore_teacher(experiment: Experiment, device: torch.device) -> Restored:
@@ -75,17 +69,14 @@ def restore_teacher(experiment: Experiment, device: torch.device) -> Restored:
 
 
 def restore_student(
-    experiment: Experiment, device: torch.device, *, weights: str = "ema", checkpoint: str = "best", progress: Any
+    experiment: Experiment, device: torch.device, *, weights: str = "ema", checkpoint: str = "best"
 ) -> Restored:
-    """The run's student.
-
-    A run with `quant.mode=ptq` that left no checkpoint is calibrated again, which gives the same student.
+    """The run's student. A run with `quant.mode=ptq` has no checkpoints: its student comes from its `student` folder.
 
     Args:
         experiment: of the run, from its own configuration.
         weights: `ema` or `raw`.
         checkpoint: `best`, `last`, or a file.
-        progress: shows the calibration, where there is one.
 
     Raises:
         FileNotFoundError: no such checkpoint, or the run never got as far.
@@ -95,14 +86,13 @@ def restore_student(
         raise ValueError(f"{experiment.run_dir} trained at 32 bits: it has no student, type network=teacher")
     student, _ = prepare_student(_teacher_unet(experiment), experiment)
     student.to(memory_format=torch.channels_last)
+    if experiment.quant.mode == "ptq" and checkpoint == "best":
+        return _calibrated(student, experiment, device)
     path = _checkpoint_file(experiment, checkpoint)
-    if experiment.quant.mode == "ptq" and checkpoint == "best" and not path.is_file():
-        experiment.data.setup()
-        calibrate_student(student, experiment, progress)
-        origin = {"file": None, "weights": "calibrated", "sha256": state_hash(student), "step": 0}
-        return Restored(_frozen(student, device), origin)
     state = load_checkpoint(path)
-    _fill(student, state.get("state_dict", {}), PREFIXES[weights], path)
+    prefix = PREFIXES[weights]
+    state_dict = state.get("state_dict", {})
+    _fill(student, {n.removeprefix(prefix): value for n, value in state_dict.items() if n.startswith(prefix)}, path)
     origin = {"file": _name(path, experiment.run_dir), "weights": weights, "sha256": file_hash(path)}
     return Restored(_frozen(student, device), origin | {"step": int(state["global_step"])})
 
@@ -120,16 +110,29 @@ def _checkpoint_file(experiment: Experiment, checkpoint: str) -> Path:
     if checkpoint not in ("best", "last"):
         return Path(checkpoint).expanduser().resolve()
     path = experiment.run_dir / "checkpoints" / f"{checkpoint}.ckpt"
-    if not path.is_file() and experiment.quant.mode != "ptq":
+    if not path.is_file():
         raise FileNotFoundError(
             f"{path} is not there: the run was ended before its first checkpoint, python -m qdm_lightning.train run=... goes on"
         )
     return path
 
 
-def _fill(student: nn.Module, state: dict[str, Any], prefix: str, path: Path) -> None:
-    """Load the tensors below `prefix`, which must be exactly the student's."""
-    given = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+def _calibrated(student: nn.Module, experiment: Experiment, device: torch.device) -> Restored:
+    """The student of a run without training steps."""
+    path = experiment.run_dir / FOLDER / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"run={experiment.run_dir} has no student yet: python -m qdm_lightning.train run=... goes on")
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    _fill(student, state, path)
+    origin = {"file": _name(path, experiment.run_dir), "weights": "calibrated", "sha256": file_hash(path), "step": 0}
+    return Restored(_frozen(student, device), origin)
+
+
+def _fill(student: nn.Module, given: dict[str, Tensor], path: Path) -> None:
+    """Load tensors that must be exactly the student's."""
     own = student.state_dict()
     wrong = sorted(set(own) ^ set(given)) + sorted(n for n in set(own) & set(given) if own[n].shape != given[n].shape)
     if wrong:
