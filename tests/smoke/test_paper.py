@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,6 @@ from qdm_lightning.data import imagenet64
 from qdm_lightning.reporting.terminal import Progress
 from qdm_lightning.schema import CONF_DIR
 from qdm_lightning.train import train
-from qdm_lightning.training import runner
 from qdm_lightning.training.held_out import HeldOut
 
 THIN = {
@@ -98,7 +98,7 @@ FOLDER = {
 @pytest.mark.parametrize(("data", "quant"), [("cifar10", "w4a4"), ("celeba", "w3a3"), ("imagenet64", "w2a2")])
 def test_two_steps(data, quant, tmp_path, monkeypatch):
     WRITE[data](tmp_path / FOLDER[data], monkeypatch)
-    monkeypatch.setattr(runner, "HeldOut", _ShortHeldOut)
+    monkeypatch.setattr(HeldOut, "from_images", partial(HeldOut.from_images, size=32))
     trained = []
     for sampler in ("ddpm", "ddim"):
         typed = [f"experiment=paper/{data}_{sampler}", f"quant={quant}", *TRIAL, *THIN[data]]
@@ -112,9 +112,3 @@ def test_two_steps(data, quant, tmp_path, monkeypatch):
         assert load_student(result.run_dir).config.sample_size == (32 if data == "cifar10" else 64)
         trained.append(metrics["teacher_origin"]["trained_now"])
     assert trained == [True, False]
-
-
-class _ShortHeldOut(HeldOut):
-    @classmethod
-    def from_images(cls, images: Tensor, num_train_timesteps: int, size: int = 32, seed: int = 0) -> HeldOut:
-        return super().from_images(images, num_train_timesteps, size, seed)

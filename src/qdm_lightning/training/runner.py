@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from qdm_lightning.diffusion.sampling import to_uint8
+from qdm_lightning.metrics.frechet import features
 from qdm_lightning.quantization import kernels
 from qdm_lightning.quantization.cost import network_cost
 from qdm_lightning.reporting.pictures import save_grid
@@ -30,7 +31,7 @@ from qdm_lightning.training.module import DiffusionModule
 from qdm_lightning.training.record import git_commit, hardware, versions
 from qdm_lightning.training.student import calibrate_student, prepare_student
 from qdm_lightning.training.student_files import save_student
-from qdm_lightning.training.teacher import obtain_teacher
+from qdm_lightning.training.teacher import check_schedule, obtain_teacher
 
 GRID_IMAGES = 16
 
@@ -69,6 +70,8 @@ def run(experiment: Experiment, progress: Any) -> Result:
         torch.set_num_threads(experiment.trainer.threads)
     kernels.set_mode(experiment.trainer.compile)
     experiment.data.setup()
+    check_schedule(experiment)
+    features(experiment.feature_network, experiment.data.train_images[:1])  # it takes such images, or says so now
     held_out = HeldOut.from_images(experiment.data.val_images, experiment.diffusion.num_train_timesteps)
     checkpoint = last_checkpoint(experiment.run_dir / "checkpoints") if experiment.resume else None
     step = int(load_checkpoint(checkpoint)["global_step"]) if checkpoint else (0 if experiment.resume else None)

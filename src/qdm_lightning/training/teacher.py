@@ -50,7 +50,7 @@ def obtain_teacher(
     """The teacher's U-Net, in eval mode, and a record of where it comes from. A copy is left in `<run>/teacher`.
 
     Raises:
-        FileNotFoundError, ValueError: no teacher at `teacher.path`, or one that does not fit data and diffusion process.
+        FileNotFoundError, ValueError: no teacher at `teacher.path`, or one that does not fit the data.
     """
     kept = experiment.run_dir / "teacher"
     config = experiment.teacher
@@ -61,9 +61,12 @@ def obtain_teacher(
         unet, record = _cached(experiment, held_out, progress, loggers)
     else:
         assert config.path is not None
-        unet = _from_checkpoint(experiment, Path(config.path)) if config.source == "checkpoint" else load_unet(config.path)
+        unet = (
+            _from_checkpoint(experiment, Path(config.path).expanduser())
+            if config.source == "checkpoint"
+            else load_unet(config.path)
+        )
         record = {"source": config.source, "path": str(config.path)}
-        _check_diffusion(experiment, config.path)
     _check_shape(experiment, unet)
     save_pipeline(unet, asdict(experiment.diffusion), kept)
     return unet.eval(), record
@@ -147,12 +150,24 @@ def _from_checkpoint(experiment: Experiment, path: Path) -> nn.Module:
     return unet
 
 
-def _check_diffusion(experiment: Experiment, path: str) -> None:
-    """A teacher that was trained on another noise schedule would mislead the student."""
-    folder = Path(path)
-    theirs = load_diffusion(folder / "teacher" if (folder / "teacher").is_dir() else path) if folder.is_dir() else None
+def check_schedule(experiment: Experiment) -> None:
+    """A teacher that was trained on another noise schedule would mislead the student.
+
+    Raises:
+        FileNotFoundError, ValueError: no teacher at `teacher.path`, or one of another schedule.
+    """
+    path = experiment.teacher.path
+    if path is None or (experiment.resume and (experiment.run_dir / "teacher" / "unet").is_dir()):
+        return
+    place = path
+    if experiment.teacher.source == "checkpoint":
+        folder = Path(path).expanduser()
+        run = folder if folder.is_dir() else folder.absolute().parents[1]  # <run>/checkpoints/<file>
+        if not (run / "teacher").is_dir():
+            return
+        place = str(run / "teacher")
     ours = asdict(experiment.diffusion)
-    different = {k: v for k, v in (theirs or {}).items() if ours.get(k) != v}
+    different = {k: v for k, v in (load_diffusion(place) or {}).items() if ours.get(k) != v}
     if different:
         say = " ".join(f"diffusion.{k}={v}" for k, v in different.items())
         raise ValueError(f"teacher.path={path} was trained on another noise schedule: type {say}")
