@@ -7,7 +7,8 @@ that two compiled variants serve every shape. `set_mode` chooses; `record` tells
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -80,8 +81,8 @@ class _Backend:
     def call(self, name: str, *args: Any) -> Any:
         if self.chosen is None:
             self.choose()
-        # Detached: dynamo would compile once more for every combination of `requires_grad`.
-        args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
+        # Detached: dynamo would compile once more for every combination of `requires_grad` and of bases of views.
+        args = tuple([arg.detach() if isinstance(arg, Tensor) else arg for arg in args])
         try:
             return self.functions[name](*args)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
@@ -127,9 +128,12 @@ def memory_order(x: Tensor, keep_first: bool) -> tuple[int, ...] | None:
 
     With `keep_first` the first axis stays first, whatever its stride.
     """
-    if x.is_contiguous():
-        return None
-    axes = sorted(range(x.ndim), key=lambda axis: (-x.stride()[axis], axis))
+    return None if x.is_contiguous() else _by_stride(x.stride(), keep_first)
+
+
+@cache
+def _by_stride(strides: tuple[int, ...], keep_first: bool) -> tuple[int, ...]:
+    axes = sorted(range(len(strides)), key=lambda axis: (-strides[axis], axis))
     if keep_first:
         axes.remove(0)
         axes.insert(0, 0)
@@ -142,14 +146,18 @@ def flatten(x: Tensor, order: tuple[int, ...] | None, rows: int) -> Tensor:
     return ordered.contiguous().view((rows, -1) if rows > 1 else (-1,))
 
 
-def unflatten(flat: Tensor, shape: Sequence[int], order: tuple[int, ...] | None) -> Tensor:
+def unflatten(flat: Tensor, shape: torch.Size, order: tuple[int, ...] | None) -> Tensor:
     """The inverse of `flatten`: a tensor of `shape` in the memory order of the original."""
-    if order is None:
-        return flat.view(shape)
-    inverse = [0] * len(order)
-    for position, axis in enumerate(order):
-        inverse[axis] = position
-    return flat.view([shape[axis] for axis in order]).permute(inverse)
+    return flat.view(shape) if order is None else flat.as_strided(shape, _dense_strides(shape, order))
+
+
+@cache
+def _dense_strides(shape: torch.Size, order: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [0] * len(shape), 1
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= shape[axis]
+    return tuple(strides)
 
 
 def _first_line(error: BaseException) -> str:
@@ -157,6 +165,7 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0][:200]
 
 
+@cache
 def gradient_factor(elements: int, qmax: int) -> float:
     """LSQ's g = 1 / sqrt(N q_max), N the elements (of one sample) that share the scale."""
     return 1.0 / math.sqrt(elements * qmax)

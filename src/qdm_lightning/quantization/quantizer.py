@@ -78,13 +78,24 @@ class LSQActivation(ActivationQuantizer):
         """s, (1,), positive."""
         return self.log_scale.exp()
 
+    @property
+    def holds_zero(self) -> bool:
+        """True where the zero point is held to the grid, so that zero lies on it."""
+        return True
+
+    def learned_grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and real zero point for x (B, ...), each of 1 or B elements. A variant of the baseline overrides this."""
+        return self.scale, self.zero_point
+
     def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and integer zero point for x (B, ...), each of 1 or B elements."""
-        return self.scale, ste.integer_zero_point(self.zero_point, self.qmin, self.qmax)
+        """Scale and integer zero point for x (B, ...), each of 1 or B elements: what integer arithmetic uses."""
+        scale, zero_point = self.learned_grid(x)
+        return scale, ste.integer_zero_point(zero_point, self.qmin, self.qmax) if self.holds_zero else ste.round_ste(zero_point)
 
     def quantize(self, x: Tensor) -> Tensor:
-        scale, zero_point = self.grid(x)
-        return ste.fake_quantize(x, scale, zero_point, self.qmin, self.qmax, gradient_factor(x[0].numel(), self.qmax))
+        scale, zero_point = self.learned_grid(x)
+        factor = gradient_factor(x[0].numel(), self.qmax)
+        return ste.fake_quantize(x, scale, zero_point, self.qmin, self.qmax, factor, hold=self.holds_zero)
 
     def initialise(self, record: Record, calibrator: Calibrator) -> None:
         scale, zero_point = calibrator.search(record.pool(), self.qmin, self.qmax, symmetric=False)

@@ -42,7 +42,9 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (codes - zero_point) * scale
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, scale_gradient: float = 1.0) -> Tensor:
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, scale_gradient: float = 1.0, *, hold: bool = False
+) -> Tensor:
     """x_hat = s (clip(round(x / s) + z, qmin, qmax) - z), with LSQ+'s gradients.
 
     d x_hat / dx is 1 where qmin <= x / s + z <= qmax and 0 elsewhere; d x_hat / ds is (x_hat - x) / s inside and q_limit - z
@@ -51,9 +53,10 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax:
     Args:
         x: any shape and floating type; the result has both.
         scale: positive, float32, one element or `x.shape[0]` elements.
-        zero_point: integral values, float32, as many elements as `scale`.
+        zero_point: float32, as many elements as `scale`; rounded, and the gradient passes straight through.
         qmin, qmax: ends of the integer grid.
         scale_gradient: factor g on the scale's gradient (LSQ, sec. 2.2).
+        hold: hold the zero point to [qmin, qmax] too, also straight-through.
 
     Raises:
         ValueError: `scale` and `zero_point` differ in size, or have neither one element nor one for each row of x.
@@ -63,18 +66,19 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax:
             f"scale has {scale.numel()} and zero_point {zero_point.numel()} elements for x of shape {tuple(x.shape)}: "
             f"give both 1 element or both {x.shape[0]}"
         )
-    return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, scale_gradient)
+    return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, scale_gradient, hold)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, scale_gradient: float
+        ctx: FunctionCtx, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, scale_gradient: float, hold: bool
     ) -> Tensor:
         rows = scale.numel()
         column = (rows, 1) if rows > 1 else (1,)
         order = kernels.memory_order(x, keep_first=rows > 1)
-        flat, s, z = kernels.flatten(x, order, rows), scale.reshape(column), zero_point.reshape(column)
+        integer = zero_point.clamp(qmin, qmax).round_() if hold else zero_point.round()
+        flat, s, z = kernels.flatten(x, order, rows), scale.reshape(column), integer.view(column)
         ctx.save_for_backward(flat, s, z)
         ctx.constants = (x.shape, scale.shape, order, qmin, qmax, scale_gradient)  # type: ignore[attr-defined]
         return kernels.unflatten(kernels.forward(flat, s, z, qmin, qmax), x.shape, order)
@@ -87,4 +91,4 @@ class _FakeQuantize(torch.autograd.Function):
         upstream = kernels.flatten(grad, order, s.shape[0])
         grad_x, grad_scale, grad_zero = kernels.backward(upstream, flat, s, z, qmin, qmax)
         grad_x = kernels.unflatten(grad_x, shape, order)
-        return grad_x, grad_scale.mul_(scale_gradient).view(own), grad_zero.view(own), None, None, None
+        return grad_x, grad_scale.mul_(scale_gradient).view(own), grad_zero.view(own), None, None, None, None

@@ -37,14 +37,16 @@ class NormalizedActivation(LSQActivation):
             order = kernels.memory_order(x, keep_first=True)
             return kernels.row_moments(kernels.flatten(x, order, x.shape[0]).view(x.shape[0], -1), self.psi)
 
-    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def holds_zero(self) -> bool:
+        return self.padded
+
+    def learned_grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, deviation = self.moments(x)
         scale = self.scale * deviation
         # s acts through z_n too: LSQ's factor belongs on that path of its gradient as well.
         zero_point = self.zero_point - mean / ste.multiply_gradient(scale, kernels.gradient_factor(x[0].numel(), self.qmax))
-        if self.padded:
-            return scale, ste.integer_zero_point(zero_point, self.qmin, self.qmax)
-        return scale, ste.round_ste(zero_point)
+        return scale, zero_point
 
     def observe(self, x: Tensor) -> Tensor:
         mean, deviation = self.moments(x)
@@ -158,14 +160,13 @@ class GroupedActivation(LSQActivation, _Grouped):
             parameter.rows_move_alone = True  # type: ignore[attr-defined]
         self.register_buffer("seen", torch.zeros(groups, dtype=torch.bool))
 
-    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def learned_grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         group = self.group(x.shape[0])
         if self.training:
             self.seen[group] = True
         else:
             self.check_seen(group)
-        zero_point = ste.integer_zero_point(self.zero_point, self.qmin, self.qmax)
-        return self.scale[group], zero_point[group]
+        return self.scale[group], self.zero_point[group]
 
     def observe(self, x: Tensor) -> Tensor:
         self.group(x.shape[0])  # raises where no timestep was given
