@@ -86,10 +86,13 @@ def choose_layers(layers: Mapping[str, nn.Module], patterns: Sequence[str] | Non
                 raise ValueError(f"layers: the pattern {pattern!r} matches no layer: they are named like {some}")
         return [name for name in layers if any(fnmatchcase(name, pattern) for pattern in patterns)]
     attention = [name for name in layers if name.endswith((".query", ".value"))][:2]
+    bits = {name: getattr(module, "bits", 0) for name, module in layers.items()}
     others = [
         name
         for name, module in layers.items()
-        if not name.endswith((".query", ".key", ".value")) and not isinstance(module, LSQProbability)
+        if not name.endswith((".query", ".key", ".value"))
+        and not isinstance(module, LSQProbability)
+        and bits[name] == min(bits.values())  # the network's edges have more
     ]
     wanted = min(CHOSEN - len(attention), len(others))
     picked = [others[round(k * (len(others) - 1) / max(wanted - 1, 1))] for k in range(wanted)]

@@ -21,6 +21,7 @@ from qdm_lightning.evaluation.plan import Plan, plan_evaluation
 from qdm_lightning.evaluation.spec import EvaluationConfig, format_seeds, listed, parse_shard
 from qdm_lightning.metrics.reference import Reference, import_reference, reference
 from qdm_lightning.metrics.weights import state_hash
+from qdm_lightning.reporting.terminal import Progress
 from qdm_lightning.training.devices import share
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.files import write_json
@@ -100,21 +101,19 @@ def _workshop(plan: Plan, network: nn.Module, base: Path, keep_images: bool) -> 
     )
 
 
-@dataclass(frozen=True)
 class _Share:
-    """What one of several processes does; pickled to get there."""
+    """What one of several processes does; pickled to get there. No dataclass: Lightning would take it apart."""
 
-    workshop: Workshop
-    chunks: list[Sequence[int]]
-    trainer: TrainerConfig
+    def __init__(self, workshop: Workshop, chunks: Sequence[Sequence[int]], trainer: TrainerConfig, mode: str) -> None:
+        self.workshop, self.chunks, self.trainer, self.mode = workshop, chunks, trainer, mode
 
     def __call__(self, device: torch.device, index: int, count: int) -> None:
         set_up(self.trainer)
         self.workshop.painter.device = device
         self.workshop.painter.network.to(device)
         self.workshop.feature_network.to(device)
-        for seeds in self.chunks[index::count]:
-            self.workshop.make(seeds, lambda: None, print)
+        progress = Progress(self.mode if index == 0 else "silent")
+        _make(self.workshop, self.chunks[index::count], f"sampling (1 of {count} processes)", 0, progress)
 
 
 def _fill(
@@ -122,18 +121,22 @@ def _fill(
 ) -> None:
     """Make what is missing of the chunks."""
     missing = workshop.missing(chunks, progress.say)
-    rounds = {id(seeds): workshop.painter.rounds(len(seeds)) for seeds in chunks}
-    total = sum(rounds.values())
-    if not missing:
-        return
-    with progress.stage("sampling", total, "steps") as stage:
-        stage.skip(total - sum(rounds[id(seeds)] for seeds in missing))
-        if config.devices > 1:
-            share(_Share(workshop, missing, experiment.trainer), config.accelerator, config.devices)
-            stage.advance(sum(rounds[id(seeds)] for seeds in missing))
-        else:
-            for seeds in missing:
-                workshop.make(seeds, lambda: stage.advance(1), progress.say)
+    if missing and config.devices > 1:
+        share(_Share(workshop, missing, experiment.trainer, progress.mode), config.accelerator, config.devices)
+    elif missing:
+        before = sum(workshop.painter.rounds(len(seeds)) for seeds in chunks)
+        before -= sum(workshop.painter.rounds(len(seeds)) for seeds in missing)
+        _make(workshop, missing, "sampling", before, progress)
+
+
+def _make(workshop: Workshop, chunks: Sequence[Sequence[int]], name: str, before: int, progress: Any) -> None:
+    """Make chunks under a stage, in which `before` steps were done already."""
+    total = before + sum(workshop.painter.rounds(len(seeds)) for seeds in chunks)
+    with progress.stage(name, total, "steps") as stage:
+        if before:
+            stage.skip(before)
+        for seeds in chunks:
+            workshop.make(seeds, lambda: stage.advance(1), progress.say)
 
 
 def _shard_line(workshop: Workshop, chunks: Sequence[Sequence[int]], config: EvaluationConfig) -> str:
@@ -267,6 +270,8 @@ def _score(
     digests = b"".join(chunk.arrays["images_sha256"].tobytes() for chunk in chunks)
     seconds = {name: round(sum(chunk.meta["seconds"][name] for chunk in chunks), 3) for name in ("sampling", "features")}
     workshop.features.sweep()
+    here = environment(plan.painter.device)
+    here.pop("fake_quantization")  # scoring quantizes nothing
     return {
         **record,
         "scores": found,
@@ -275,7 +280,7 @@ def _score(
         "images": {**record["images"], "sha256_of_images": hashlib.sha256(digests).hexdigest()},
         "seconds": {**seconds, "scores": round(time.perf_counter() - begin, 3)},
         "drawn_on": distinct,
-        "scored_on": environment(plan.painter.device),
+        "scored_on": here,
         "warnings": warnings,
         "versions": versions(),
         "hardware": hardware(),

@@ -91,7 +91,7 @@ class QuantizedAttention(nn.Module):
             out = out.transpose(1, 2).reshape(batch, -1, *spatial)
         if attn.residual_connection:
             out = out + residual
-        return out / attn.rescale_output_factor
+        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if self.probabilities is None:

@@ -114,8 +114,8 @@ class Percentile:
 class MSESearch:
     """The grid of least squared error ||x - x_hat||^2 among shrunken ranges [a low, b high], a and b in `steps` fractions.
 
-    Symmetric grids try `3 * steps` fractions of the greatest magnitude; others every pair of a and b. At most `max_values`
-    values of a row count, a random subsample of more.
+    Symmetric grids try `3 * steps` fractions of the greatest magnitude; others every pair of a and b. A finer search around the
+    best range follows. At most `max_values` values of a row count, a random subsample of more.
     """
 
     def __init__(self, steps: int = 16, max_values: int = 8192) -> None:
@@ -128,22 +128,28 @@ class MSESearch:
         if values.shape[1] > self.max_values:
             pick = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(0))[: self.max_values]
             values = values[:, pick.to(values.device)]
-        best_error = torch.full_like(low, torch.inf)
-        best_scale, best_zero = _affine(low, high, qmin, qmax, symmetric)
-        for a, b in self._fractions(symmetric, bool((low < 0).any())):
-            scale, zero = _affine(a * low, b * high, qmin, qmax, symmetric)
-            codes = torch.clamp(torch.round(values / scale[:, None]) + zero[:, None], qmin, qmax)
-            error = ((codes - zero[:, None]) * scale[:, None] - values).square().mean(dim=1)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-        return best_scale, best_zero
+        joint = symmetric or not bool((low < 0).any())
+        best = [torch.full_like(low, torch.inf), low, high, *_affine(low, high, qmin, qmax, symmetric)]
+        for fractions in (self._coarse(joint), self._fine(joint)):
+            low, high = best[1:3]
+            for a, b in fractions:
+                scale, zero = _affine(a * low, b * high, qmin, qmax, symmetric)
+                codes = torch.clamp(torch.round(values / scale[:, None]) + zero[:, None], qmin, qmax)
+                error = ((codes - zero[:, None]) * scale[:, None] - values).square().mean(dim=1)
+                found = [error, a * low, b * high, scale, zero]
+                best = [torch.where(error < best[0], new, old) for new, old in zip(found, best, strict=True)]
+        return best[3], best[4]
 
-    def _fractions(self, symmetric: bool, signed: bool) -> list[tuple[float, float]]:
-        if symmetric or not signed:
+    def _coarse(self, joint: bool) -> list[tuple[float, float]]:
+        if joint:
             return [(f, f) for f in torch.linspace(1.0, 0.04, 3 * self.steps).tolist()]
         ends = torch.logspace(0, -1.5, self.steps).tolist()
         return [(a, b) for a in ends for b in ends]
+
+    @staticmethod
+    def _fine(joint: bool) -> list[tuple[float, float]]:
+        ends = torch.linspace(0.88, 1.12, 9).tolist()
+        return [(f, f) for f in ends] if joint else [(a, b) for a in ends for b in ends]
 
 
 def calibrate(model: nn.Module, run: Callable[[], None], calibrator: Calibrator, seed: int = 0) -> None:

@@ -7,19 +7,30 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 
 if TYPE_CHECKING:
     from qdm_lightning.quantization.calibration import Calibrator
 
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)  # a fused optimizer writes weights and raises no version counter
+
 
 class QuantizedLayer(nn.Module):
     """What `QuantConv2d`, `QuantConv1d` and `QuantLinear` share: a weight, its quantizer, the input's quantizer.
 
     With gradients on, the weight is quantized at every forward pass, once a step. Without gradients in eval mode it is
-    quantized once and kept until the weight or its scales change (their version counters tell) or `train()` or `eval()` is
-    called. A write through `.data` raises no version counter: call `eval()` after it.
+    quantized once and kept until the weight or its scales change (their version counters tell), an optimizer takes a step, or
+    `train()` or `eval()` is called. A write through `.data` raises no version counter: call `eval()` after it.
     """
 
     weight: Tensor
@@ -43,7 +54,7 @@ class QuantizedLayer(nn.Module):
         state = [self.weight, *self.weight_quantizer.parameters(), *self.weight_quantizer.buffers()]
         if any(t.is_inference() for t in state):  # these count no versions
             return cast(Tensor, self.weight_quantizer(self.weight))
-        key = [(t.data_ptr(), t._version, t.dtype) for t in state]
+        key = [_optimizer_steps, *((t.data_ptr(), t._version, t.dtype) for t in state)]
         if self._cached is None or self._cached[0] != key:
             # The tensors are held too: freed, their addresses would come again with other values.
             self._cached = (key, self.weight_quantizer(self.weight), [t.detach() for t in state])

@@ -113,7 +113,7 @@ def save_curves(path: Path, panels: Sequence[CurvePanel], title: str) -> None:
 def _dress(ax: Any, title: str, ylabel: str) -> None:
     ax.set_title(title, fontsize=9)
     ax.set_ylabel(ylabel, fontsize=8)
-    ax.tick_params(labelsize=7)
+    ax.tick_params(which="both", labelsize=7)
     ax.grid(axis="y", color=GRID, linewidth=0.6)
     ax.set_axisbelow(True)
 

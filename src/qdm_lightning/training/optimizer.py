@@ -49,12 +49,12 @@ class QuantizerAdam(torch.optim.Adam):
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> QuantizerAdam:
-    """Adam over two groups: the network's parameters, and the quantizers' with their own learning rate."""
+    """Adam (fused) over two groups: the network's parameters, and the quantizers' with their own learning rate."""
     network, quantizers = split_parameters(model)
     groups = [{"params": network, "lr": config.lr}]
     if quantizers:
         groups.append({"params": quantizers, "lr": config.quantizer_lr})
-    return QuantizerAdam(groups, betas=(config.beta1, config.beta2))
+    return QuantizerAdam(groups, betas=(config.beta1, config.beta2), fused=True)
 
 
 def learning_rate_factor(config: OptimizerConfig, max_steps: int) -> Callable[[int], float]:

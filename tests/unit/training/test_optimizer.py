@@ -61,7 +61,7 @@ def test_adam_is_torchs_where_no_row_moves_alone():
     ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
     theirs.load_state_dict(ours.state_dict())
     mine = build_optimizer(ours, OptimizerConfig(lr=0.01))
-    reference = torch.optim.Adam(theirs.parameters(), lr=0.01, betas=(0.9, 0.999))
+    reference = torch.optim.Adam(theirs.parameters(), lr=0.01, betas=(0.9, 0.999), fused=True)
     x = torch.randn(5, 3)
     for _ in range(4):
         for model, optimizer in ((ours, mine), (theirs, reference)):
