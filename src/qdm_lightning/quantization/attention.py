@@ -16,12 +16,17 @@ def is_attention(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("to_q", "to_k", "to_v", "to_out", "set_processor", "heads"))
 
 
+_PLAIN = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
+"""diffusers' processors of plain attention, which `QuantizedAttention` may take the place of."""
+
+
 def unsupported(module: nn.Module) -> str | None:
     """Why this attention can't be quantized faithfully, or None."""
     for name in ("spatial_norm", "norm_cross", "norm_q", "norm_k", "added_kv_proj_dim"):
         if getattr(module, name, None):
             return f"its {name} is set"
-    return None
+    processor = type(getattr(module, "processor", None)).__name__
+    return None if processor in _PLAIN else f"its processor is a {processor}"
 
 
 class QuantizedAttention(nn.Module):
