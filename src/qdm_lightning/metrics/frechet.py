@@ -130,7 +130,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
             )
         if not torch.isfinite(rows).all():
             raise ValueError("features hold values that are not finite: the images or the network's weights are broken")
-    metric = FrechetInceptionDistance(feature=_Features(features_a.shape[1])).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=_Features(features_a.shape[1]), sync_on_compute=False).set_dtype(torch.float64)
     metric.update(features_a.double(), real=True)
     metric.update(features_b.double(), real=False)
     return float(metric.compute())

@@ -22,6 +22,10 @@ class StageProgress(Callback):
     def __init__(self, stage: Any) -> None:
         self.stage = stage
 
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.global_step:
+            self.stage.skip(trainer.global_step)
+
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         show = trainer.global_step % 10 == 0
         self.stage.advance(1, **({"loss": f"{float(outputs['loss'].detach()):.4f}"} if show else {}))

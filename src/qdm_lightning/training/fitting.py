@@ -74,6 +74,8 @@ def fit(
     state = load_checkpoint(kept)
     module.on_load_checkpoint(state)
     module.load_state_dict(state["state_dict"])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the first rank may move the folder once all have read it
     score = next(c["best_model_score"] for k, c in state["callbacks"].items() if k.startswith("ModelCheckpoint"))
     return {
         "steps": max_steps,

@@ -18,6 +18,7 @@ from qdm_lightning.metrics.frechet import features
 from qdm_lightning.quantization import kernels
 from qdm_lightning.quantization.cost import network_cost
 from qdm_lightning.reporting.pictures import save_grid
+from qdm_lightning.reporting.terminal import rank
 from qdm_lightning.training.callbacks import LearnedScales, SampleDuringTraining, StageProgress, log_pictures
 from qdm_lightning.training.denoiser import Denoiser
 from qdm_lightning.training.devices import measuring_device
@@ -80,6 +81,7 @@ def run(experiment: Experiment, progress: Any) -> Result:
         loggers += [
             make(run_dir=experiment.run_dir, config=experiment.resolved, run_tags=experiment.resolved.get("tags", ()))
             for make in experiment.loggers
+            if not rank()
         ]
         return _stages(experiment, held_out, progress, loggers)
     finally:
@@ -105,6 +107,8 @@ def _stages(experiment: Experiment, held_out: HeldOut, progress: Any, loggers: l
         save_student(student.unet, experiment, experiment.run_dir / "student")
         metrics["student"] = {"bits": [experiment.quant.weight_bits, experiment.quant.act_bits], **fitted}
         teacher = module.teacher or teacher
+    if rank():  # the first rank alone measures
+        return Result(metrics, experiment.run_dir, teacher, student, module)
     for network in (teacher, student):
         if network is not None:
             network.to(device)

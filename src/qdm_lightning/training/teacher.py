@@ -15,6 +15,7 @@ from torch import nn
 
 from qdm_lightning.diffusion.spec import NeMConfig
 from qdm_lightning.models.pretrained import load_diffusion, load_unet, save_pipeline
+from qdm_lightning.reporting.terminal import rank
 from qdm_lightning.training.callbacks import StageProgress
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.files import load_checkpoint, write_json
@@ -77,6 +78,9 @@ def _cached(experiment: Experiment, held_out: HeldOut, progress: Any, loggers: l
     root = Path(experiment.paths.cache).expanduser() / "teachers"
     root.mkdir(parents=True, exist_ok=True)
     folder = root / key
+    if rank() and not (folder / "teacher.json").is_file():
+        # The first rank holds the lock and trains: this one was started to train with it.
+        _train(experiment, held_out, root / f"{key}.work" / "checkpoints", progress, loggers)
     with FileLock(root / f"{key}.lock"):
         if not (folder / "teacher.json").is_file():
             work = root / f"{key}.work"
