@@ -176,11 +176,12 @@ class GroupedActivation(LSQActivation, _Grouped):
     def initialise(self, record: Record, calibrator: Calibrator) -> None:
         """Each group from its own samples; groups without any start from all of them, and stay unseen."""
         group = timestep_group(record.timesteps, self.groups, self.num_train_timesteps)
-        searched = calibrator.search(record.pool(), self.qmin, self.qmax, symmetric=False)
-        scale, zero_point = (result.repeat(self.groups) for result in searched)
-        for g in group.unique():
-            scale[g], zero_point[g] = (
-                result[0] for result in calibrator.search(record.pool(group == g), self.qmin, self.qmax, symmetric=False)
-            )
-            self.seen[g] = True
+        found = group.unique()
+        pools = [record.pool(group == g)[0] for g in found]
+        width = max(pool.numel() for pool in pools)
+        equal = torch.stack([pool.repeat(-(-width // pool.numel()))[:width] for pool in pools])
+        rest, own = (calibrator.search(values, self.qmin, self.qmax, symmetric=False) for values in (record.pool(), equal))
+        scale, zero_point = (result.repeat(self.groups) for result in rest)
+        scale[found], zero_point[found] = own
+        self.seen[found] = True
         self.set_grid(scale, zero_point)
