@@ -6,6 +6,7 @@ that two compiled variants serve every shape. `set_mode` chooses; `record` tells
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from functools import cache
@@ -55,6 +56,8 @@ class _Backend:
         self.chosen, self.reason, self.functions = "eager", "asked for", _EAGER
         if self.mode == "off":
             return
+        # The compiler looks for CUDA's headers and says so where there are none; a CPU needs none.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         # fullgraph: past its recompile limit dynamo then raises, where it would otherwise run eager without a word.
         compiled = {name: torch.compile(f, dynamic=True, fullgraph=True) for name, f in _EAGER.items()}
         try:
