@@ -1,0 +1,155 @@
+"""`evaluate`, `sample` and `diagnose` as they are typed: killed by force, in several processes, with bad input."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qdm_lightning import cli, runs
+from qdm_lightning.diagnose import DiagnoseConfig
+from qdm_lightning.diagnose import _task as diagnose_task
+from qdm_lightning.evaluate import EvaluateConfig, evaluate
+from qdm_lightning.evaluate import _task as evaluate_task
+from qdm_lightning.reporting.terminal import Progress
+from qdm_lightning.sample import SampleRootConfig
+from qdm_lightning.sample import _task as sample_task
+
+COMMANDS = {
+    "evaluate": (EvaluateConfig, evaluate_task),
+    "sample": (SampleRootConfig, sample_task),
+    "diagnose": (DiagnoseConfig, diagnose_task),
+}
+
+
+def start(*arguments):
+    command = [sys.executable, "-m", "qdm_lightning.evaluate", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_chunks(folder, count, process):
+    until = time.monotonic() + 120
+    while len(list(folder.rglob("features_*/*.npz"))) < count:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_killed_by_force_and_in_two_processes_at_once(run_copy, tiny_run, tmp_path):
+    settings = ["sampler.steps=25", "num_samples=240", "chunk=16"]
+    choose = random.Random(0)
+    first = start(f"run={run_copy}", *settings)
+    wait_for_chunks(run_copy, 3, first)
+    time.sleep(choose.random() / 10)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert not (run_copy / "evaluation.json").exists()
+    done = len(list(run_copy.rglob("features_*/*.npz")))
+    assert done < 15
+    shards = [start(f"run={run_copy}", *settings, f"shard={k}/2") for k in (1, 2)]
+    wait_for_chunks(run_copy, done + 4, shards[1])
+    shards[1].send_signal(signal.SIGKILL)
+    shards[1].communicate()
+    said = shards[0].communicate()[0]
+    assert shards[0].returncode == 0, said
+    assert "shard 1/2 is done: " in said
+    last = evaluate(run_copy, settings, Progress("silent")).record
+    whole = evaluate(tiny_run, [*settings, f"out={tmp_path / 'whole'}"], Progress("silent")).record
+    assert (last["scores"], last["images"], last["warnings"]) == (whole["scores"], whole["images"], [])
+    assert not list(run_copy.rglob("evaluation.json.*"))
+
+
+def test_three_processes_of_lightning(run_copy, tiny_run, tmp_path):
+    overrides = ["num_samples=96", "chunk=16"]
+    ended = start(f"run={run_copy}", *overrides, "devices=3", "accelerator=cpu")
+    said = ended.communicate()[0]
+    assert ended.returncode == 0, said
+    assert "student W4A4, ema" in said
+    together = json.loads((run_copy / "evaluation.json").read_text())
+    alone = evaluate(tiny_run, [*overrides, f"out={tmp_path / 'alone'}"], Progress("silent")).record
+    assert (together["scores"], together["images"], together["warnings"]) == (alone["scores"], alone["images"], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("evaluate", [], "run is missing: type run=<folder of a run>"),
+        ("evaluate", ["run=nowhere"], "run=nowhere is not a folder"),
+        ("evaluate", ["run={run}", "+unknown=1"], "unknown is not a setting"),
+        ("evaluate", ["run={run}", "sampler=euler"], "sampler=euler is not an option: choose one of ddim, ddpm"),
+        ("evaluate", ["run={run}", "sampler.steps=x"], "sampler.steps must be an integer"),
+        ("evaluate", ["run={run}", "shard=9/8"], "shard=9/8 is not allowed"),
+        ("evaluate", ["run={run}", "optimizer.lr=1"], "optimizer.lr=1 belongs to training"),
+        ("evaluate", ["run={run},{run}", "-m"], "one run at a time"),
+        ("evaluate", ["run={run}", "merge=true"], "64 of 64 images are missing"),
+        ("sample", ["run={run}", "seeds=1-0"], "seeds=1-0 is not understood"),
+        ("sample", ["run={run}", "metrics=digits"], "metrics=digits belongs to training"),
+        ("diagnose", ["run={run}", "layers=nothing"], "matches no layer"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(name, arguments, message, run_copy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = {path for path in run_copy.rglob("*") if "chunks" not in path.parts and path.name != "evaluations"}
+    schema, task = COMMANDS[name]
+    with pytest.raises(SystemExit) as ended:
+        runs.main(name, schema, task, (), [argument.format(run=run_copy) for argument in arguments])
+    error = capsys.readouterr().err
+    assert ended.value.code == cli.BAD_INPUT
+    assert message in error
+    assert error.count("\n") == 1
+    after = {path for path in run_copy.rglob("*") if "chunks" not in path.parts and path.name != "evaluations"}
+    assert after == before
+
+
+def test_a_sweep_over_samplers_and_the_closing_table(run_copy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = [f"run={run_copy}", "-m", "sampler.steps=2,3", "scores=fd", "num_samples=32"]
+    runs.main("evaluate", EvaluateConfig, evaluate_task, (), arguments)
+    said = capsys.readouterr().out
+    assert "ddim2" in said
+    assert "ddim3" in said
+    assert len(list(run_copy.glob("evaluations/*/evaluation.json"))) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_stored_run_may_not_bring_code_along(run_copy, capsys):
+    config = run_copy / "config.yaml"
+    config.write_text(config.read_text().replace("qdm_lightning.quantization.quantizer.LSQWeight", "os.system"))
+    with pytest.raises(SystemExit):
+        runs.main("evaluate", EvaluateConfig, evaluate_task, (), [f"run={run_copy}"])
+    assert "would run os.system (quant.weight_quantizer._target_)" in capsys.readouterr().err
+
+
+def test_a_run_with_a_quantizer_of_the_users_own_must_be_trusted(run_copy, capsys):
+    config = run_copy / "config.yaml"
+    config.write_text(config.read_text().replace("qdm_lightning.quantization.quantizer.LSQActivation", f"{__name__}.Own"))
+    with pytest.raises(SystemExit):
+        runs.main("evaluate", EvaluateConfig, evaluate_task, (), [f"run={run_copy}"])
+    said = capsys.readouterr().err
+    trust = f"quant.act_quantizer._target_={__name__}.Own"
+    assert f"type {trust}" in said
+    assert evaluate(run_copy, [trust, "scores=fd"], Progress("silent")).record["scores"]["fd_digits"] > 0
+
+
+def Own(**options):
+    from qdm_lightning.quantization import LSQActivation
+
+    return LSQActivation(**options)
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_help_waits_for_no_torch(name):
+    code = f"import qdm_lightning.{name}, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    ended = subprocess.run(
+        [sys.executable, "-m", f"qdm_lightning.{name}", "--cfg", "job"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONWARNINGS": "error"},
+    )
+    assert "run: null" in ended.stdout
