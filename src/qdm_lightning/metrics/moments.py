@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
+BLOCK = 4096
+"""Rows that are folded together: each fold touches the whole covariance."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Moments:
@@ -42,8 +45,8 @@ class Moments:
 class MomentsStream:
     """Moments of chunks of features that come one after another, in any order.
 
-    Chunk k is folded as soon as all chunks before it have been (Chan, Golub and LeVeque 1983, eq. 2.1): at most the chunks that
-    came early are kept in memory.
+    Chunks are gathered in the order of their index, and folded (Chan, Golub and LeVeque 1983, eq. 2.1) when `BLOCK` rows are
+    there: in memory are at most these and the chunks that came early.
 
     Args:
         dim: width of a feature vector.
@@ -55,6 +58,7 @@ class MomentsStream:
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
         self._next = 0
         self._early: dict[int, Tensor] = {}
+        self._gathered: list[Tensor] = []
 
     def add(self, index: int, features: Tensor) -> None:
         """Take chunk `index` (0, 1, 2, ...), features (n, dim) with n >= 1.
@@ -70,13 +74,18 @@ class MomentsStream:
             raise ValueError(f"chunk {index}: features are not finite, the images or the network's weights are broken")
         self._early[index] = features.cpu()
         while self._next in self._early:
-            self._fold(self._early.pop(self._next).double())
+            self._gathered.append(self._early.pop(self._next))
             self._next += 1
+            if sum(map(len, self._gathered)) >= BLOCK:
+                self._fold()
 
-    def _fold(self, rows: Tensor) -> None:
+    def _fold(self) -> None:
+        rows, self._gathered = torch.cat(self._gathered).double(), []
         mean = rows.mean(0)
-        centred, shift, count = rows - mean, mean - self._mean, self.count + len(rows)
-        self._scatter += centred.T @ centred + torch.outer(shift, shift) * (self.count * len(rows) / count)
+        centred, shift, count = (rows - mean).numpy(), mean - self._mean, self.count + len(rows)
+        self._scatter += torch.from_numpy(centred.T @ centred)  # numpy's product knows that it is symmetric: half the work
+        if self.count:
+            self._scatter += torch.outer(shift, shift) * (self.count * len(rows) / count)
         self._mean += shift * (len(rows) / count)
         self.count = count
 
@@ -84,6 +93,8 @@ class MomentsStream:
         """Moments of all chunks so far. Raises ValueError below two vectors, or while a chunk before another is missing."""
         if self._early:
             raise ValueError(f"chunk {self._next} of the features is missing, while chunk {min(self._early)} is there")
+        if self._gathered:
+            self._fold()
         if self.count < 2:
             raise ValueError(f"{self.count} images have no covariance: at least 2 are needed")
         return Moments(mu=self._mean.numpy().copy(), sigma=(self._scatter / (self.count - 1)).numpy(), count=self.count)
