@@ -88,7 +88,8 @@ def load_student(folder: str | Path, *, trusted: Collection[str] = ()) -> nn.Mod
     """The quantized student of a run: a `UNet2DModel` in eval mode, on the CPU, channels-last, as it was measured.
 
     Under `with quantization.timesteps(t):` its output `student(x, t).sample`, (B, C, H, W), is that of the run's student,
-    bit for bit (same machine, versions and threads).
+    bit for bit: same machine, versions and threads, fake quantization compiled or eager as it was there (`kernels.set_mode`
+    takes `trainer.compile`; both say `auto` by themselves).
 
     Args:
         folder: of a run, or its `student` folder.
