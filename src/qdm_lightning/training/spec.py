@@ -98,7 +98,7 @@ class TrainerConfig:
         channels_last: memory layout of networks and batches.
     """
 
-    max_steps: int = 1200
+    max_steps: int = 600
     val_every: int = 250
     sample_every: int = 0
     log_every: int = 10
