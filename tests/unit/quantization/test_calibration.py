@@ -152,10 +152,11 @@ def test_eight_bits_after_calibration_are_close_to_float(activation, search):
     assert ((found - expected).square().mean() / expected.var()).sqrt() < 0.05
 
 
-def test_quantizers_are_off_meanwhile_and_on_afterwards():
+@pytest.mark.parametrize("widths", [{"weight_bits": 2, "act_bits": 32}, {"weight_bits": 32, "act_bits": 2}])
+def test_quantizers_are_off_meanwhile_and_on_afterwards(widths):
     model, x = network(), torch.randn(4, 3, 8, 8)
     expected = model(x)
-    prepare(model, QuantConfig(weight_bits=2, act_bits=2, edge_bits=2))
+    prepare(model, QuantConfig(**widths), edges=())
     seen = []
     calibrate(model, lambda: seen.append(model(x)), MinMax())
     assert torch.equal(seen[0], expected)

@@ -168,16 +168,18 @@ def test_the_cache_is_never_stale(name):
 
 def test_weights_passed_for_one_call_are_never_mistaken_for_earlier_ones():
     """Temporary tensors come at the addresses of freed ones, with the same version."""
-    model, x = quantized()
-    model.eval()
-    layer = model[0]
+    model = nn.Sequential(nn.Linear(64, 64))
+    x = torch.randn(4, 64)
+    prepare(model, QuantConfig(weight_bits=4, act_bits=4), edges=())
+    calibrate(model, lambda: model(x), MinMax())
+    layer = model.eval()[0]
     with torch.no_grad():
         for factor in torch.linspace(-2, 2, 40).tolist():
             weight = layer.weight * factor
-            found = torch.func.functional_call(model, {"0.weight": weight}, (x,))
-            expected = F.linear(layer.input_quantizer(x), layer.weight_quantizer(weight), layer.bias)
-            assert torch.equal(found, expected)
-            del weight, found, expected
+            torch.func.functional_call(model, {"0.weight": weight}, (x,))
+            expected = layer.weight_quantizer(weight)
+            assert torch.equal(layer._cached[1], expected)
+            del weight, expected
 
 
 def test_a_copy_caches_for_itself():
