@@ -100,8 +100,15 @@ def _label(run: Run, varying: Sequence[str]) -> str:
     tags = run.settings.get("tags") or []
     if tags:
         return f"{bits} {tags[-1]}"
-    others = [name for name in varying if name not in ("quant.weight_bits", "quant.act_bits")]
-    return " ".join([bits, *(f"{name}={str(run.settings.get(name)).rpartition('.')[2]}" for name in others)])
+    swapped = [name.removesuffix("._target_") for name in varying if name.endswith("._target_")]
+    others = [
+        name
+        for name in varying
+        if name not in ("quant.weight_bits", "quant.act_bits")
+        and (name.endswith("._target_") or not name.startswith(tuple(f"{group}." for group in swapped)))
+    ]
+    texts = [f"{name.removesuffix('._target_')}={str(run.settings.get(name)).rpartition('.')[2]}" for name in others]
+    return " ".join([bits, *texts])
 
 
 def difference(cell: Cell, baseline: Cell, measure: str) -> Estimate | None:
