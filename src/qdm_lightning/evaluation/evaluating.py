@@ -64,7 +64,7 @@ def evaluate(experiment: Experiment, config: EvaluationConfig, progress: Any) ->
     workshop = _workshop(plan, network, base, config.keep_images)
     if config.shard is not None:
         scores.choose(asked, len(plan.seeds), network, None, config.reference is None)
-        _fill(workshop, plan.chunks[index::count], experiment, config, progress)
+        _fill(workshop, plan, plan.chunks[index::count], experiment, config, progress)
         progress.say(_shard_line(workshop, plan.chunks, config))
         return Evaluation(None, base, [])
     real = _real_images(experiment, config)
@@ -78,7 +78,7 @@ def evaluate(experiment: Experiment, config: EvaluationConfig, progress: Any) ->
         if config.merge:
             _gather(workshop, plan.chunks)
         else:
-            _fill(workshop, plan.chunks, experiment, config, progress)
+            _fill(workshop, plan, plan.chunks, experiment, config, progress)
         done = _score(record, workshop, plan, _reference(experiment, real, choice, progress), choice, progress)
         write_json(folder / protocol.RESULT, done)
     else:
@@ -91,8 +91,6 @@ def evaluate(experiment: Experiment, config: EvaluationConfig, progress: Any) ->
 def _workshop(plan: Plan, network: nn.Module, base: Path, keep_images: bool) -> Workshop:
     key, weights = data_hash(plan.identity), state_hash(network)
     folder = base / CHUNKS / key[:16]
-    if not (folder / "identity.json").is_file():
-        write_json(folder / "identity.json", plan.identity)
     return Workshop(
         painter=plan.painter,
         feature_network=network,
@@ -117,10 +115,18 @@ class _Share:
 
 
 def _fill(
-    workshop: Workshop, chunks: Sequence[Sequence[int]], experiment: Experiment, config: EvaluationConfig, progress: Any
+    workshop: Workshop,
+    plan: Plan,
+    chunks: Sequence[Sequence[int]],
+    experiment: Experiment,
+    config: EvaluationConfig,
+    progress: Any,
 ) -> None:
-    """Make what is missing of the chunks."""
+    """Make what is missing of the chunks, which are all of the plan's or a shard of them."""
     missing = workshop.missing(chunks, progress.say)
+    told = workshop.features.path.parent / "identity.json"
+    if missing and not told.is_file():
+        write_json(told, plan.identity)
     if missing and config.devices > 1:
         share(_Share(workshop, missing, experiment.trainer, progress.mode), config.accelerator, config.devices)
     elif missing:
@@ -258,7 +264,8 @@ def _score(
     """
     chunks = _gather(workshop, plan.chunks)
     begin = time.perf_counter()
-    found = scores.compute(choice.taken, chunks, real, workshop.feature_network)
+    with progress.stage("scores", len(choice.taken), "scores") as stage:
+        found = scores.compute(choice.taken, chunks, real, workshop.feature_network, lambda: stage.advance(1))
     environments = [chunk.meta["environment"] for chunk in chunks]
     distinct = list({data_hash(one): one for one in environments}.values())
     warnings = []

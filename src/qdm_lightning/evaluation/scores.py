@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +60,9 @@ def choose(asked: Sequence[str] | None, count: int, network: nn.Module, real_cou
     return Choice([s for s in wanted if s not in reasons], {s: reasons[s] for s in wanted if s in reasons})
 
 
-def compute(taken: Sequence[str], chunks: Sequence[Chunk], reference: Reference, network: nn.Module) -> dict[str, float]:
+def compute(
+    taken: Sequence[str], chunks: Sequence[Chunk], reference: Reference, network: nn.Module, on_score: Callable[[], None]
+) -> dict[str, float]:
     """The scores by the keys under which they are logged.
 
     Args:
@@ -68,26 +70,32 @@ def compute(taken: Sequence[str], chunks: Sequence[Chunk], reference: Reference,
         chunks: features of the generated images, in the order of their seeds.
         reference: of the real images, with features where a score needs them.
         network: whose features they are.
+        on_score: called after every score.
 
     Raises:
         ValueError: features that are not finite.
     """
-    keys, scores = metric_keys(network), dict[str, float]()
-    if "fd" in taken:
+    found: dict[str, float] = {}
+    for score in taken:
+        found |= {key: float(value) for key, value in _score(score, chunks, reference, network).items()}
+        on_score()
+    return found
+
+
+def _score(score: str, chunks: Sequence[Chunk], reference: Reference, network: nn.Module) -> dict[str, float]:
+    keys = metric_keys(network)
+    if score == "fd":
         stream = MomentsStream(int(network.dim))  # type: ignore[arg-type]
         for index, chunk in enumerate(chunks):
             stream.add(index, torch.from_numpy(chunk.arrays["features"]))
-        scores[keys["frechet"]] = frechet(stream.result(), reference.moments)
-    if "is" in taken:
-        scores[keys["score"]], scores[keys["score_std"]] = inception_score(_joined(chunks, "logits"))
-    if "kid" in taken or "prc" in taken:
-        generated, real = _joined(chunks, "features"), reference.features
-        assert real is not None
-        if "kid" in taken:
-            scores[keys["kernel"]], scores[keys["kernel_std"]] = kernel_distance(generated, real)
-        if "prc" in taken:
-            scores[keys["precision"]], scores[keys["recall"]] = precision_recall(generated, real)
-    return {name: float(value) for name, value in scores.items()}
+        return {keys["frechet"]: frechet(stream.result(), reference.moments)}
+    if score == "is":
+        return dict(zip((keys["score"], keys["score_std"]), inception_score(_joined(chunks, "logits")), strict=True))
+    generated, real = _joined(chunks, "features"), reference.features
+    assert real is not None
+    if score == "kid":
+        return dict(zip((keys["kernel"], keys["kernel_std"]), kernel_distance(generated, real), strict=True))
+    return dict(zip((keys["precision"], keys["recall"]), precision_recall(generated, real), strict=True))
 
 
 def floor(reference: Reference, network: nn.Module) -> dict[str, float]:
