@@ -158,6 +158,8 @@ class _Watch:
 
     def _see(self, layer: nn.Module, x: Tensor, quantized: Tensor | None) -> None:
         grid, place = _grid_of(layer), None
+        if isinstance(layer, ActivationQuantizer):
+            x = layer.operand(x)
         if grid is not None:
             scale, zero_point = (value.reshape(-1, *[1] * (x.ndim - 1)) for value in grid(x))
             place = x.float() / scale + zero_point

@@ -13,12 +13,17 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     codes = torch.clamp(torch.round(x.float() / scale) + zero_point, qmin, qmax)
     return ((codes - zero_point) * scale).to(x.dtype)
+
+
+def _forward_silu(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    return _forward(F.silu(x.float()), scale, zero_point, qmin, qmax).to(x.dtype)
 
 
 def _backward(
@@ -35,12 +40,27 @@ def _backward(
     return torch.where(inside, grad, torch.zeros_like(grad)), grad_scale, grad_zero
 
 
+def _backward_silu(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    value = x.float()
+    gate = torch.sigmoid(value)
+    inner, grad_scale, grad_zero = _backward(grad.float(), value * gate, scale, zero_point, qmin, qmax)
+    return (inner * gate * (1 + value * (1 - gate))).to(grad.dtype), grad_scale, grad_zero
+
+
 def _row_moments(x: Tensor, psi: float) -> tuple[Tensor, Tensor]:
     variance, mean = torch.var_mean(x.float(), dim=-1, correction=0)
     return mean, torch.sqrt(variance + psi)
 
 
-_EAGER: dict[str, Callable[..., Any]] = {"forward": _forward, "backward": _backward, "row_moments": _row_moments}
+_EAGER: dict[str, Callable[..., Any]] = {
+    "forward": _forward,
+    "forward_silu": _forward_silu,
+    "backward": _backward,
+    "backward_silu": _backward_silu,
+    "row_moments": _row_moments,
+}
 
 
 class _Backend:
@@ -77,8 +97,9 @@ class _Backend:
             for shape, rows in (((8192,), (1,)), ((64,), (1,)), ((6, 1536), (6, 1))):
                 x, upstream = torch.ones(shape), torch.ones(shape)
                 scale, zero_point = torch.ones(rows), torch.ones(rows)
-                functions["forward"](x, scale, zero_point, 0, 15)
-                functions["backward"](upstream, x, scale, zero_point, 0, 15)
+                for kind in ("", "_silu") if rows == (1,) else ("",):
+                    functions["forward" + kind](x, scale, zero_point, 0, 15)
+                    functions["backward" + kind](upstream, x, scale, zero_point, 0, 15)
             functions["row_moments"](torch.ones(6, 1536), 1e-5)
 
     def call(self, name: str, *args: Any) -> Any:
@@ -111,14 +132,16 @@ def record() -> dict[str, str]:
     return {"fake_quantization": _backend.chosen or "unused", "reason": _backend.reason}
 
 
-def forward(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    """x_hat for x (N,) with scale (1,), or x (R, M) with scale (R, 1)."""
-    return _backend.call("forward", x, scale, zero_point, qmin, qmax)
+def forward(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, silu: bool = False) -> Tensor:
+    """x_hat of x, or of silu(x), for x (N,) with scale (1,), or x (R, M) with scale (R, 1)."""
+    return _backend.call("forward_silu" if silu else "forward", x, scale, zero_point, qmin, qmax)
 
 
-def backward(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, silu: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to x (its shape), scale and zero point (() or (R,)); see `ste.fake_quantize`."""
-    return _backend.call("backward", grad, x, scale, zero_point, qmin, qmax)
+    return _backend.call("backward_silu" if silu else "backward", grad, x, scale, zero_point, qmin, qmax)
 
 
 def row_moments(x: Tensor, psi: float) -> tuple[Tensor, Tensor]:

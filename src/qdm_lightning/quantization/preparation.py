@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from qdm_lightning.quantization.attention import QuantizedAttention, is_attention, unsupported
+from qdm_lightning.quantization.folding import fold_silu
 from qdm_lightning.quantization.layers import SWAPS, QuantizedLayer, swap
 from qdm_lightning.quantization.quantizer import ActivationQuantizer, LSQActivation, LSQProbability, LSQWeight, WeightQuantizer
 from qdm_lightning.quantization.report import LayerRow, QuantizationReport
@@ -73,6 +74,7 @@ def prepare(
             rows.append(_prepare_layer(model, name, module, bits, quantizers))
         elif (own := sum(p.numel() for p in module.parameters(recurse=False))) > 0:
             rows.append(LayerRow(name, type(module).__name__, own, 32, 32))
+    fold_silu(model)
     return QuantizationReport(rows)
 
 

@@ -8,9 +8,10 @@ built as `factory(bits=..., padded=...)`, a weight quantizer as `factory(bits=..
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qdm_lightning.quantization import ste
@@ -28,8 +29,13 @@ class ActivationQuantizer(nn.Module):
         padded: True where zeros are padded to the input, so that zero must lie on the grid (every convolution).
 
     A subclass writes `quantize(x)` and `initialise(record, calibrator)`. While `record` is set, inputs are recorded and pass
-    unchanged.
+    unchanged. Where `prepare` has folded the SiLU before the layer into it, `silu` is True and what is quantized is silu(x).
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if {"quantize", "learned_grid"} & cls.__dict__.keys() and "quantize_silu" not in cls.__dict__:
+            cls.quantize_silu = ActivationQuantizer.quantize_silu  # type: ignore[method-assign]  # arithmetic of its own
 
     def __init__(self, *, bits: int, padded: bool = False) -> None:
         super().__init__()
@@ -37,16 +43,26 @@ class ActivationQuantizer(nn.Module):
         self.padded = padded
         self.qmin, self.qmax = 0, 2**bits - 1
         self.record: Record | None = None
+        self.silu = False
 
     def forward(self, x: Tensor) -> Tensor:
         if self.record is not None:
+            x = self.operand(x)
             self.record.add(self.observe(x))
             return x
-        return self.quantize(x)
+        return self.quantize_silu(x) if self.silu else self.quantize(x)
+
+    def operand(self, x: Tensor) -> Tensor:
+        """What is quantized of the x that comes in: silu(x) where a SiLU is folded in, else x."""
+        return F.silu(x) if self.silu else x
 
     def quantize(self, x: Tensor) -> Tensor:
         """x, (B, ...), fake-quantized."""
         raise NotImplementedError(f"{type(self).__name__} must define quantize(x)")
+
+    def quantize_silu(self, x: Tensor) -> Tensor:
+        """silu(x) fake-quantized; a subclass may do both in one pass."""
+        return self.quantize(F.silu(x))
 
     def observe(self, x: Tensor) -> Tensor:
         """What calibration sees of x, (B, ...): x itself, or x in the units of the scale."""
@@ -57,7 +73,7 @@ class ActivationQuantizer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define initialise(record, calibrator)")
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, padded={self.padded}"
+        return f"bits={self.bits}, padded={self.padded}" + (", silu=True" if self.silu else "")
 
 
 class LSQActivation(ActivationQuantizer):
@@ -93,9 +109,15 @@ class LSQActivation(ActivationQuantizer):
         return scale, ste.integer_zero_point(zero_point, self.qmin, self.qmax) if self.holds_zero else ste.round_ste(zero_point)
 
     def quantize(self, x: Tensor) -> Tensor:
+        return self._fake_quantize(x, silu=False)
+
+    def quantize_silu(self, x: Tensor) -> Tensor:
+        return self._fake_quantize(x, silu=True)
+
+    def _fake_quantize(self, x: Tensor, *, silu: bool) -> Tensor:
         scale, zero_point = self.learned_grid(x)
         factor = gradient_factor(x[0].numel(), self.qmax)
-        return ste.fake_quantize(x, scale, zero_point, self.qmin, self.qmax, factor, hold=self.holds_zero)
+        return ste.fake_quantize(x, scale, zero_point, self.qmin, self.qmax, factor, hold=self.holds_zero, silu=silu)
 
     def initialise(self, record: Record, calibrator: Calibrator) -> None:
         scale, zero_point = calibrator.search(record.pool(), self.qmin, self.qmax, symmetric=False)

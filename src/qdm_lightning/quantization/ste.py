@@ -43,7 +43,15 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, scale_gradient: float = 1.0, *, hold: bool = False
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    scale_gradient: float = 1.0,
+    *,
+    hold: bool = False,
+    silu: bool = False,
 ) -> Tensor:
     """x_hat = s (clip(round(x / s) + z, qmin, qmax) - z), with LSQ+'s gradients.
 
@@ -57,6 +65,7 @@ def fake_quantize(
         qmin, qmax: ends of the integer grid.
         scale_gradient: factor g on the scale's gradient (LSQ, sec. 2.2).
         hold: hold the zero point to [qmin, qmax] too, also straight-through.
+        silu: quantize silu(x) in the same pass; the gradient to x goes through silu too.
 
     Raises:
         ValueError: `scale` and `zero_point` differ in size, or have neither one element nor one for each row of x.
@@ -66,13 +75,21 @@ def fake_quantize(
             f"scale has {scale.numel()} and zero_point {zero_point.numel()} elements for x of shape {tuple(x.shape)}: "
             f"give both 1 element or both {x.shape[0]}"
         )
-    return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, scale_gradient, hold)
+    return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, scale_gradient, hold, silu)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, scale_gradient: float, hold: bool
+        ctx: FunctionCtx,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        qmin: int,
+        qmax: int,
+        scale_gradient: float,
+        hold: bool,
+        silu: bool,
     ) -> Tensor:
         rows = scale.numel()
         column = (rows, 1) if rows > 1 else (1,)
@@ -80,15 +97,15 @@ class _FakeQuantize(torch.autograd.Function):
         integer = zero_point.clamp(qmin, qmax).round_() if hold else zero_point.round()
         flat, s, z = kernels.flatten(x, order, rows), scale.reshape(column), integer.view(column)
         ctx.save_for_backward(flat, s, z)
-        ctx.constants = (x.shape, scale.shape, order, qmin, qmax, scale_gradient)  # type: ignore[attr-defined]
-        return kernels.unflatten(kernels.forward(flat, s, z, qmin, qmax), x.shape, order)
+        ctx.constants = (x.shape, scale.shape, order, qmin, qmax, scale_gradient, silu)  # type: ignore[attr-defined]
+        return kernels.unflatten(kernels.forward(flat, s, z, qmin, qmax, silu), x.shape, order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat, s, z = ctx.saved_tensors  # type: ignore[attr-defined]
-        shape, own, order, qmin, qmax, scale_gradient = ctx.constants  # type: ignore[attr-defined]
+        shape, own, order, qmin, qmax, scale_gradient, silu = ctx.constants  # type: ignore[attr-defined]
         upstream = kernels.flatten(grad, order, s.shape[0])
-        grad_x, grad_scale, grad_zero = kernels.backward(upstream, flat, s, z, qmin, qmax)
+        grad_x, grad_scale, grad_zero = kernels.backward(upstream, flat, s, z, qmin, qmax, silu)
         grad_x = kernels.unflatten(grad_x, shape, order)
-        return grad_x, grad_scale.mul_(scale_gradient).view(own), grad_zero.view(own), None, None, None, None
+        return grad_x, grad_scale.mul_(scale_gradient).view(own), grad_zero.view(own), None, None, None, None, None

@@ -150,6 +150,7 @@ class GroupedActivation(LSQActivation, _Grouped):
     """
 
     seen: Tensor
+    quantize_silu = LSQActivation.quantize_silu  # the grid depends on t alone
 
     def __init__(self, *, bits: int, padded: bool = False, groups: int = 20, num_train_timesteps: int = 1000) -> None:
         super().__init__(bits=bits, padded=padded)
