@@ -8,113 +8,107 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    codes = torch.clamp(torch.round(x.float() / scale) + zero_point, qmin, qmax)
+def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor) -> Tensor:
+    codes = torch.clamp(torch.round(x.float() / scale) + zero_point, limits[0], limits[1])
     return ((codes - zero_point) * scale).to(x.dtype)
 
 
-def _forward_silu(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    return _forward(F.silu(x.float()), scale, zero_point, qmin, qmax).to(x.dtype)
+def _forward_silu(x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor) -> Tensor:
+    return _forward(F.silu(x.float()), scale, zero_point, limits).to(x.dtype)
 
 
 def _backward(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     upstream = grad.float()
     ratio = x.float() / scale
-    below = ratio + zero_point < qmin
-    above = ratio + zero_point > qmax
+    below = ratio + zero_point < limits[0]
+    above = ratio + zero_point > limits[1]
     inside = ~(below | above)
-    outside = torch.where(below, qmin - zero_point, qmax - zero_point)
+    outside = torch.where(below, limits[0] - zero_point, limits[1] - zero_point)
     grad_scale = (upstream * torch.where(inside, torch.round(ratio) - ratio, outside)).sum(-1)
     grad_zero = (torch.where(inside, 0.0, upstream) * -scale).sum(-1)
     return torch.where(inside, grad, torch.zeros_like(grad)), grad_scale, grad_zero
 
 
 def _backward_silu(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     value = x.float()
     gate = torch.sigmoid(value)
-    inner, grad_scale, grad_zero = _backward(grad.float(), value * gate, scale, zero_point, qmin, qmax)
+    inner, grad_scale, grad_zero = _backward(grad.float(), value * gate, scale, zero_point, limits)
     return (inner * gate * (1 + value * (1 - gate))).to(grad.dtype), grad_scale, grad_zero
 
 
-def _row_moments(x: Tensor, psi: float) -> tuple[Tensor, Tensor]:
-    variance, mean = torch.var_mean(x.float(), dim=-1, correction=0)
-    return mean, torch.sqrt(variance + psi)
+def _row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    centred = x.float() - x.float().mean(-1, keepdim=True)  # two passes: as exact as Welford's one, and faster
+    return centred.square().mean(-1), x.float().mean(-1)
 
 
-_EAGER: dict[str, Callable[..., Any]] = {
-    "forward": _forward,
-    "forward_silu": _forward_silu,
-    "backward": _backward,
-    "backward_silu": _backward_silu,
-    "row_moments": _row_moments,
-}
+LARGEST = 2**31 - 1
+"""Elements that compiled code is asked to index; more are quantized eagerly."""
 
 
 class _Backend:
-    """Chooses between eager and compiled functions once, at the first use, and remembers why."""
+    """Calls functions as inductor compiled them, without dynamo before them: its guards cost as much as a small kernel, and the
+    key of a compiled function holds all that its code depends on."""
 
     def __init__(self) -> None:
         self.mode = "auto"
         self.chosen: str | None = None
         self.reason = ""
-        self.functions: dict[str, Callable[..., Any]] = {}
+        self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
-    def choose(self) -> None:
-        self.chosen, self.reason, self.functions = "eager", "asked for", _EAGER
-        if self.mode == "off":
-            return
-        # The compiler looks for CUDA's headers and says so where there are none; a CPU needs none.
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        # fullgraph: past its recompile limit dynamo then raises, where it would otherwise run eager without a word.
-        compiled = {name: torch.compile(f, dynamic=True, fullgraph=True) for name, f in _EAGER.items()}
-        try:
-            self._try(compiled)
-        except Exception as error:  # whatever a missing or broken compiler raises; kept in the record, or raised by `on`
-            if self.mode == "on":
-                raise RuntimeError(
-                    f"trainer.compile=on, but compiling failed: {_first_line(error)}; type trainer.compile=off"
-                ) from error
-            self.reason = f"compiling failed: {_first_line(error)}"
-            return
-        self.chosen, self.reason, self.functions = "compiled", "torch.compile", compiled
+    def choose(self, chosen: str, reason: str) -> None:
+        self.chosen, self.reason = chosen, reason
 
-    @staticmethod
-    def _try(functions: dict[str, Callable[..., Any]]) -> None:
-        with torch.no_grad():
-            for shape, rows in (((8192,), (1,)), ((64,), (1,)), ((6, 1536), (6, 1))):
-                x, upstream = torch.ones(shape), torch.ones(shape)
-                scale, zero_point = torch.ones(rows), torch.ones(rows)
-                for kind in ("", "_silu") if rows == (1,) else ("",):
-                    functions["forward" + kind](x, scale, zero_point, 0, 15)
-                    functions["backward" + kind](upstream, x, scale, zero_point, 0, 15)
-            functions["row_moments"](torch.ones(6, 1536), 1e-5)
-
-    def call(self, name: str, *args: Any) -> Any:
+    def call(self, function: Callable[..., Any], x: Tensor, *args: Tensor) -> Any:
+        """`function(x, *args)`, x (N,) or (R, M)."""
         if self.chosen is None:
-            self.choose()
-        # Detached: dynamo would compile once more for every combination of `requires_grad` and of bases of views.
-        args = tuple([arg.detach() if isinstance(arg, Tensor) else arg for arg in args])
-        try:
-            return self.functions[name](*args)
-        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
-            if self.mode == "on":
-                raise
-            self.chosen, self.reason = "eager", f"recompile limit: {_first_line(error)}"
-            self.functions = _EAGER
-            return self.functions[name](*args)
+            self.choose(*(("eager", "asked for") if self.mode == "off" else ("compiled", "inductor")))
+        foreign = type(x) is not Tensor or x.is_meta or torch.compiler.is_compiling()  # something else traces
+        if self.chosen == "eager" or foreign or x.numel() > LARGEST:
+            return function(x, *args)
+        key = (function, x.ndim, x.dtype, args[0].dtype if args else None, x.device, torch.get_num_threads())
+        compiled = self.compiled.get(key)
+        if compiled is None:
+            try:
+                compiled = self.compiled[key] = _compile(function, [x, *args])
+            except Exception as error:  # whatever a missing or broken compiler raises; kept in the record, or raised by `on`
+                if self.mode == "on":
+                    raise RuntimeError(
+                        f"trainer.compile=on, but compiling failed: {_first_line(error)}; type trainer.compile=off"
+                    ) from error
+                self.choose("eager", f"compiling failed: {_first_line(error)}")
+                return function(x, *args)
+        return compiled(x, *args)
+
+
+def _compile(function: Callable[..., Any], args: Sequence[Tensor]) -> Callable[..., Any]:
+    """`function` for tensors like `args`: (grad and) x of any size, then scale, zero point and limits if it takes them."""
+    from torch._inductor import standalone_compile
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    # The compiler looks for CUDA's headers and says so where there are none; a CPU needs none.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    rows, large = args[0].ndim == 2, max(1, len(args) - 3)
+    shape, column = ((64, 2**14), (64, 1)) if rows else ((2**20,), (1,))  # a large example: it decides how many threads work
+    shapes = [shape] * large + [column, column, (2,)][: len(args) - large]
+    with _disable_current_modes(), torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
+        examples = [torch.ones(s, dtype=a.dtype, device=a.device) for s, a in zip(shapes, args, strict=True)]
+        # Without the function's annotations, which inductor's cache on disk can't hash where they are strings.
+        graph = make_fx(lambda *tensors: function(*tensors), tracing_mode="symbolic")(*examples)
+        return cast(Callable[..., Any], standalone_compile(graph, examples))
 
 
 _backend = _Backend()
@@ -132,21 +126,32 @@ def record() -> dict[str, str]:
     return {"fake_quantization": _backend.chosen or "unused", "reason": _backend.reason}
 
 
+@cache
+def _limits(qmin: int, qmax: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([qmin, qmax], dtype=torch.float32, device=device)
+
+
 def forward(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, silu: bool = False) -> Tensor:
     """x_hat of x, or of silu(x), for x (N,) with scale (1,), or x (R, M) with scale (R, 1)."""
-    return _backend.call("forward_silu" if silu else "forward", x, scale, zero_point, qmin, qmax)
+    return cast(
+        Tensor, _backend.call(_forward_silu if silu else _forward, x, scale, zero_point, _limits(qmin, qmax, x.device))
+    )
 
 
 def backward(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, silu: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to x (its shape), scale and zero point (() or (R,)); see `ste.fake_quantize`."""
-    return _backend.call("backward_silu" if silu else "backward", grad, x, scale, zero_point, qmin, qmax)
+    function = _backward_silu if silu else _backward
+    grad_x, grad_scale, grad_zero = _backend.call(function, grad, x, scale, zero_point, _limits(qmin, qmax, x.device))
+    return grad_x, grad_scale, grad_zero
 
 
 def row_moments(x: Tensor, psi: float) -> tuple[Tensor, Tensor]:
     """Mean and sqrt(variance + psi) of each row of x (R, M), in float32, each (R,)."""
-    return _backend.call("row_moments", x, psi)
+    variance, mean = _backend.call(_row_moments, x)
+    return mean, torch.sqrt(variance + psi)
 
 
 def memory_order(x: Tensor, keep_first: bool) -> tuple[int, ...] | None:
