@@ -17,26 +17,32 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path, get_args_parser
-from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.global_hydra import GlobalHydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
-from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf
 
 from qdm_lightning import __version__
 from qdm_lightning.catalog import help_text
-from qdm_lightning.config import CONFIG_FILE, refuse_unknown, stored, stored_folder
+from qdm_lightning.composing import (
+    VERSION_BASE,
+    compose_master,
+    hydra_over,
+    job_overrides,
+    quoted,
+    sweep_params,
+    typed_overrides,
+    without_hydra,
+)
+from qdm_lightning.config import CONFIG_FILE, LOCK_FILE, refuse_unknown, stored, stored_folder
 from qdm_lightning.explain import explain, is_bad_input, one_line
 from qdm_lightning.schema import CONF_DIR, UserError
+from qdm_lightning.sweep import Sweep, launch, plan
 from qdm_lightning.targets import targets
 
-VERSION_BASE = "1.3"
 BAD_INPUT, INTERRUPTED = 2, 130
 """Exit statuses; 1 is left to faults of ours, which come with a traceback."""
 
@@ -50,6 +56,7 @@ def run(
     examples: Sequence[tuple[str, str]],
     argv: Sequence[str] | None = None,
     adopt: Callable[[argparse.Namespace, list[str]], list[str]] | None = None,
+    sweeps: bool = False,
 ) -> None:
     """Run a command: parse and check what was typed, then let Hydra call `task` once a job.
 
@@ -61,9 +68,11 @@ def run(
         argv: arguments instead of `sys.argv[1:]`.
         adopt: prepares the composition from the parsed and the typed arguments and returns those to compose; `run=` is then
             a setting like others, and goes on with nothing.
+        sweeps: jobs of a sweep are training runs, each a process of its own (see `sweep`); `task` is not called for them.
 
     Raises:
-        SystemExit: 2 after one line on stderr at bad input, 130 at Ctrl-C; any other error passes through.
+        SystemExit: 1 where jobs of a sweep failed, 2 after one line on stderr at bad input, 130 at Ctrl-C; any other error
+            passes through.
     """
     typed = [_home(word) for word in (sys.argv[1:] if argv is None else argv)]
     folder: list[Path] = []  # of the job that runs, for the line after Ctrl-C
@@ -75,8 +84,11 @@ def run(
             return
         if adopt is not None:
             args, typed = _adopted(adopt, args, typed)
-        arguments, resume = _checked(config_name, check, args, typed, resumes=adopt is None)
-        _hand_over(config_name, task, arguments, resume, folder)
+        arguments, resume, sweep = _checked(config_name, check, args, typed, resumes=adopt is None)
+        if sweeps and sweep is not None:
+            launch(args.config_name or config_name, args.config_dir, args.overrides, sweep)
+        else:
+            _hand_over(config_name, task, arguments, resume, folder)
     except KeyboardInterrupt:
         _interrupted(config_name, folder)
     except SystemExit as end:
@@ -156,22 +168,24 @@ def _adopted(
 
 def _checked(
     config_name: str, check: Task, args: argparse.Namespace, typed: list[str], resumes: bool
-) -> tuple[list[str], _Resume | None]:
-    """Compose and check every job. Returns the arguments for Hydra and what `run=` asks for, if it was typed."""
+) -> tuple[list[str], _Resume | None, Sweep | None]:
+    """Compose and check every job. Returns the arguments for Hydra, what `run=` asks for if it was typed, and the sweep."""
     if args.hydra_help or args.shell_completion or args.info:
-        return typed, None
+        return typed, None, None
     try:
         parsed = OverridesParser.create().parse_overrides(args.overrides)
         resuming = [str(o.value()) for o in parsed if resumes and o.key_or_group == "run" and o.value() is not None]
-        with _hydra(config_name, args.config_dir) as engine:
-            _check_jobs(engine, args.config_name or config_name, refuse_unknown if args.cfg or resuming else check, args)
+        with hydra_over(config_name, args.config_dir) as engine:
+            sweep = _check_jobs(
+                engine, args.config_name or config_name, refuse_unknown if args.cfg or resuming else check, args
+            )
         arguments = [*_flags(typed, args.overrides), *args.overrides]  # in this order: Lightning appends overrides of its own
         if not resuming:
-            return arguments, None
+            return arguments, None, None if args.cfg else sweep
         resume = _resume(resuming[-1], parsed, args)
         check(stored(resume.folder, resume.trusted))
         folder = quoted(resume.folder)
-        return [*arguments, f"run={folder}", f"hydra.run.dir={folder}", "hydra.output_subdir=null"], resume
+        return [*arguments, f"run={folder}", f"hydra.run.dir={folder}", "hydra.output_subdir=null"], resume, None
     except Exception as error:
         if is_bad_input(error):
             raise UserError(explain(error, args.overrides)) from error
@@ -184,47 +198,30 @@ def _flags(typed: Sequence[str], overrides: Sequence[str]) -> list[str]:
     return [word for word in typed if not (rest and word == rest[0] and rest.pop(0))]
 
 
-@contextmanager
-def _hydra(task_name: str, config_dir: str | None) -> Iterator[Hydra]:
-    """Hydra over our folder and the user's, as `hydra.main` would set it up."""
-    setbase(VERSION_BASE)
-    search_path = create_config_search_path(str(CONF_DIR))
-    if config_dir is not None:
-        anchor = SearchPathQuery(provider="schema")
-        search_path.prepend(provider="command-line", path=f"file://{Path(config_dir).resolve()}", anchor=anchor)
-    try:
-        yield Hydra.create_main_hydra2(task_name=task_name, config_search_path=search_path)
-    finally:
-        GlobalHydra.instance().clear()
-
-
-def _check_jobs(engine: Hydra, config_name: str, check: Task, args: argparse.Namespace) -> None:
-    """Check the one job, or each job of a sweep."""
-    master = engine.compose_config(config_name, args.overrides, RunMode.MULTIRUN, validate_sweep_overrides=args.multirun)
+def _check_jobs(engine: Hydra, config_name: str, check: Task, args: argparse.Namespace) -> Sweep | None:
+    """Check the one job, or each job of a sweep, which is returned."""
+    master = compose_master(engine, config_name, args.overrides, multirun=args.multirun)
     if not (args.multirun or master.hydra.mode == RunMode.MULTIRUN):
-        check(_without_hydra(engine.compose_config(config_name, args.overrides, RunMode.RUN)))
-        return
-    if master.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}":
-        return  # another sweeper invents its jobs as it goes
-    params = [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
-    typed: Any = OmegaConf.to_container(master.hydra.overrides, resolve=False)  # each job fills in its own ${...}
-    sweep = OverridesParser.create().parse_overrides([*params, *typed["task"]])
-    jobs = BasicSweeper.split_arguments(sweep, None)[0]
+        params = sweep_params(master)
+        if params and not args.cfg:
+            name = master.hydra.runtime.choices.get("experiment")
+            raise UserError(f"experiment={name} is a sweep over {', '.join(params)}: add -m to run it")
+        check(without_hydra(engine.compose_config(config_name, args.overrides, RunMode.RUN)))
+        return None
+    jobs = job_overrides(engine, master)
+    if jobs is None:
+        return None
+    composed = []
     for number, overrides in enumerate(jobs):
         try:
-            check(_without_hydra(engine.compose_config(config_name, [*typed["hydra"], *overrides], RunMode.RUN)))
+            cfg = engine.compose_config(config_name, [*typed_overrides(master)["hydra"], *overrides], RunMode.RUN)
+            check(without_hydra(cfg))
         except Exception as error:
             if is_bad_input(error):
                 raise UserError(f"job {number} ({' '.join(overrides)}): {explain(error, overrides)}") from error
             raise
-
-
-def _without_hydra(cfg: DictConfig) -> DictConfig:
-    cfg = cfg.copy()
-    OmegaConf.set_struct(cfg, False)
-    cfg.pop("hydra")
-    OmegaConf.set_struct(cfg, True)
-    return cfg
+        composed.append((overrides, cfg))
+    return plan(master, composed)
 
 
 def _resume(run: str, parsed: list[Override], args: argparse.Namespace) -> _Resume:
@@ -246,12 +243,6 @@ def _resume(run: str, parsed: list[Override], args: argparse.Namespace) -> _Resu
         for file in Path(args.config_dir).rglob("*.yaml"):
             trusted |= {str(target) for _, target in targets(OmegaConf.to_container(OmegaConf.load(file)))}
     return _Resume(stored_folder(run), frozenset(trusted), new_logger)
-
-
-def quoted(value: object) -> str:
-    """A path or name as a value in Hydra's grammar."""
-    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"
 
 
 def _hand_over(config_name: str, task: Task, arguments: list[str], resume: _Resume | None, folder: list[Path]) -> None:
@@ -299,7 +290,7 @@ def _environment(arguments: list[str]) -> Iterator[None]:
 
 def _discard(folder: Path, output: Path) -> None:
     """Remove what Hydra and we wrote for a job that never began, and its folder, and `paths.output`, if they are empty then."""
-    for file in [*(folder / ".hydra").glob("*.yaml"), *folder.glob("*.log"), folder / CONFIG_FILE]:
+    for file in [*(folder / ".hydra").glob("*.yaml"), *folder.glob("*.log"), folder / CONFIG_FILE, folder / LOCK_FILE]:
         file.unlink(missing_ok=True)
     for empty in (folder / ".hydra", folder, output):
         with suppress(OSError):  # it holds something else, which stays

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Collection
 from dataclasses import fields, is_dataclass, replace
 from datetime import datetime
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.yaml"
 """Name of the resolved configuration in a run folder."""
+
+METRICS_FILE = "metrics.json"
+"""Name of a run's results, its last file."""
+
+LOCK_FILE = ".lock"
+"""Held while a process trains in a run folder."""
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -155,6 +162,14 @@ def run_folder(cfg: DictConfig) -> Path:
         return Path(HydraConfig.get().runtime.output_dir)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}_{run_name(cfg)}"
     return Path(cfg.paths.output).expanduser().resolve() / name
+
+
+def write_config(cfg: DictConfig, file: Path) -> None:
+    """Write the resolved configuration, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(f".{os.getpid()}.tmp")
+    beside.write_text(OmegaConf.to_yaml(cfg, resolve=True), "utf-8")
+    beside.replace(file)
 
 
 def stored_folder(run: str | Path) -> Path:

@@ -25,6 +25,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from qdm_lightning import cli
+from qdm_lightning.composing import VERSION_BASE, quoted
 from qdm_lightning.config import build, plain, refuse_unknown, stored, validate
 from qdm_lightning.diffusion.spec import SamplerConfig
 from qdm_lightning.explain import explain, is_bad_input
@@ -105,9 +106,9 @@ def compose(config_name: str, schema: type[RunConfig], run: str | Path, override
     Raises:
         UserError, FileNotFoundError, ValueError: no run, or settings that may not be typed.
     """
-    args = argparse.Namespace(overrides=[f"run={cli.quoted(Path(run))}", *overrides], config_dir=None, cfg=None)
+    args = argparse.Namespace(overrides=[f"run={quoted(Path(run))}", *overrides], config_dir=None, cfg=None)
     typed = _adopt(config_name, schema, args, list(args.overrides))
-    with initialize_config_dir(str(CONF_DIR), version_base=cli.VERSION_BASE):
+    with initialize_config_dir(str(CONF_DIR), version_base=VERSION_BASE):
         return hydra_compose(config_name, typed)
 
 
@@ -127,7 +128,7 @@ def _adopt(config_name: str, schema: type[RunConfig], args: argparse.Namespace, 
             trusted |= {str(target) for _, target in targets(OmegaConf.to_container(OmegaConf.load(file)))}
     register(config_name, schema, stored(str(runs[-1].value()), trusted))
     rest = [argument for argument in typed if argument not in dropped]
-    return [*rest, f"trust=[{','.join(cli.quoted(target) for target in sorted(trusted))}]"] if trusted else rest
+    return [*rest, f"trust=[{','.join(quoted(target) for target in sorted(trusted))}]"] if trusted else rest
 
 
 def _trusted(parsed: Iterable[Override], own: set[str]) -> tuple[set[str], set[str]]:

@@ -6,7 +6,11 @@ schema of its own (`base_<name>` in Hydra's ConfigStore). Imports no torch, so t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +140,8 @@ def register() -> None:
         for name, schema in schemas.items():
             store.store(group=group, name=f"base_{name}", node=schema)
     OmegaConf.register_new_resolver("qdm.run_name", lambda _root_: run_name(_root_), replace=True)
+    OmegaConf.register_new_resolver("qdm.job_name", lambda _root_: job_name(_root_), replace=True)
+    OmegaConf.register_new_resolver("qdm.cores", cores, replace=True)
     OmegaConf.register_new_resolver(
         "qdm.unless_float", lambda value, other, _root_: other if _is_float(_root_) else value, replace=True
     )
@@ -174,15 +180,37 @@ def schema_of(group: str, node: DictConfig) -> type | None:
     return next((schema for schema in known if _default_target(schema) == target), None)
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run_name(cfg: DictConfig) -> str:
-    """Short name of what a run does, such as `w4a4_normalize_replace_ddim_seed0`; the same settings give the same name."""
-    seed = f"seed{cfg.seed}"
+    """Short name of what a run does, such as `w4a4_normalize_replace_ddim50_seed0`; the same settings give the same name."""
+    sampler, seed = f"{cfg.sampler.kind}{cfg.sampler.steps}", f"seed{cfg.seed}"
     widths = (cfg.quant.weight_bits, cfg.quant.act_bits)
     if widths == (32, 32):
-        return f"fp32_{cfg.sampler.kind}_{seed}"
+        return f"fp32_{sampler}_{seed}"
     schema = schema_of("taq", cfg.taq)
     taq = next((name for name, s in SCHEMAS["taq"].items() if s is schema), None) or str(cfg.taq._target_).rpartition(".")[2]
-    return f"w{widths[0]}a{widths[1]}_{taq}_{cfg.nem.mode}_{cfg.sampler.kind}_{seed}"
+    taq += "-all" if cfg.taq.get("scope") == "all" else ""
+    return f"w{widths[0]}a{widths[1]}_{taq}_{cfg.nem.mode}_{sampler}_{seed}"
+
+
+def job_name(cfg: DictConfig) -> str:
+    """Name of a job's folder in its sweep: `run_name`, the last tag, and a hash of every setting that makes another result.
+
+    Paths, logger and threads make no other one, so a job finds its folder again from another machine or launcher.
+    """
+    settings = {f.name: cfg[f.name] for f in fields(TrainConfig) if f.name not in ("run", "logger", "paths")}
+    values: dict[str, Any] = {
+        name: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        for name, value in settings.items()
+    }
+    values["trainer"].pop("threads")
+    identity = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
+    label = [re.sub(r"[^\w.=+-]+", "-", str(tag)) for tag in values["tags"][-1:]]
+    return "_".join([run_name(cfg), *label, identity])
 
 
 register()

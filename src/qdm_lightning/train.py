@@ -8,14 +8,16 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig
 
 from qdm_lightning import cli
-from qdm_lightning.config import CONFIG_FILE, build, plain, same_settings, stored
+from qdm_lightning.config import CONFIG_FILE, LOCK_FILE, build, plain, same_settings, stored, write_config
 from qdm_lightning.explain import explain, is_bad_input
 from qdm_lightning.schema import UserError
 from qdm_lightning.targets import targets
@@ -31,7 +33,8 @@ EXAMPLES = (
     ("data=images data.path=DIR data.image_size=16 model=unet_small", "your own pictures"),
     ("teacher=pretrained teacher.path=DIR", "a diffusers folder as teacher"),
     ("quant=fp32", "a teacher alone"),
-    ("-m seed=0,1,2 quant=w4a4,w3a3", "six runs"),
+    ("-m seed=0,1,2 quant=w4a4,w3a3", "six runs; hydra.sweep.dir=DIR gives them a folder, where the same command goes on"),
+    ("-m experiment=ablation/taq_nem seed=0,1,2 hydra/launcher=joblib", "a table of the paper, a job for each core"),
     ("run=outputs/NAME", "go on with an interrupted run"),
 )
 """For `--help`: arguments, and what they do."""
@@ -56,12 +59,37 @@ def train(cfg: DictConfig, progress: Progress | None = None) -> Result:
     progress = progress or Progress()
     try:
         experiment = build(cfg)
-        _keep(cfg, experiment.run_dir / CONFIG_FILE)
-        return run(experiment, progress)
+        with _alone(experiment.run_dir):
+            _keep(cfg, experiment.run_dir / CONFIG_FILE)
+            return run(experiment, progress)
     except Exception as error:
         if progress.started or not is_bad_input(error):
             raise
         raise UserError(explain(error)) from error
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the run's folder, so that no second process trains in it; the first of several ranks holds it for all.
+
+    Raises:
+        UserError: another process does.
+    """
+    from qdm_lightning.reporting.terminal import rank
+
+    if rank():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{folder} is being trained by another process: wait for it, or end it") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _keep(cfg: DictConfig, file: Path) -> None:
@@ -76,10 +104,7 @@ def _keep(cfg: DictConfig, file: Path) -> None:
                 f"run={cfg.run} holds another configuration: leave out what was changed, or in Python use stored(folder)"
             )
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(OmegaConf.to_yaml(cfg, resolve=True), "utf-8")
-    beside.replace(file)
+    write_config(cfg, file)
 
 
 def _task(cfg: DictConfig) -> None:
@@ -103,7 +128,7 @@ def _following(result: Result) -> list[tuple[str, str]]:
 
 def main() -> None:
     """Console script `qdm-train`."""
-    cli.run("train", _task, check=build, examples=EXAMPLES)
+    cli.run("train", _task, check=build, examples=EXAMPLES, sweeps=True)
 
 
 if __name__ == "__main__":
