@@ -86,7 +86,7 @@ def run(
             args, typed = _adopted(adopt, args, typed)
         arguments, resume, sweep = _checked(config_name, check, args, typed, resumes=adopt is None)
         if sweeps and sweep is not None:
-            launch(args.config_name or config_name, args.config_dir, args.overrides, sweep)
+            launch(config_name, args, typed, sweep)
         else:
             _hand_over(config_name, task, arguments, resume, folder)
     except KeyboardInterrupt:

@@ -155,13 +155,26 @@ def _factories(key: str, values: dict[str, Any] | None) -> list[Callable[..., An
 
 
 def run_folder(cfg: DictConfig) -> Path:
-    """Absolute folder of this run: `run=`, else Hydra's, else (outside Hydra) a new name under `paths.output`."""
+    """Absolute folder of this run: `run=`, else Hydra's, else (outside Hydra) a new name under `paths.output`.
+
+    Raises:
+        UserError: processes that were started apart, such as on several nodes, would each make up a name of their own.
+    """
     if cfg.run:
         return Path(cfg.run).expanduser().resolve()
     if HydraConfig.initialized() and not OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir"):
+        named = any(word.startswith("hydra.run.dir=") for word in HydraConfig.get().overrides.hydra)
+        if not named and (cfg.trainer.num_nodes > 1 or _started_apart()):
+            raise UserError("the processes of one run need one folder: type hydra.run.dir=<folder>, the same for each of them")
         return Path(HydraConfig.get().runtime.output_dir)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}_{run_name(cfg)}"
     return Path(cfg.paths.output).expanduser().resolve() / name
+
+
+def _started_apart() -> bool:
+    """True where srun or torchrun started this process as one of several."""
+    several = (("SLURM_PROCID", "SLURM_NTASKS"), ("RANK", "WORLD_SIZE"))
+    return any(number in os.environ and int(os.environ.get(count, "1")) > 1 for number, count in several)
 
 
 def write_config(cfg: DictConfig, file: Path) -> None:

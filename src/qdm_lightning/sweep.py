@@ -6,7 +6,9 @@ done, and runs the rest. What a launcher calls for each job is in `jobs.py`.
 
 from __future__ import annotations
 
+import argparse
 import functools
+import re
 import shlex
 import signal
 import sys
@@ -106,8 +108,13 @@ def _name_of(file: Path) -> str | None:
         return None  # no configuration of ours
 
 
-def launch(config_name: str, config_dir: str | None, overrides: list[str], sweep: Sweep) -> None:
+def launch(config_name: str, args: argparse.Namespace, typed: Sequence[str], sweep: Sweep) -> None:
     """Run the jobs that are not finished, by the launcher that was chosen, and tell how each ended.
+
+    Args:
+        config_name: name of the command.
+        args: Hydra's flags and the overrides.
+        typed: all of the arguments, for the line that says how to go on.
 
     Raises:
         SystemExit: 1 if a job is not finished at the end, 130 at Ctrl-C or SIGTERM.
@@ -117,25 +124,31 @@ def launch(config_name: str, config_dir: str | None, overrides: list[str], sweep
         if job.finished:
             print(f"skipped, it is there: {job.folder.name}")
     reasons: dict[Path, str] = {}
+    words = [word for word in typed if not word.startswith("hydra.sweep.dir=")]
+    where = f"hydra.sweep.dir={_shown(sweep.folder)}"
+    if not re.fullmatch(r"[\w.=/+-]+", where):
+        where = f"hydra.sweep.dir={quoted(_shown(sweep.folder))}"
+    same = f"python -m qdm_lightning.{config_name} {shlex.join([*words, where])}"
+    interrupted = False
     if missing:
-        overrides = [*overrides, f"hydra.sweep.dir={quoted(sweep.folder)}"]
         try:
             with _sigterm_interrupts():
-                reasons = _launch(config_name, config_dir, overrides, missing, len(sweep.jobs))
+                reasons = _launch(config_name, args, sweep, missing)
         except KeyboardInterrupt:
-            print(f"interrupted; to go on: {_command(sweep.folder)}", file=sys.stderr)
-            raise SystemExit(INTERRUPTED) from None
-    _close(sweep, reasons)
+            interrupted = True
+    if interrupted:
+        print(f"interrupted; to go on: {same}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED)
+    _close(sweep, reasons, same)
 
 
-def _launch(
-    config_name: str, config_dir: str | None, overrides: list[str], missing: Sequence[Job], count: int
-) -> dict[Path, str]:
+def _launch(config_name: str, args: argparse.Namespace, sweep: Sweep, missing: Sequence[Job]) -> dict[Path, str]:
     """Hand the jobs to Hydra's launcher, and return why jobs failed, by folder."""
-    task = functools.partial(run_job, config_dir=config_dir, count=count)
+    task = functools.partial(run_job, config_dir=args.config_dir, count=len(sweep.jobs))
+    overrides = [*args.overrides, f"hydra.sweep.dir={quoted(sweep.folder)}"]
     reasons: dict[Path, str] = {}
-    with hydra_over(config_name, config_dir) as engine:
-        master = compose_master(engine, config_name, overrides, multirun=True, log=True)
+    with hydra_over(config_name, args.config_dir) as engine:
+        master = compose_master(engine, args.config_name or config_name, overrides, multirun=True, log=True)
         callbacks = Callbacks(master)
         callbacks.on_multirun_start(config=master, config_name=config_name)
         context = HydraContext(config_loader=engine.config_loader, callbacks=callbacks)
@@ -164,25 +177,19 @@ def _reason(result: Any) -> str:
     return f"{type(result._return_value).__name__}: {one_line(result._return_value)}"
 
 
-def _close(sweep: Sweep, reasons: dict[Path, str]) -> None:
+def _close(sweep: Sweep, reasons: dict[Path, str], same: str) -> None:
     failed = [job for job in sweep.jobs if not job.finished]
     print(f"{len(sweep.jobs) - len(failed)} of {len(sweep.jobs)} jobs are done: {sweep.folder}", flush=True)
     for job in failed:
         print(f"failed: {job.folder.name}: {reasons.get(job.folder) or 'its process was lost'}", file=sys.stderr)
     if failed:
-        print(f"to run what is missing: {_command(sweep.folder)}", file=sys.stderr)
+        print(f"to run what is missing: {same}", file=sys.stderr)
         raise SystemExit(FAILED)
     print(f"next: python -m qdm_lightning.report {shlex.quote(_shown(sweep.folder))}")
 
 
 def _shown(folder: Path) -> str:
     return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
-
-
-def _command(folder: Path) -> str:
-    """What was typed, with the sweep's folder."""
-    words = [word for word in sys.argv[1:] if not word.startswith("hydra.sweep.dir=")]
-    return f"python -m qdm_lightning.train {shlex.join(words)} hydra.sweep.dir={shlex.quote(_shown(folder))}"
 
 
 @contextmanager

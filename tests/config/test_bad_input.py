@@ -8,6 +8,7 @@ import pytest
 
 from qdm_lightning import cli, config
 from qdm_lightning.config import build
+from qdm_lightning.train import train
 
 HERE = Path(__file__).parent
 
@@ -129,6 +130,11 @@ def test_bad_input_found_by_the_task_leaves_what_others_wrote(folder, capsys):
 
     refuse([], capsys, task)
     assert [p.name for p in (folder / "outputs").iterdir()] == ["valuable"]
+
+
+def test_nodes_need_one_folder(folder, capsys):
+    assert "type hydra.run.dir=<folder>" in refuse(["trainer.num_nodes=2", "trainer.devices=1"], capsys, train)
+    assert list(folder.iterdir()) == []
 
 
 def test_a_fault_of_ours_keeps_its_traceback(folder, capsys):

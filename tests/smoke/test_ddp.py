@@ -2,18 +2,23 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 
-def test_two_processes_train_one_run(tmp_path):
-    arguments = (
-        "trainer=cpu trainer.devices=2 model.block_out_channels=[8,16] model.norm_num_groups=4 data.batch_size=16 "
+def arguments(tmp_path: Path) -> list[str]:
+    return (
+        "trainer=cpu model.block_out_channels=[8,16] model.norm_num_groups=4 data.batch_size=16 "
         "teacher.max_steps=4 trainer.max_steps=4 trainer.val_every=2 trainer.compile=off trainer.threads=1 "
         f"quant.calibration_batches=2 sampler.steps=2 num_samples=16 logger=none paths.cache={tmp_path / 'cache'} "
         f"paths.output={tmp_path / 'runs'}"
-    )
-    command = [sys.executable, "-m", "qdm_lightning.train", *arguments.split()]
+    ).split()
+
+
+def test_two_processes_train_one_run(tmp_path):
+    command = [sys.executable, "-m", "qdm_lightning.train", "trainer.devices=2", *arguments(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -23,3 +28,35 @@ def test_two_processes_train_one_run(tmp_path):
     assert metrics["teacher_origin"]["trained_now"]
     rows = (folder / "metrics.csv").read_text().splitlines()
     assert rows[0].startswith("step,")
+
+
+def test_two_nodes_train_one_run(tmp_path):
+    """Two processes that were started apart, on loopback: each believes to be alone on its node."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    folder = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "qdm_lightning.train",
+        "trainer.num_nodes=2",
+        *arguments(tmp_path),
+        f"hydra.run.dir={folder}",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    nodes = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**environment, "NODE_RANK": str(node)}
+        )
+        for node in (1, 0)
+    ]
+    (other, err), (first, first_err) = (node.communicate(timeout=240) for node in nodes)
+    assert [node.returncode for node in nodes] == [0, 0], err[-3000:] + first_err[-3000:]
+    assert (other, "student: 4/4" in first) == ("", True)
+    assert "MEMBER: 1/2" in first_err
+    assert "MEMBER: 2/2" in err
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["student"]["steps"] == 4
+    assert metrics["teacher_origin"]["trained_now"]
+    assert not (tmp_path / "runs").exists()

@@ -183,11 +183,14 @@ class _Plain:
         self._say(f"{self._name}: {self._done}/{self._total} {self._unit}, " + ", ".join(part for part in parts if part))
 
 
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK")
+"""Environment variables by which launchers number their processes; all of them are 0, or not set, in the first alone."""
+
+
 def rank() -> int:
-    """This process's number among those that train together, by the environment variables of their launchers."""
-    return next(
-        (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if os.environ.get(name, "").isdigit()), 0
-    )
+    """0 in the first of the processes that train together, a positive number in the others."""
+    numbers = [int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()]
+    return next((number for number in numbers if number), 0)
 
 
 def _number(value: Any) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import nn
 
 from qdm_lightning.diffusion.spec import NeMConfig
@@ -18,7 +21,7 @@ from qdm_lightning.models.pretrained import load_diffusion, load_unet, save_pipe
 from qdm_lightning.reporting.terminal import rank
 from qdm_lightning.training.callbacks import StageProgress
 from qdm_lightning.training.experiment import Experiment
-from qdm_lightning.training.files import load_checkpoint, write_json
+from qdm_lightning.training.files import atomic_path, load_checkpoint, write_json
 from qdm_lightning.training.fitting import fit
 from qdm_lightning.training.held_out import HeldOut
 from qdm_lightning.training.module import DiffusionModule
@@ -77,13 +80,14 @@ def _cached(experiment: Experiment, held_out: HeldOut, progress: Any, loggers: l
     key, settings = teacher_key(experiment)
     root = Path(experiment.paths.cache).expanduser() / "teachers"
     root.mkdir(parents=True, exist_ok=True)
-    folder = root / key
-    if rank() and not (folder / "teacher.json").is_file():
-        # The first rank holds the lock and trains: this one was started to train with it.
-        _train(experiment, held_out, root / f"{key}.work" / "checkpoints", progress, loggers)
-    with FileLock(root / f"{key}.lock"):
-        if not (folder / "teacher.json").is_file():
-            work = root / f"{key}.work"
+    folder, work, leader = root / key, root / f"{key}.work", root / f"{key}.leader"
+    if rank():
+        _follow(experiment, folder, leader, lambda: _train(experiment, held_out, work / "checkpoints", progress, loggers))
+    with _locked(root / f"{key}.lock", progress):
+        trained = not (folder / "teacher.json").is_file()
+        if trained:
+            with atomic_path(leader) as beside:
+                beside.write_text(str(experiment.run_dir), "utf-8")
             fitted = _train(experiment, held_out, work / "checkpoints", progress, loggers)
             staged = work / "publish"
             shutil.rmtree(staged, ignore_errors=True)
@@ -92,11 +96,36 @@ def _cached(experiment: Experiment, held_out: HeldOut, progress: Any, loggers: l
             shutil.rmtree(folder, ignore_errors=True)
             staged.rename(folder)
             shutil.rmtree(work)
-            trained = True
-        else:
-            trained = False
+            leader.unlink()
     record = json.loads((folder / "teacher.json").read_text("utf-8"))
     return load_unet(folder), {"source": "auto", "key": key, "trained_now": trained, "val_loss": record["val_loss"]}
+
+
+def _follow(experiment: Experiment, folder: Path, leader: Path, train: Callable[[], Any]) -> None:
+    """In all ranks but the first: train the teacher if the first rank of this run does, and wait if another run's does.
+
+    The first rank alone holds the lock, and says in the file `leader` which run that is: ranks that were started by
+    themselves, as on another node, would else train while their first rank waits, and it would never join them.
+    """
+    while not (folder / "teacher.json").is_file():
+        if leader.is_file() and leader.read_text("utf-8") == str(experiment.run_dir):
+            train()
+            return
+        time.sleep(0.2)
+
+
+@contextmanager
+def _locked(file: Path, progress: Any) -> Iterator[None]:
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        progress.say("waiting for the teacher, which another run trains")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _train(experiment: Experiment, held_out: HeldOut, folder: Path, progress: Any, loggers: list[Any]) -> dict[str, Any]:
