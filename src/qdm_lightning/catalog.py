@@ -25,6 +25,8 @@ COMMANDS = {
 FLAGS = {
     "--cfg job": "print the configuration instead of running; --resolve fills in its ${...}",
     "-m, --multirun": "run every combination of comma-separated values: -m seed=0,1,2 quant=w4a4,w3a3",
+    "hydra/launcher=": "how jobs of -m are started: basic (one after another), joblib (at once), submitit_local, slurm",
+    "hydra.sweep.dir=": "their folder: the same command with the same folder runs only what is missing there",
     "--config-dir DIR": "options of your own, as DIR/<group>/<name>.yaml",
     "--shell-completion": "install=bash (or zsh, fish) prints what completes these names in your shell",
     "--hydra-help": "everything else that Hydra understands",
