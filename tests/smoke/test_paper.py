@@ -3,7 +3,6 @@
 import hashlib
 import json
 import pickle
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from qdm_lightning.data import imagenet64
 from qdm_lightning.reporting.terminal import Progress
 from qdm_lightning.schema import CONF_DIR
 from qdm_lightning.train import train
-from qdm_lightning.training.held_out import HeldOut
 
 THIN = {
     "cifar10": ["model.block_out_channels=[8,8,8,8]"],
@@ -98,7 +96,6 @@ FOLDER = {
 @pytest.mark.parametrize(("data", "quant"), [("cifar10", "w4a4"), ("celeba", "w3a3"), ("imagenet64", "w2a2")])
 def test_two_steps(data, quant, tmp_path, monkeypatch):
     WRITE[data](tmp_path / FOLDER[data], monkeypatch)
-    monkeypatch.setattr(HeldOut, "from_images", partial(HeldOut.from_images, size=32))
     trained = []
     for sampler in ("ddpm", "ddim"):
         typed = [f"experiment=paper/{data}_{sampler}", f"quant={quant}", *TRIAL, *THIN[data]]

@@ -1,7 +1,6 @@
 """A teacher from a diffusers folder: networks of several builds become students; a folder of another process is refused."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from qdm_lightning.quantization import QuantConfig, prepare, timesteps
 from qdm_lightning.reporting.terminal import Progress
 from qdm_lightning.schema import CONF_DIR
 from qdm_lightning.train import train
-from qdm_lightning.training.held_out import HeldOut
 
 BUILDS = {
     "ddpm": {"downsample_padding": 0, "freq_shift": 1, "flip_sin_to_cos": False, "attention_head_dim": None, "dropout": 0.1},
@@ -36,14 +34,10 @@ BUILDS = {
     "four channels, heads": {"in_channels": 4, "out_channels": 4, "attention_head_dim": 4, "attn_norm_num_groups": 4},
 }
 TRIAL = """
-    taq.scope=all metrics=custom trainer.max_steps=2 trainer.accelerator=cpu trainer.compile=off data.batch_size=4
+    taq.scope=all metrics=custom trainer.max_steps=2 trainer.val_images=32
+    trainer.accelerator=cpu trainer.compile=off data.batch_size=4
     quant.calibration_batches=1 quant.calibrator.steps=2 sampler.steps=2 sampler.micro_batch=4 num_samples=4 logger=none
 """
-
-
-@pytest.fixture(autouse=True)
-def _short_held_out(monkeypatch):
-    monkeypatch.setattr(HeldOut, "from_images", partial(HeldOut.from_images, size=32))
 
 
 class Means(torch.nn.Module):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SIZE = 1024
 BUCKETS = 10
 
 
@@ -22,7 +21,7 @@ class HeldOut:
     num_train_timesteps: int
 
     @classmethod
-    def from_images(cls, images: Tensor, num_train_timesteps: int, size: int = SIZE, seed: int = 0) -> HeldOut:
+    def from_images(cls, images: Tensor, num_train_timesteps: int, size: int = 1024, seed: int = 0) -> HeldOut:
         """From held-out uint8 images (M, C, H, W), repeated as needed; the same for the same images and seed."""
         generator = torch.Generator().manual_seed(seed)
         x0 = to_float(images[torch.arange(size) % len(images)])

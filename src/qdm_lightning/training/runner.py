@@ -73,7 +73,9 @@ def run(experiment: Experiment, progress: Any) -> Result:
     experiment.data.setup()
     check_schedule(experiment)
     features(experiment.feature_network, experiment.data.train_images[:1])  # it takes such images, or says so now
-    held_out = HeldOut.from_images(experiment.data.val_images, experiment.diffusion.num_train_timesteps)
+    held_out = HeldOut.from_images(
+        experiment.data.val_images, experiment.diffusion.num_train_timesteps, experiment.trainer.val_images
+    )
     checkpoint = last_checkpoint(experiment.run_dir / "checkpoints") if experiment.resume else None
     step = int(load_checkpoint(checkpoint)["global_step"]) if checkpoint else (0 if experiment.resume else None)
     loggers: list[Any] = [CSVMetrics(experiment.run_dir / "metrics.csv", step)]

@@ -90,6 +90,7 @@ class TrainerConfig:
     Args:
         max_steps: optimizer steps of the student.
         val_every: steps between two measurements of `val/loss`, each with a checkpoint.
+        val_images: (x_0, t, eps) of the held-out set that `val/loss` is the mean over.
         sample_every: steps between two sample grids and distances in training (0: only at the end).
         log_every: steps between two lines of losses.
         accelerator, devices, num_nodes, strategy, precision: as in `lightning.Trainer`.
@@ -100,6 +101,7 @@ class TrainerConfig:
 
     max_steps: int = 600
     val_every: int = 250
+    val_images: int = 1024
     sample_every: int = 0
     log_every: int = 10
     accelerator: str = "auto"
@@ -114,6 +116,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         at_least("trainer.max_steps", self.max_steps, 1)
         at_least("trainer.val_every", self.val_every, 1)
+        at_least("trainer.val_images", self.val_images, 1)
         at_least("trainer.sample_every", self.sample_every, 0)
         at_least("trainer.log_every", self.log_every, 1)
         at_least("trainer.num_nodes", self.num_nodes, 1)

@@ -43,6 +43,7 @@ def teacher_key(experiment: Experiment) -> tuple[str, dict[str, Any]]:
         "teacher": asdict(experiment.teacher),
         "precision": experiment.trainer.precision,
         "val_every": experiment.trainer.val_every,
+        "val_images": experiment.trainer.val_images,
     }
     text = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16], settings

@@ -137,6 +137,7 @@ def test_the_code_knows_its_threads(traced):
     assert [key[-1] for key in kernels._backend.compiled] == [1, 2]
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_what_only_traces_runs_eager(fresh):
     """Shapes without data, and a compiler around the whole network."""
     kernels.set_mode("on")
