@@ -1,13 +1,16 @@
 """`evaluate`, `sample` and `diagnose` as they are typed: killed by force, in several processes, with bad input."""
 
 import json
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from qdm_lightning import cli, runs
@@ -16,7 +19,7 @@ from qdm_lightning.diagnose import _task as diagnose_task
 from qdm_lightning.evaluate import EvaluateConfig, evaluate
 from qdm_lightning.evaluate import _task as evaluate_task
 from qdm_lightning.reporting.terminal import Progress
-from qdm_lightning.sample import SampleRootConfig
+from qdm_lightning.sample import SampleRootConfig, sample
 from qdm_lightning.sample import _task as sample_task
 
 COMMANDS = {
@@ -24,6 +27,10 @@ COMMANDS = {
     "sample": (SampleRootConfig, sample_task),
     "diagnose": (DiagnoseConfig, diagnose_task),
 }
+
+READY = multiprocessing.get_context("forkserver")
+"""Processes that have imported everything when they begin: kills then fall on the work."""
+READY.set_forkserver_preload([f"qdm_lightning.evaluation.{module}" for module in ("evaluating", "pictures")])
 
 
 def start(*arguments):
@@ -37,6 +44,64 @@ def wait_for_chunks(folder, count, process):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def begin(command, *arguments):
+    process = READY.Process(target=command, args=arguments)
+    process.start()
+    return process
+
+
+def left_behind(run):
+    """What a command made of a run: files by name, with what may differ between two times left out."""
+    found = {}
+    for file in sorted(path for path in run.rglob("*") if path.suffix in (".npz", ".png", ".json")):
+        if file.suffix == ".npz":
+            with np.load(file) as arrays:
+                content = {n: (a.dtype, a.shape, a.tobytes()) for n, a in arrays.items() if n not in ("meta", "sha256")}
+        elif file.suffix == ".json":
+            content = {k: v for k, v in json.loads(file.read_text()).items() if k not in ("finished", "seconds", "git")}
+        else:
+            content = file.read_bytes()
+        found[file.relative_to(run).as_posix()] = content
+    return found
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "made"),
+    [
+        (evaluate, ["num_samples=96", "chunk=16"], "evaluations"),
+        (sample, ["seeds=0-95", "trajectory=true"], "images"),
+    ],
+    ids=["evaluate", "sample"],
+)
+def test_killed_ten_times_at_random_moments(command, overrides, made, run_copy, tmp_path):
+    """By SIGKILL, anywhere: while it sets up, draws, takes features, writes, scores. What got to its end begins again."""
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed of the moments: {seed}")
+    overrides = [*overrides, f"paths.cache={tmp_path / 'cache'}"]
+    begin(time.sleep, 0).join()  # until the server is there
+    begun = time.monotonic()
+    begin(command, run_copy, overrides).join()
+    whole, seconds = left_behind(run_copy), time.monotonic() - begun
+    assert len([name for name in whole if name.startswith(made)]) > 10
+    moments, kills, taken_up, done = random.Random(seed), 0, 0, True
+    while kills < 10 or not done:
+        if done:
+            shutil.rmtree(run_copy / made)
+            shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        taken_up += any((run_copy / made).rglob("*.*"))
+        process = begin(command, run_copy, overrides)
+        process.join(moments.uniform(0, seconds) if kills < 10 else None)
+        process.kill()
+        process.join()
+        done = process.exitcode == 0
+        if done:
+            assert left_behind(run_copy) == whole
+        else:
+            assert process.exitcode == -signal.SIGKILL
+            kills += 1
+    assert taken_up
 
 
 def test_killed_by_force_and_in_two_processes_at_once(run_copy, tiny_run, tmp_path):

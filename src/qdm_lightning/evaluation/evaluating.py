@@ -6,20 +6,21 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from qdm_lightning.data.module import content_hash
 from qdm_lightning.diffusion.sampling import timesteps
 from qdm_lightning.evaluation import protocol, scores
 from qdm_lightning.evaluation.chunks import Chunk, ChunkFolder, data_hash, seeds_hash
 from qdm_lightning.evaluation.drawing import Workshop, environment
 from qdm_lightning.evaluation.plan import Plan, plan_evaluation
+from qdm_lightning.evaluation.real import RealImages, real_images, statistics
 from qdm_lightning.evaluation.spec import EvaluationConfig, format_seeds, listed, parse_shard
-from qdm_lightning.metrics.reference import Reference, import_reference, reference
+from qdm_lightning.metrics.reference import Reference
 from qdm_lightning.metrics.weights import state_hash
 from qdm_lightning.reporting.terminal import Progress
 from qdm_lightning.training.devices import share
@@ -67,7 +68,7 @@ def evaluate(experiment: Experiment, config: EvaluationConfig, progress: Any) ->
         _fill(workshop, plan, plan.chunks[index::count], experiment, config, progress)
         progress.say(_shard_line(workshop, plan.chunks, config))
         return Evaluation(None, base, [])
-    real = _real_images(experiment, config)
+    real = real_images(experiment, config.reference)
     choice = scores.choose(asked, len(plan.seeds), network, real.count, real.images is not None)
     record = _record(experiment, plan, real, choice)
     folder = base if config.out else base / _name(record)
@@ -79,7 +80,7 @@ def evaluate(experiment: Experiment, config: EvaluationConfig, progress: Any) ->
             _gather(workshop, plan.chunks)
         else:
             _fill(workshop, plan, plan.chunks, experiment, config, progress)
-        done = _score(record, workshop, plan, _reference(experiment, real, choice, progress), choice, progress)
+        done = _score(record, workshop, plan, statistics(experiment, real, choice, progress), choice, progress)
         write_json(folder / protocol.RESULT, done)
     else:
         progress.say(f"measured before: {folder / protocol.RESULT}")
@@ -152,55 +153,7 @@ def _shard_line(workshop: Workshop, chunks: Sequence[Sequence[int]], config: Eva
     return f"shard {config.shard} is done: {there} of {total} images are there; {after}"
 
 
-@dataclass(frozen=True)
-class _Real:
-    """The real images, before anything is computed: `images` (N, C, H, W), or None where `imported` statistics stand for them.
-
-    `source` is the hash of their content, or of the statistics.
-    """
-
-    images: Tensor | None
-    imported: Reference | None
-    source: str
-    origin: str
-    count: int | None
-
-
-def _real_images(experiment: Experiment, config: EvaluationConfig) -> _Real:
-    if config.reference is not None:
-        path = Path(config.reference).expanduser().resolve()
-        imported = import_reference(path, experiment.feature_network)
-        return _Real(None, imported, imported.sha256, str(path), imported.moments.count)
-    experiment.data.setup()
-    images = experiment.data.train_images
-    origin = f"training images of {experiment.resolved['data'].get('_target_')}"
-    return _Real(images, None, content_hash(images), origin, len(images))
-
-
-def _reference(experiment: Experiment, real: _Real, choice: scores.Choice, progress: Any) -> Reference:
-    if real.imported is not None:
-        return real.imported
-    assert real.images is not None
-    done: list[int] = []
-    with progress.stage("reference", len(real.images), "images") as stage:
-
-        def count(images: int) -> None:
-            done.append(images)
-            stage.advance(images)
-
-        found = reference(
-            experiment.feature_network,
-            real.images,
-            images_hash=real.source,
-            cache=Path(experiment.paths.cache),
-            keep_features=bool({"kid", "prc"} & set(choice.taken)),
-            on_batch=count,
-        )
-        stage.skip(len(real.images) - sum(done))  # what the cache had
-    return found
-
-
-def _record(experiment: Experiment, plan: Plan, real: _Real, choice: scores.Choice) -> dict[str, Any]:
+def _record(experiment: Experiment, plan: Plan, real: RealImages, choice: scores.Choice) -> dict[str, Any]:
     """The record of an evaluation before it is made: all but the scores and what they took."""
     quant = experiment.quant
     reference_record = {"source": real.source, "count": real.count, "from": real.origin}
@@ -285,6 +238,7 @@ def _score(
         "floor": scores.floor(real, workshop.feature_network),
         "reference": {**record["reference"], "moments_sha256": real.sha256},
         "images": {**record["images"], "sha256_of_images": hashlib.sha256(digests).hexdigest()},
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": {**seconds, "scores": round(time.perf_counter() - begin, 3)},
         "drawn_on": distinct,
         "scored_on": here,

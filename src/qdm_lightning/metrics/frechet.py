@@ -15,12 +15,16 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+PUBLISHED = "6726825d"
+"""First digits of the SHA-256 of the Inception weights that FID is defined by; the published file's name carries them."""
+
 
 def check_network(network: nn.Module) -> nn.Module:
     """Return `network` if it can be used as a feature network.
 
     Raises:
-        ValueError: no module, or no attribute `name` (lower-case letters, digits, _) or `dim` (positive int).
+        ValueError: no module, no attribute `name` (lower-case letters, digits, _) or `dim` (positive int), or one that is
+            named `inception` without the published weights.
     """
     name, dim = getattr(network, "name", None), getattr(network, "dim", None)
     named = isinstance(name, str) and re.fullmatch(r"[a-z0-9_]+", name) is not None
@@ -29,11 +33,16 @@ def check_network(network: nn.Module) -> nn.Module:
             f"metrics: {type(network).__name__} (name={name!r}, dim={dim!r}) is no feature network: it must be an nn.Module "
             "with attributes name (lower-case letters, digits, _) and dim (positive int), see metrics=digits"
         )
+    if name == "inception" and not str(getattr(network, "weights_sha256", None)).startswith(PUBLISHED):
+        raise ValueError(
+            f"metrics: {type(network).__name__} is named 'inception' without the published weights ({PUBLISHED}...), and its "
+            "distance would pass for FID: give it another name, or type metrics=inception"
+        )
     return network
 
 
 def frechet_key(network: nn.Module) -> str:
-    """Name of the distance over `network`: `fid` for Inception alone, otherwise `fd_<name>`."""
+    """Name of the distance over `network`: `fid` for Inception with its published weights alone, otherwise `fd_<name>`."""
     name = check_network(network).name
     return "fid" if name == "inception" else f"fd_{name}"
 

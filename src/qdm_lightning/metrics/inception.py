@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
+from qdm_lightning.metrics.frechet import PUBLISHED
 from qdm_lightning.metrics.spec import InceptionMetric
 from qdm_lightning.metrics.weights import colour, file_hash
 
 WEIGHTS = URL_INCEPTION_V3.rpartition("/")[2]
-HASH_PREFIX = WEIGHTS.rpartition("-")[2].partition(".")[0]
-"""First digits of the SHA-256 of the published file: its name carries them."""
 
 
 class InceptionFeatures(nn.Module):
     """The feature network `inception`: uint8 images (N, 1 | 3, H, W) to the 2,048 pooled features and 1,008 logits, frozen.
 
     Attributes:
+        name: `inception` over the published weights, whose distance is FID; over others `inception_<8 digits of their hash>`.
         weights_sha256: of the weights file.
 
     Args:
@@ -31,7 +31,6 @@ class InceptionFeatures(nn.Module):
         ValueError: the file is damaged or holds other weights.
     """
 
-    name = "inception"
     dim = 2048
     batch_size = 32  # 299x299 pixels inside, whatever the size outside
 
@@ -50,6 +49,8 @@ class InceptionFeatures(nn.Module):
                 f"metrics.weights={path} does not hold Inception v3 as torch-fidelity has it: {_first(error)}"
             ) from error
         self.weights_sha256 = file_hash(path)
+        published = self.weights_sha256.startswith(PUBLISHED)
+        self.name = "inception" if published else f"inception_{self.weights_sha256[:8]}"
         self.requires_grad_(False).eval()
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +70,7 @@ def _published() -> Path:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=HASH_PREFIX, progress=False)
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=PUBLISHED, progress=False)
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
             f"metrics=inception needs {WEIGHTS}, which is not in {path.parent} and could not be fetched ({_first(error)}): "

@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,13 +114,18 @@ def frechet(a: Moments, b: Moments) -> float:
 
 
 def save_moments(path: Path, moments: Moments) -> None:
-    """Write `mu`, `sigma` and `count` (-1: unknown) to an .npz: beside, flushed to the disk, renamed."""
+    """Write `mu`, `sigma` and `count` (-1: unknown) to an .npz, whole or not at all."""
+    count = -1 if moments.count is None else moments.count
+    save_arrays(path, mu=moments.mu, sigma=moments.sigma, count=np.int64(count))
+
+
+def save_arrays(path: Path, **arrays: Any) -> None:
+    """Write arrays to an .npz: beside (`<name>.<process>.part`), flushed to the disk, renamed."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with beside.open("wb") as stream:
-            count = -1 if moments.count is None else moments.count
-            np.savez(stream, mu=moments.mu, sigma=moments.sigma, count=np.int64(count))
+            np.savez(stream, **arrays)
             stream.flush()
             os.fsync(stream.fileno())
         beside.replace(path)

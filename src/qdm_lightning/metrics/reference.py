@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from qdm_lightning.metrics.frechet import batch_size_of, check_network, feature_batches
-from qdm_lightning.metrics.moments import Moments, MomentsStream, load_moments, save_moments
+from qdm_lightning.metrics.moments import Moments, MomentsStream, load_moments, save_arrays, save_moments
 from qdm_lightning.metrics.protocol import PROTOCOL
 from qdm_lightning.metrics.weights import state_hash
 
@@ -46,6 +45,7 @@ def reference(
     batch_size: int | None = None,
     keep_features: bool = False,
     on_batch: Callable[[int], None] | None = None,
+    say: Callable[[str], None] = print,
 ) -> Reference:
     """Moments (and features) of real images over `network`; of several processes one computes them, the others wait.
 
@@ -57,9 +57,10 @@ def reference(
         batch_size: images that go through the network together; None takes `batch_size_of(network)`.
         keep_features: keep and return the features too (kernel distance, precision and recall need them).
         on_batch: called with the number of images after every batch; not called where the cache has the result.
+        say: told of a cache that is damaged: it is made again.
 
     Raises:
-        ValueError: fewer than two images, images or features that do not fit, or a damaged cache.
+        ValueError: fewer than two images, or images or features that do not fit.
     """
     batch_size = batch_size_of(check_network(network)) if batch_size is None else batch_size
     moments_file, features_file = _files(network, images, images_hash, batch_size, cache)
@@ -68,13 +69,15 @@ def reference(
     else:
         moments_file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{moments_file}.lock"):
-            if not moments_file.is_file() or (keep_features and not features_file.is_file()):
-                moments, rows = _compute(network, images, batch_size, keep_features, on_batch)
-                if rows is not None:
-                    _save_features(features_file, rows)
-                save_moments(moments_file, moments)
-            moments = load_moments(moments_file, int(network.dim))  # type: ignore[arg-type]
-            rows = _load_features(features_file, moments) if keep_features else None
+            for left in moments_file.parent.glob(f"{moments_file.stem}.*.part"):
+                left.unlink()  # of a killed process: who writes holds the lock
+            kept = _kept(moments_file, features_file if keep_features else None, int(network.dim), say)  # type: ignore[arg-type]
+            if kept is None:
+                kept = _compute(network, images, batch_size, keep_features, on_batch)
+                if kept[1] is not None:
+                    save_arrays(features_file, features=kept[1].numpy())
+                save_moments(moments_file, kept[0])
+            moments, rows = kept
     return Reference(moments=moments, features=rows, source=images_hash, sha256=moments_hash(moments))
 
 
@@ -123,16 +126,18 @@ def _compute(
     return stream.result(), torch.cat(kept) if keep else None
 
 
-def _save_features(path: Path, rows: Tensor) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+def _kept(
+    moments_file: Path, features_file: Path | None, dim: int, say: Callable[[str], None]
+) -> tuple[Moments, Tensor | None] | None:
+    """What the cache has; None where anything is missing or damaged."""
+    if not all(file.is_file() for file in (moments_file, features_file) if file is not None):
+        return None
     try:
-        with beside.open("wb") as stream:
-            np.savez(stream, features=rows.numpy())
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+        moments = load_moments(moments_file, dim)
+        return moments, None if features_file is None else _load_features(features_file, moments)
+    except ValueError as error:
+        say(f"{error}; it is made again")
+        return None
 
 
 def _load_features(path: Path, moments: Moments) -> Tensor:
@@ -140,7 +145,7 @@ def _load_features(path: Path, moments: Moments) -> Tensor:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             rows = torch.from_numpy(archive["features"])
     except Exception as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, it will be made again") from error
+        raise ValueError(f"{path} is damaged: {error}") from error
     if rows.shape != (moments.count, len(moments.mu)):
-        raise ValueError(f"{path} holds {tuple(rows.shape)} features, not ({moments.count}, {len(moments.mu)}): delete it")
+        raise ValueError(f"{path} is damaged: {tuple(rows.shape)} features, not ({moments.count}, {len(moments.mu)})")
     return rows

@@ -3,9 +3,10 @@ import torch
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from qdm_lightning.metrics import inception
+from qdm_lightning.metrics import frechet, inception
 from qdm_lightning.metrics.frechet import feature_batches, frechet_key
 from qdm_lightning.metrics.inception import WEIGHTS, InceptionFeatures
+from qdm_lightning.metrics.protocol import metric_keys
 from qdm_lightning.metrics.weights import file_hash
 
 
@@ -32,7 +33,7 @@ def pictures(channels):
     return torch.randint(0, 256, (2, channels, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-def test_is_torch_fidelitys_network_under_the_key_fid(weights):
+def test_is_torch_fidelitys_network(weights):
     network = InceptionFeatures(str(weights))
     theirs = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights))
     expected = theirs(pictures(3))
@@ -40,8 +41,17 @@ def test_is_torch_fidelitys_network_under_the_key_fid(weights):
     assert torch.equal(ours[0], expected[0])
     assert torch.equal(ours[1], expected[1])
     assert expected[0].std(0).max() > 0
-    assert frechet_key(network) == "fid"
     assert network.weights_sha256 == file_hash(weights)
+
+
+def test_only_the_published_weights_are_called_fid(weights, monkeypatch):
+    sha256 = file_hash(weights)
+    assert frechet_key(InceptionFeatures(str(weights))) == f"fd_inception_{sha256[:8]}"
+    for module in (frechet, inception):
+        monkeypatch.setattr(module, "PUBLISHED", sha256[:8])
+    keys = metric_keys(InceptionFeatures(str(weights)))
+    assert (keys["frechet"], keys["score"], keys["kernel"]) == ("fid", "inception_score", "kid")
+    assert inception.URL_INCEPTION_V3.endswith("-6726825d.pth")
 
 
 def test_grey_pictures_get_three_channels(weights):

@@ -63,18 +63,23 @@ def test_weights_images_and_batch_size_have_references_of_their_own(tmp_path):
     assert state_hash(Linear()) != state_hash(Linear(2.0))
 
 
-def test_a_damaged_cache_is_an_error(tmp_path):
-    take(Linear(), tmp_path, keep_features=True)
+def test_a_damaged_cache_is_told_and_made_again(tmp_path):
+    first = take(Linear(), tmp_path, keep_features=True)
     files = sorted((tmp_path / "references").glob("*.npz"))
     assert len(files) == 2
     for file in files:
-        whole = file.read_bytes()
-        flipped = bytearray(whole)
-        flipped[300] ^= 1
-        file.write_bytes(flipped)
-        with pytest.raises(ValueError, match=f"{file.name} is damaged"):
-            take(Linear(), tmp_path, keep_features=True)
-        file.write_bytes(whole)
+        for damage in (
+            lambda content: content[:300] + bytes([content[300] ^ 1]) + content[301:],
+            lambda content: content[:-30],
+        ):
+            whole, said = file.read_bytes(), []
+            file.write_bytes(damage(whole))
+            again = take(Linear(), tmp_path, keep_features=True, say=said.append)
+            assert len(said) == 1
+            assert f"{file.name} is damaged" in said[0]
+            assert again.sha256 == first.sha256
+            assert torch.equal(again.features, first.features)
+            assert file.read_bytes() == whole
 
 
 def test_an_interruption_leaves_nothing(tmp_path):
@@ -85,6 +90,16 @@ def test_an_interruption_leaves_nothing(tmp_path):
         take(Linear(), tmp_path, on_batch=interrupt)
     assert not list((tmp_path / "references").glob("*.npz"))
     assert not list((tmp_path / "references").glob("*.part"))
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    take(Linear(), tmp_path)
+    (moments,) = (tmp_path / "references").glob("*.npz")
+    left = [moments.with_name(f"{name}.123.part") for name in (moments.name, f"{moments.stem}.features.npz")]
+    for file in left:
+        file.write_bytes(b"half")
+    take(Linear(), tmp_path)
+    assert not any(file.exists() for file in left)
 
 
 def test_published_statistics_take_the_place_of_images(tmp_path):
