@@ -219,12 +219,8 @@ def _score(
     begin = time.perf_counter()
     with progress.stage("scores", len(choice.taken), "scores") as stage:
         found = scores.compute(choice.taken, chunks, real, workshop.feature_network, lambda: stage.advance(1))
-    environments = [chunk.meta["environment"] for chunk in chunks]
-    distinct = list({data_hash(one): one for one in environments}.values())
-    warnings = []
-    if len(distinct) > 1:
-        differing = sorted({name for one in distinct for name in one if one[name] != distinct[0][name]})
-        warnings.append(f"images were drawn in different surroundings ({', '.join(differing)}): their last bits may differ")
+    distinct = list({data_hash(one): one for one in (chunk.meta["environment"] for chunk in chunks)}.values())
+    warnings = [*_mixed(distinct), *scores.few(choice.taken, len(plan.seeds), workshop.feature_network)]
     for line in warnings:
         progress.say(f"warning: {line}")
     digests = b"".join(chunk.arrays["images_sha256"].tobytes() for chunk in chunks)
@@ -247,6 +243,14 @@ def _score(
         "hardware": hardware(),
         "git": git_commit(),
     }
+
+
+def _mixed(environments: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A warning where the images were drawn in more than one environment."""
+    differing = sorted({name for one in environments for name in one if one[name] != environments[0][name]})
+    if not differing:
+        return []
+    return [f"images were drawn in different surroundings ({', '.join(differing)}): their last bits may differ"]
 
 
 def _gather(workshop: Workshop, chunks: Sequence[Sequence[int]]) -> list[Chunk]:

@@ -33,6 +33,7 @@ def protocol(network: nn.Module, num_samples: int, reference: Mapping[str, Any])
         **PROTOCOL,
         "network": network.name,
         "network_sha256": state_hash(network),
+        "resize": getattr(network, "resize", None),
         "feature_batch_size": batch_size_of(network),
         "num_samples": num_samples,
         "reference": reference["source"],

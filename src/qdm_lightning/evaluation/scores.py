@@ -60,6 +60,14 @@ def choose(asked: Sequence[str] | None, count: int, network: nn.Module, real_cou
     return Choice([s for s in wanted if s not in reasons], {s: reasons[s] for s in wanted if s in reasons})
 
 
+def few(taken: Sequence[str], count: int, network: nn.Module) -> list[str]:
+    """A warning where `count` images are too few for a covariance of full rank."""
+    dim = int(network.dim)  # type: ignore[arg-type]
+    if "fd" not in taken or count > dim:
+        return []
+    return [f"{count} images for {dim} features: their covariance is singular, and the Frechet distance biased upwards"]
+
+
 def compute(
     taken: Sequence[str], chunks: Sequence[Chunk], reference: Reference, network: nn.Module, on_score: Callable[[], None]
 ) -> dict[str, float]:

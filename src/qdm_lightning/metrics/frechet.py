@@ -2,7 +2,8 @@
 
 A feature network is an `nn.Module` with attributes `name` (str) and `dim` (int) and
 `forward(uint8 images (N, C, H, W)) -> float features (N, dim)`; one that classifies may also have
-`features_and_logits(images) -> (features (N, dim), logits (N, classes))`, and one that is large an attribute `batch_size`.
+`features_and_logits(images) -> (features (N, dim), logits (N, classes))`, and one that is large an attribute `batch_size`;
+one that resamples its images an attribute `resize`, a few words that say how.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ class InceptionFeatures(nn.Module):
     """
 
     dim = 2048
+    resize = "299x299, TensorFlow 1's bilinear"
     batch_size = 32  # 299x299 pixels inside, whatever the size outside
 
     def __init__(self, weights: str | None = None) -> None:

@@ -83,10 +83,13 @@ class MomentsStream:
     def _fold(self) -> None:
         rows, self._gathered = torch.cat(self._gathered).double(), []
         mean = rows.mean(0)
-        centred, shift, count = (rows - mean).numpy(), mean - self._mean, self.count + len(rows)
-        self._scatter += torch.from_numpy(centred.T @ centred)  # numpy's product knows that it is symmetric: half the work
+        centred = rows.sub_(mean).numpy()
+        scatter = torch.from_numpy(centred.T @ centred)  # numpy's product knows that it is symmetric: half the work
+        shift, count = mean - self._mean, self.count + len(rows)
         if self.count:
-            self._scatter += torch.outer(shift, shift) * (self.count * len(rows) / count)
+            scatter += self._scatter
+            scatter += torch.outer(shift, shift) * (self.count * len(rows) / count)
+        self._scatter = scatter
         self._mean += shift * (len(rows) / count)
         self.count = count
 
@@ -109,7 +112,9 @@ def frechet(a: Moments, b: Moments) -> float:
     """
     if a.mu.shape != b.mu.shape:
         raise ValueError(f"moments of width {len(a.mu)} and {len(b.mu)} do not compare: they come from different networks")
-    first, second = ({"mu": m.mu.astype(np.float64), "sigma": m.sigma.astype(np.float64)} for m in (a, b))
+    first, second = (
+        {"mu": m.mu.astype(np.float64, copy=False), "sigma": m.sigma.astype(np.float64, copy=False)} for m in (a, b)
+    )
     return float(fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID])
 
 

@@ -60,7 +60,7 @@ class ResNet20(nn.Module):
 class ResNet20Features(nn.Module):
     """The feature network `resnet20`: uint8 images (N, 1 | 3, H, W) to 64 pooled features and 10 logits, frozen.
 
-    Images of another size are resampled to 32x32 (bilinear, antialiased where it shrinks); grey ones get three equal channels.
+    Images of another size are resampled to 32x32, as `resize` says; grey ones get three equal channels.
 
     Attributes:
         weights_sha256: of the weights file.
@@ -75,6 +75,7 @@ class ResNet20Features(nn.Module):
 
     name = "resnet20"
     dim = 64
+    resize = "32x32, bilinear, antialiased where it shrinks"
     mean: Tensor
     deviation: Tensor
 

@@ -59,6 +59,7 @@ def test_the_record(whole, tiny_run):
     assert (whole["reference"]["count"], len(whole["reference"]["source"])) == (1500, 64)
     assert len(whole["metric"]["weights_sha256"]) == 64
     assert whole["protocol"]["rounding"].startswith("uint8: round")
+    assert whole["protocol"]["resize"] is None
     assert (whole["sampler"]["steps"], whole["network_calls"]) == (4, 4)
     assert {"torch", "python"} <= set(whole["versions"])
     assert {"sampling", "features", "scores"} == set(whole["seconds"])
@@ -113,6 +114,14 @@ def test_other_surroundings_are_a_warning_that_the_record_keeps(run_copy, whole,
     record = measured(run_copy).record
     assert [place["threads"] for place in record["drawn_on"]] == [1, 7]
     assert record["warnings"] == ["images were drawn in different surroundings (threads): their last bits may differ"]
+
+
+def test_too_few_images_are_a_warning_that_the_record_keeps(run_copy, capsys):
+    record = evaluate(run_copy, ["num_samples=64"], Progress("plain")).record
+    line = "64 images for 64 features: their covariance is singular, and the Frechet distance biased upwards"
+    assert record["warnings"] == [line]
+    assert f"warning: {line}" in capsys.readouterr().out
+    assert evaluate(run_copy, ["num_samples=64", "scores=is"], Progress("silent")).record["warnings"] == []
 
 
 def test_images_need_not_be_kept_and_then_serve_other_metrics(run_copy, whole, monkeypatch):

@@ -70,9 +70,13 @@ def test_small_images_are_enlarged_bilinearly_and_grey_ones_coloured(weights):
     network = ResNet20Features(str(weights))
     flat = torch.full((2, 3, 16, 16), 77, dtype=torch.uint8)
     torch.testing.assert_close(network(flat), network(torch.full((2, 3, 32, 32), 77, dtype=torch.uint8)))
+    assert network.resize == "32x32, bilinear, antialiased where it shrinks"
     small = pictures(2, size=16)
     enlarged = F.interpolate(small.double(), scale_factor=2, mode="bilinear", align_corners=False)
     torch.testing.assert_close(network(small), by_hand(random_state(), enlarged.float())[0], rtol=1e-4, atol=1e-4)
+    shrunk = F.interpolate(pictures(2, size=80).float() / 255, (32, 32), mode="bilinear", antialias=True) * 255
+    expected = by_hand(random_state(), shrunk)[0]
+    torch.testing.assert_close(network(pictures(2, size=80)), expected, rtol=1e-4, atol=1e-4)
     grey = pictures(2, channels=1)
     assert torch.equal(network(grey), network(grey.repeat(1, 3, 1, 1)))
 
