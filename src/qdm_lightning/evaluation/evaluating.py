@@ -190,7 +190,12 @@ def _beside(run_dir: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The run's other results of this protocol and sampler: the teacher's beside the student's."""
     found = [protocol.read_result(file) for file in sorted((run_dir / protocol.FOLDER).glob(f"*/{protocol.RESULT}"))]
     alike = [r for r in found if r["protocol"] == record["protocol"] and r["sampler"] == record["sampler"]]
-    return [r for r in alike if r["identity"] != record["identity"]]
+    return [r for r in alike if _measured(r) != _measured(record)]
+
+
+def _measured(record: Mapping[str, Any]) -> list[Any]:
+    """Which images were measured; other scores of the same ones are no other result."""
+    return [record["network"], record["origin"], record["images"]["sha256"]]
 
 
 def _earlier(folder: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -165,6 +165,7 @@ def test_results_of_other_protocols_are_refused_before_anything_is_drawn(run_cop
     assert [r["protocol"]["num_samples"] for r in forced.beside] == [32]
     teacher = measured(run_copy, "network=teacher")
     assert [r["network"] for r in teacher.beside] == ["student"]
+    assert [r["network"] for r in measured(run_copy, "scores=fd").beside] == ["teacher"]  # not the student once more
 
 
 def test_a_result_is_never_overwritten_by_another(run_copy):
