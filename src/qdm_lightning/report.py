@@ -1,71 +1,126 @@
-"""`python -m qdm_lightning.report DIR... [--baseline LABEL] [--out DIR]`: finished runs as results.md and results.csv.
+"""`python -m qdm_lightning.report DIR... [out=DIR] [baseline=CELL]`: finished runs as report.html, results.md and results.csv.
 
-DIR is a run, or a folder of runs such as a sweep's. Runs that differ in their seed alone make one row.
+`report(folders, out, baseline)` is the same from Python. Nothing is trained or sampled, and torch is not loaded.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
-from qdm_lightning.config import CONFIG_FILE
-from qdm_lightning.reporting.summary import Run, cells, flatten, markdown, write_csv
+from qdm_lightning.schema import CONF_DIR, UserError
+
+BAD_INPUT = 2
+FILES = ("report.html", "results.csv", "results.md")
+HELP = """\
+Finished runs as one HTML file and as tables: mean, deviation and 95 % interval over seeds, differences to a baseline.
+
+usage: python -m qdm_lightning.report DIR... [out=DIR] [baseline=CELL]
+
+  DIR            a run, or a folder of runs such as a sweep's; runs that differ in their seed alone are one cell
+  out=DIR        where report.html, results.csv and results.md are written; the first DIR when not given
+  baseline=CELL  what differences are taken to, paired by seed: a cell (baseline='w4a4 TaQ'), or a method at the same bits
+                 (baseline=NeM); without it the cell of the same bits that has neither TaQ nor NeM
+
+Examples (after python -m qdm_lightning.report):
+  outputs/SWEEP                       the table and the page of a sweep, in its folder
+  outputs/SWEEP outputs/OTHER out=r   two sweeps in one report, written into r
+  outputs/SWEEP baseline=TaQ          what NeM adds to TaQ
+
+Results of different protocols (images, feature network, sampler, real data) stand in tables of their own, jobs that failed
+or did not finish are listed, and evaluations of a run (python -m qdm_lightning.evaluate) are taken in beside its own."""
 
 
-def find_runs(folders: Sequence[Path]) -> list[Run]:
-    """Finished runs in and below `folders`.
+@dataclass(frozen=True)
+class Arguments:
+    """What was typed."""
+
+    folders: list[Path]
+    out: Path | None = None
+    baseline: str | None = None
+
+
+def parse(words: Sequence[str]) -> Arguments:
+    """Folders and settings. Raises UserError at anything else."""
+    folders, settings = [], {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if word.startswith("-"):
+            raise UserError(f"{word} is not understood: type folders, out=<folder> or baseline=<cell>; --help says more")
+        if not (equals and re.fullmatch(r"\w+", name)):
+            folders.append(Path(word).expanduser())
+            continue
+        if name not in ("out", "baseline"):
+            raise UserError(f"{name} is not a setting: there are out=<folder> and baseline=<cell> (a folder: ./{word})")
+        if not value or name in settings:
+            raise UserError(
+                f"{name}= needs one value, and is given once: for example {name}={'report' if name == 'out' else 'NeM'}"
+            )
+        settings[name] = value
+    if not folders:
+        raise UserError("no folder is given: type python -m qdm_lightning.report outputs/SWEEP; --help says more")
+    out = Path(settings["out"]).expanduser() if "out" in settings else None
+    return Arguments(folders, out, settings.get("baseline"))
+
+
+def report(folders: Sequence[Path], out: Path | None = None, baseline: str | None = None) -> str:
+    """Write report.html, results.csv and results.md into `out`, or into the first folder; returns the Markdown.
+
+    Args:
+        folders: runs, or folders of runs.
+        baseline: a cell's label, or a method that is taken at equal bits; None takes `none` at equal bits.
 
     Raises:
         FileNotFoundError: a folder that is not there, or none with a finished run.
+        ValueError: a damaged record, or no cell of that name; nothing was written then.
+        OSError: the files cannot be written.
     """
-    runs = []
-    for folder in folders:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is not a folder: give a run, or a folder of runs such as outputs/..._sweep")
-        for path in sorted(folder.rglob("metrics.json")):
-            if (path.parent / CONFIG_FILE).is_file():
-                settings = flatten(OmegaConf.to_container(OmegaConf.load(path.parent / CONFIG_FILE), resolve=False))
-                runs.append(Run(path.parent, settings, json.loads(path.read_text("utf-8"))))
-    if not runs:
-        raise FileNotFoundError(f"no finished run (a folder with metrics.json) below {', '.join(map(str, folders))}")
-    return runs
+    from qdm_lightning.reporting.collect import collect
+    from qdm_lightning.reporting.files import write_whole
+    from qdm_lightning.reporting.html import page
+    from qdm_lightning.reporting.summary import summarise
+    from qdm_lightning.reporting.tables import csv_text, markdown
 
-
-def report(folders: Sequence[Path], out: Path, baseline: str | None = None) -> str:
-    """Write results.md and results.csv into `out`; returns the Markdown.
-
-    Raises:
-        FileNotFoundError: see `find_runs`.
-        ValueError: no cell has the baseline's label.
-    """
-    found = cells(find_runs(folders))
-    chosen = next((cell for cell in found if cell.label == baseline), None)
-    if baseline and chosen is None:
-        raise ValueError(f"--baseline {baseline!r} is no row: choose one of {', '.join(repr(cell.label) for cell in found)}")
-    text = markdown(found, chosen)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.md").write_text(text, "utf-8")
-    write_csv(out / "results.csv", found)
+    found = collect(folders, _load)
+    groups, notes = summarise(found.results, _variants(), baseline)
+    found.notes += notes
+    text = markdown(groups, found)
+    contents = (page(groups, found), csv_text(groups), text)
+    for name, content in zip(FILES, contents, strict=True):
+        write_whole((out or folders[0]) / name, content.encode("utf-8"))
     return text
+
+
+def _load(file: Path) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+
+
+def _variants() -> dict[str, str]:
+    """Classes of TaQ to the names of their options."""
+    files = sorted((CONF_DIR / "taq").glob("*.yaml"))
+    return {str(target): file.stem for file in files if (target := _load(file).get("_target_"))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 with one line on stderr for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m qdm_lightning.report", description=__doc__.partition("\n")[0])
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
-    parser.add_argument("--baseline", metavar="LABEL", help="row to which the others' differences are taken, paired by seed")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the first DIR)")
-    options = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if {"-h", "--help"} & set(words):
+        print(HELP)
+        return 0
     try:
-        print(report(options.folders, options.out or options.folders[0], options.baseline), end="")
-    except (FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        arguments = parse(words)
+        print(report(arguments.folders, arguments.out, arguments.baseline), end="")
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    folder = arguments.out or arguments.folders[0]
+    print("\nwritten: " + ", ".join(str(folder / name) for name in FILES))
     return 0
 
 

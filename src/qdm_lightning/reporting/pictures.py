@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor, uint8
+
+from qdm_lightning.reporting.files import write_whole
+
+if TYPE_CHECKING:  # the report reads pictures and waits for no torch
+    from torch import Tensor
 
 TILE = 64
 """Smallest edge of an image in a grid, in pixels: smaller images are enlarged by a whole factor, each pixel a square."""
@@ -39,6 +44,8 @@ def save_grid(path: Path, rows: Sequence[Tensor], labels: Sequence[str], columns
     Raises:
         ValueError: no image, rows of different shape, not uint8, or not as many labels as rows.
     """
+    from torch import uint8
+
     if not rows or len(rows) != len(labels):
         raise ValueError(f"a grid needs rows and a label for each: got {len(rows)} rows, {len(labels)} labels")
     shape = rows[0].shape
@@ -69,10 +76,30 @@ def _strip(images: Tensor, label: str, factor: int, columns: int) -> np.ndarray:
 
 
 def _write(path: Path, image: Image.Image) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(beside, format="PNG")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(path, png(image))
+
+
+def png(image: Image.Image) -> bytes:
+    """The file's content."""
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def read_rows(path: Path, count: int) -> list[Image.Image]:
+    """The rows of a grid by `save_grid` without their labels, where each is one strip (at most `COLUMNS` images a row).
+
+    Args:
+        path: the PNG.
+        count: rows that it holds, such as 2 for teacher above student.
+
+    Raises:
+        OSError: no file, or none that can be read as a picture.
+        ValueError: its height does not divide into `count` rows.
+    """
+    with Image.open(path) as opened:
+        grid = opened.convert("RGB")
+    height, rest = divmod(grid.height, count)
+    if rest or height <= MARGIN + GAP:
+        raise ValueError(f"{path} is no grid of {count} rows: it is {grid.height} pixels high")
+    return [grid.crop((0, k * height + MARGIN, grid.width, (k + 1) * height - GAP)) for k in range(count)]

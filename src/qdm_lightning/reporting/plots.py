@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from qdm_lightning.reporting.files import write_whole
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Of Okabe and Ito: told apart with any kind of colour vision."""
@@ -119,17 +121,13 @@ def _dress(ax: Any, title: str, ylabel: str) -> None:
 
 
 def _finish(path: Path, figure: Figure, title: str, runs: Sequence[str]) -> None:
-    """Title, a legend below, and the file, written beside and renamed."""
+    """Title, a legend below, and the file."""
     figure.suptitle(title, fontsize=11)
     handles = [_patch(COLOURS[index % len(COLOURS)]) for index in range(len(runs))]
     figure.legend(handles, list(runs), loc="outside lower center", ncols=min(len(runs), 3), fontsize=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(beside, format="png", dpi=110)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110)
+    write_whole(path, stream.getvalue())
 
 
 def _patch(colour: str) -> Any:
