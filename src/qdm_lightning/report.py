@@ -87,13 +87,16 @@ def report(folders: Sequence[Path], out: Path | None = None, baseline: str | Non
     from qdm_lightning.reporting.summary import summarise
     from qdm_lightning.reporting.tables import csv_text, markdown
 
+    target = out or folders[0]
+    if out is not None and any(path.is_file() for path in (out, *out.parents)):
+        raise NotADirectoryError(f"out={out} is no folder: give one, or a name that is free")
     found = collect(folders, _load)
     groups, notes = summarise(found.results, _variants(), baseline)
     found.notes += notes
     text = markdown(groups, found)
     contents = (page(groups, found), csv_text(groups), text)
     for name, content in zip(FILES, contents, strict=True):
-        write_whole((out or folders[0]) / name, content.encode("utf-8"))
+        write_whole(target / name, content.encode("utf-8"))
     return text
 
 

@@ -95,7 +95,7 @@ def draw(panels: Sequence[Sequence[Panel]], names: Sequence[str], description: s
 @contextmanager
 def _style(salt: str) -> Iterator[None]:
     """Settings of matplotlib for one figure; text from files is text, no formula, whatever its signs."""
-    settings: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False, "font.size": 9}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False, "font.size": 9}
     settings |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
     settings |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5, "legend.fontsize": 8.5}
     with mpl.rc_context(settings), warnings.catch_warnings():
@@ -129,8 +129,8 @@ def _panel(ax: Any, panel: Panel, names: Sequence[str], handles: dict[str, Any])
                 else:
                     ax.plot(px, py, marker=marker, markersize=9, color=colour, fillstyle="none", linestyle="none")
         handles.setdefault(line.name, handle)
-    for style, (name, value) in zip(("--", ":", "-."), (panel.bounds or {}).items(), strict=False):
-        handles.setdefault(name, ax.axhline(value, color=INK, linestyle=style, linewidth=1))
+    for dashes, (name, value) in zip(("--", ":", "-."), (panel.bounds or {}).items(), strict=False):
+        handles.setdefault(name, ax.axhline(value, color=INK, linestyle=dashes, linewidth=1))
     for name, (px, py) in (panel.stars or {}).items():
         handles.setdefault(name, ax.plot(px, py, marker="*", markersize=11, color=INK, linestyle="none")[0])
     for px, py, text in panel.texts:

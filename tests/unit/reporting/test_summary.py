@@ -1,68 +1,233 @@
-"""The table over seeds, against scipy's own interval, and the report command."""
+"""Cells, intervals, differences and the gap against scipy's own figures; what a report must not mix, drop or hide."""
 
+import csv
+import io
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from qdm_lightning.report import main
-from qdm_lightning.reporting.summary import Estimate, cells, difference
+from qdm_lightning.report import _load, _variants
+from qdm_lightning.reporting.collect import collect
+from qdm_lightning.reporting.summary import Estimate, difference, gap_closed, summarise
+from qdm_lightning.reporting.tables import csv_text, markdown, measure_table
 
-VALUES = {("w4a4", "qdm"): [3.0, 3.5, 2.5], ("w4a4", "lsq"): [4.0, 4.25, 4.0], ("w3a3", "qdm"): [9.0, 8.0, 10.0]}
+
+def read(*folders, baseline=None):
+    found = collect(folders, _load)
+    groups, notes = summarise(found.results, _variants(), baseline)
+    return found, groups, notes
 
 
-@pytest.fixture
-def sweep(tmp_path):
-    for (bits, tag), values in VALUES.items():
-        for seed, value in enumerate(values):
-            folder = tmp_path / f"{bits}_{tag}_{seed}"
-            folder.mkdir()
-            width, mode = bits[1], "replace" if tag == "qdm" else "off"
-            config = (
-                f"seed: {seed}\ntags: [x, {tag}]\nquant: {{weight_bits: {width}, act_bits: {width}}}\nnem: {{mode: {mode}}}\n"
-            )
-            (folder / "config.yaml").write_text(config)
-            student = {"fd_digits": value, "image_mse": value / 100, "nem_error": [0.1, 0.3], "val_loss": 1.0}
-            metrics = {"floor": {"fd_digits": 1.0}, "teacher": {"fd_digits": 2.0}, "student": student}
-            (folder / "metrics.json").write_text(json.dumps({**metrics, "seed": seed, "seconds": {"student": 5}}))
-    return tmp_path
+def cell(group, label):
+    return next(cell for cell in group.cells if cell.label == label)
 
 
 def test_intervals_are_students():
     values = [1.0, 2.0, 4.0]
     estimate = Estimate.of(values)
     low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
-    assert estimate.mean - estimate.half_width == pytest.approx(low)
-    assert estimate.mean + estimate.half_width == pytest.approx(high)
-    assert math.isnan(Estimate.of([1.0]).deviation)
+    assert (estimate.low, estimate.high) == pytest.approx((low, high))
+    assert math.isnan(Estimate.of([1.0]).half_width)
 
 
-def test_the_report_of_a_sweep(sweep, capsys):
-    assert main([str(sweep), "--baseline", "w4a4 lsq"]) == 0
-    shown = capsys.readouterr().out
-    assert shown == (sweep / "results.md").read_text()
-    assert "| w4a4 qdm | 3 | 3 ± 0.5 |" in shown
-    paired = np.array(VALUES["w4a4", "qdm"]) - np.array(VALUES["w4a4", "lsq"])
-    assert f"{paired.mean():+.3g} ± {Estimate.of(paired).half_width:.2g} (95 %)" in shown
-    rows = (sweep / "results.csv").read_text().splitlines()
-    assert len(rows) == 10
-    assert rows[0] == "cell,seed,run,fd_digits,image_mse,nem_error,seconds"
+def test_every_cell_of_an_ablation(whole_sweep, sweep):
+    found, (group,), notes = read(whole_sweep)
+    assert [c.label for c in group.cells][:4] == ["w4a4 none", "w4a4 TaQ", "w4a4 NeM", "w4a4 TaQ+NeM"]
+    assert len(group.cells) == 12
+    assert notes == []
+    assert [name for name, _ in found.unfinished] == ["sweep/34_w2a2_NeM_seed2", "sweep/36_never"]
+    rows = list(csv.DictReader(io.StringIO(csv_text([group]))))
+    for bits in (4, 3, 2):
+        for method in ("TaQ", "NeM", "TaQ+NeM"):
+            seeds = range(2 if (bits, method) == (2, "NeM") else 3)
+            ours, theirs = (np.array([sweep.value(bits, m, seed) for seed in seeds]) for m in (method, "none"))
+            interval = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+            row = next(r for r in rows if (r["cell"], r["measure"]) == (f"w{bits}a{bits} {method}", "fd_digits"))
+            assert row["baseline"] == f"w{bits}a{bits} none"
+            assert (int(row["n"]), int(row["pairs"])) == (len(seeds), len(seeds))
+            assert float(row["difference"]) == pytest.approx(np.mean(ours - theirs))
+            limits = [float(row["difference_low_95"]), float(row["difference_high_95"])]
+            assert limits == pytest.approx([interval.low, interval.high])
+            teacher = np.array([3.9 + seed / 100 for seed in seeds])
+            closed = 100 * (theirs.mean() - ours.mean()) / (theirs.mean() - teacher.mean())
+            assert float(row["gap_closed_percent"]) == pytest.approx(closed)
+            assert float(row["deviation"]) == pytest.approx(np.std(ours, ddof=1))
+            assert [float(row[f"seed_{seed}"]) for seed in seeds] == list(ours)
+            assert float(row["speedup_linear"]) == 32 / bits - 0.1
+
+
+def test_a_baseline_of_ones_own(whole_sweep):
+    _, (group,), _ = read(whole_sweep, baseline="NeM")
+    assert group.baselines["w3a3 TaQ"].label == "w3a3 NeM"
+    _, (group,), _ = read(whole_sweep, baseline="w4a4 TaQ")
+    assert {base.label for base in group.baselines.values()} == {"w4a4 TaQ"}
+    with pytest.raises(ValueError, match="baseline=nothing is no cell: choose one of 'w4a4 none'"):
+        read(whole_sweep, baseline="nothing")
 
 
 def test_differences_take_shared_seeds_alone(sweep):
-    from qdm_lightning.report import find_runs
-
-    found = {cell.label: cell for cell in cells(find_runs([sweep]))}
-    assert sorted(found) == ["w3a3 qdm", "w4a4 lsq", "w4a4 qdm"]
-    found["w4a4 lsq"].runs.pop()
-    gap = difference(found["w4a4 qdm"], found["w4a4 lsq"], "fd_digits")
+    for seed in (0, 1, 2):
+        sweep.run(4, "NeM", seed)
+    for seed in (1, 2, 3):
+        sweep.run(4, "none", seed)
+    _, (group,), _ = read(sweep.root)
+    nem, none = cell(group, "w4a4 NeM"), cell(group, "w4a4 none")
+    gap = difference(nem, none, "fd_digits")
     assert gap is not None
     assert gap.n == 2
+    assert gap.mean == np.mean([sweep.value(4, "NeM", s) - sweep.value(4, "none", s) for s in (1, 2)])
+    table = measure_table(group, "fd_digits")
+    assert [row[5].text for row in table.rows] == ["is the baseline", "w4a4 none (2 of 3 seeds)"]
 
 
-def test_bad_input_is_one_line(tmp_path, sweep, capsys):
-    for arguments in ([str(tmp_path / "none")], [str(sweep), "--baseline", "nonsense"]):
-        assert main(arguments) == 2
-        assert len(capsys.readouterr().err.splitlines()) == 1
+def test_a_single_seed_has_no_interval(sweep):
+    sweep.run(4, "none", 0)
+    sweep.run(4, "TaQ", 0)
+    _, (group,), _ = read(sweep.root)
+    for row in measure_table(group, "fd_digits").rows:
+        assert [row[1].text, row[3].text, row[4].text] == ["1", "– (n = 1)", "– (n = 1)"]  # noqa: RUF001
+    assert measure_table(group, "fd_digits").rows[1][7].text == "– (n = 1)"  # noqa: RUF001
+
+
+def test_no_gap_where_the_teacher_is_not_nearer_or_another(sweep):
+    for method in ("none", "TaQ"):
+        run = sweep.run(4, method, 0)
+        metrics = json.loads((run / "metrics.json").read_text())
+        metrics["teacher"]["fd_digits"] = 99.0
+        (run / "metrics.json").write_text(json.dumps(metrics))
+    _, (group,), _ = read(sweep.root)
+    assert gap_closed(cell(group, "w4a4 TaQ"), cell(group, "w4a4 none"), "fd_digits") is None
+    metrics["teacher"]["fd_digits"] = 1.0
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    _, (group,), _ = read(sweep.root)
+    assert gap_closed(cell(group, "w4a4 TaQ"), cell(group, "w4a4 none"), "fd_digits") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "apart"),
+    [
+        ("num_samples", 64, True),
+        ("sampler.steps", 10, True),
+        ("metrics._target_", "other.Network", True),
+        ("data._target_", "other.Data", True),
+        ("diffusion.beta_schedule", "cosine", True),
+        ("trainer.max_steps", 1200, False),
+        ("data.batch_size", 8, False),
+    ],
+)
+def test_protocols_are_kept_apart_and_other_settings_make_cells(sweep, name, value, apart):
+    sweep.run(4, "none", 0)
+    sweep.run(4, "none", 1, settings={name: value})
+    _, groups, _ = read(sweep.root)
+    assert len(groups) == (2 if apart else 1)
+    assert sum(len(group.cells) for group in groups) == 2
+    if not apart:
+        assert [c.label for c in groups[0].cells] == [f"w4a4 none {name}={v}" for v in sorted(_values(sweep, name), key=str)]
+
+
+def _values(sweep, name):
+    found = collect([sweep.root], _load)
+    return {run.settings[name] for run in found.runs}
+
+
+def test_real_data_that_differ_are_told_by_the_floor(sweep):
+    sweep.run(4, "none", 0)
+    run = sweep.run(4, "none", 1)
+    (run / "metrics.json").write_text((run / "metrics.json").read_text().replace("4.548263548685554", "4.8"))
+    assert len(read(sweep.root)[1]) == 2
+
+
+def test_paths_threads_and_tags_make_no_cell(sweep):
+    sweep.run(4, "none", 0)
+    sweep.run(4, "none", 1, settings={"paths.output": "x", "trainer.threads": 4, "tags": ["a"]})
+    _, (group,), _ = read(sweep.root)
+    assert [sorted(c.results) for c in group.cells] == [[0, 1]]
+
+
+def test_variants_are_named(sweep):
+    sweep.run(4, "TaQ", 0)
+    sweep.run(4, "TaQ", 0, settings={"taq._target_": "qdm_lightning.quantization.taq.GroupedActivation"})
+    sweep.run(4, "NeM", 0)
+    sweep.run(4, "NeM", 0, settings={"nem.mode": "add"})
+    _, (group,), _ = read(sweep.root)
+    labels = {c.label for c in group.cells}
+    assert labels == {"w4a4 TaQ(normalize)", "w4a4 TaQ(scale)", "w4a4 NeM(replace)", "w4a4 NeM(add)"}
+
+
+def test_the_same_seed_twice_is_said_and_folders_count_once(sweep):
+    sweep.run(4, "none", 0, name="a")
+    sweep.run(4, "none", 0, name="b")
+    found, (group,), notes = read(sweep.root, sweep.root / "a", sweep.root)
+    assert len(found.runs) == 2
+    assert group.cells[0].results[0].run.folder.name == "b"
+    assert notes == ["sweep/a/metrics.json: sweep/b is the same cell and seed, and counts"]
+
+
+def test_evaluations_are_protocols_of_their_own(sweep, evaluate):
+    for seed in (0, 1):
+        run = sweep.run(4, "none", seed)
+        evaluate(run, 10, 7.0 + seed)
+        evaluate(run, 10, 5.0, "teacher")
+        evaluate(run, 20, 6.0 + seed)
+        evaluate(run, 20, 9.0 + seed, rounding="none")
+    _, groups, _ = read(sweep.root)
+    assert len(groups) == 4
+    assert [g.cells[0].values("fd_digits") for g in groups[1:2]] == [{0: 7.0, 1: 8.0}]
+    assert groups[1].cells[0].teacher("fd_digits") == {0: 5.0, 1: 5.0}
+    assert groups[2].cells[0].teacher("fd_digits") == {}
+    (run / "evaluations" / "student_ddim10_0" / "evaluation.json").write_text("{")
+    found, groups, _ = read(sweep.root)
+    assert len(found.notes) == 1
+    assert "student_ddim10_0/evaluation.json: damaged" in found.notes[0]
+
+
+def test_a_value_that_is_not_finite_is_said(sweep):
+    run = sweep.run(4, "none", 0)
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["student"]["fd_digits"] = math.nan
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    found, groups, _ = read(sweep.root)
+    assert "| not finite (nan) |" in markdown(groups, found)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("metrics.json", "{", "metrics.json is damaged"),
+        ("metrics.json", "[]", "metrics.json is no run's record"),
+        ("metrics.json", '{"seed": 0, "teacher": {"fd": "x"}, "floor": {}}', "metrics.json is no run's record"),
+        ("metrics.json", '{"seed": 0, "teacher": {}, "floor": {}, "student": {"nem_error": 1}}', "must be a list"),
+        ("config.yaml", "a: [", "config.yaml is damaged"),
+        ("config.yaml", "a: 1", "config.yaml is no run's configuration"),
+    ],
+)
+def test_damaged_records_are_named(sweep, file, text, message):
+    sweep.run(4, "none", 0)
+    (sweep.run(4, "none", 1) / file).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read(sweep.root)
+
+
+def test_folders_without_a_finished_run(sweep, tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        read(tmp_path / "none")
+    (sweep.run(4, "none", 0) / "metrics.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no finished run .* 1 unfinished: sweep/00_w4a4_none_seed0"):
+        read(sweep.root)
+
+
+def test_a_full_precision_run_and_one_without_configuration(sweep):
+    run = sweep.run(4, "none", 0)
+    float_run = sweep.run(4, "none", 0, name="z_float", settings={"quant.weight_bits": 32, "quant.act_bits": 32})
+    metrics = json.loads((float_run / "metrics.json").read_text())
+    del metrics["student"]
+    (float_run / "metrics.json").write_text(json.dumps(metrics))
+    shutil.copytree(run, sweep.root / "bare")
+    (sweep.root / "bare" / "config.yaml").unlink()
+    found, (group,), _ = read(sweep.root)
+    assert (group.cells[0].label, group.cells[0].values("fd_digits")) == ("fp32", {0: 3.9})
+    assert found.notes == ["sweep/bare has a metrics.json but no config.yaml: left out"]
