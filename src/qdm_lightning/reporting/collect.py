@@ -77,6 +77,7 @@ class Result:
         source: file below the run that says so.
         protocol: all that two results must share to stand in one table, as dotted names.
         scores, teacher, floor: name to value; `teacher` is empty where it was not measured alike.
+        record: the whole file, with versions, hardware and commit.
     """
 
     run: Run
@@ -85,6 +86,7 @@ class Result:
     scores: dict[str, float]
     teacher: dict[str, float]
     floor: dict[str, float]
+    record: dict[str, Any]
 
 
 @dataclass
@@ -185,7 +187,7 @@ def own_result(run: Run) -> Result:
         if data or name == "num_samples" or name.startswith(("sampler.", "metrics.", "diffusion.")):
             protocol[name] = value
     protocol |= {f"floor.{name}": f"{value:.4g}" for name, value in floor.items()}
-    return Result(run, METRICS, protocol, scores, teacher, floor)
+    return Result(run, METRICS, protocol, scores, teacher, floor, run.metrics)
 
 
 def _evaluation(run: Run, file: Path) -> list[Result]:
@@ -213,7 +215,7 @@ def _evaluated(run: Run, file: Path, record: dict[str, Any], teacher: dict[str, 
     weights = f"{origin.get('weights')} of {Path(str(origin.get('file'))).name}"
     protocol = {**_evaluation_protocol(record), "weights": weights}
     floor = {name: float(value) for name, value in record.get("floor", {}).items()}
-    return Result(run, file.relative_to(run.folder).as_posix(), protocol, _scores(record), teacher, floor)
+    return Result(run, file.relative_to(run.folder).as_posix(), protocol, _scores(record), teacher, floor, record)
 
 
 def _scores(record: Mapping[str, Any]) -> dict[str, float]:

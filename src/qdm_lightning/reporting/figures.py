@@ -175,5 +175,7 @@ def _inline(svg: str, description: str) -> str:
         body = body.replace(colour, f"var(--series-{index})")
     width = re.search(r'viewBox="0 0 ([\d.]+)', body)
     assert width is not None
-    head = f'role="img" aria-label="{html.escape(description)}" style="min-width: {min(float(width[1]) * 1.1, 620):.0f}px"'
+    points = float(width[1])
+    style = f"min-width: {min(points * 1.1, 620):.0f}px; max-width: {points * 1.75:.0f}px"
+    head = f'role="img" aria-label="{html.escape(description)}" style="{style}"'
     return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', lambda match: f"<svg {match[1]} {head}>", body, count=1)

@@ -181,11 +181,13 @@ def loss_sketch(groups: Sequence[Group]) -> tuple[Sketch | None, list[str]]:
         for name, title in CURVES.items()
         if curves[name]
     ]
+    if len(bits) == 1:
+        panels = [[row[0] for row in panels]]  # beside one another
     caption = (
         "A line a run, seeds alike in colour. The trained loss is L_simple or L_NeM, whichever the method trains: "
         "compare methods on the held-out losses. A teacher's curve is there where this run trained it."
     )
-    return (Sketch("Loss curves", caption, panels) if panels else None), notes
+    return (Sketch("Loss curves", caption, panels) if any(panels) else None), notes
 
 
 def nem_sketch(cells: Sequence[Cell]) -> Sketch | None:

@@ -120,7 +120,9 @@ def reference_table(group: Group) -> Table | None:
                 ]
             )
         floors = sorted({result.floor[name] for result in group.results if name in result.floor})
-        rows.append([Entry(f"two halves of the real images, {name}"), Entry(ABSENT), number(floors[0]), Entry(ABSENT)])
+        if floors:
+            halves = f"two halves of the real images, {name}"
+            rows.append([Entry(halves), Entry(ABSENT), number(floors[0]), Entry(ABSENT)])
     return Table(f"What bounds the distances, protocol {group.name}", ["", "n", "mean", "deviation"], rows) if rows else None
 
 
@@ -178,7 +180,7 @@ def runs_table(groups: Sequence[Group]) -> Table:
 
 
 def _commit(result: Result) -> str:
-    git = result.run.metrics.get("git")
+    git = result.record.get("git")
     if not isinstance(git, dict):
         return ABSENT
     return f"{str(git.get('commit'))[:9]}{' + changes' if git.get('changed') else ''}"
@@ -189,7 +191,7 @@ def surroundings(group: Group) -> list[str]:
     found: dict[str, set[str]] = {}
     for result in group.results:
         for part in ("versions", "hardware"):
-            for name, value in (result.run.metrics.get(part) or {}).items():
+            for name, value in (result.record.get(part) or {}).items():
                 found.setdefault(f"{part}: {name}", set()).add(str(value))
     return [f"{name} {' and '.join(sorted(values))}" for name, values in found.items() if len(values) > 1]
 

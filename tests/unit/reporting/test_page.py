@@ -219,3 +219,13 @@ def test_chromium_would_have_told_of_an_error(page, tmp_path):
     _, log = browse(page, tmp_path, "console.error('told'); missing();")
     assert "told" in log
     assert "missing is not defined" in log
+
+
+def test_a_run_without_curves_and_one_bit_width(sweep, tmp_path):
+    (sweep.run(4, "none", 0) / "metrics.csv").unlink()
+    report([sweep.root], tmp_path)
+    text = (tmp_path / "report.html").read_text("utf-8")
+    assert "Loss curves" not in text
+    sweep.run(4, "TaQ", 0)
+    report([sweep.root], tmp_path)
+    assert "w4a4, held out: L_NeM" in (tmp_path / "report.html").read_text("utf-8")
