@@ -16,7 +16,8 @@ def test_a_real_run_and_an_unfinished_one(run_copy, tmp_path):
     said = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     assert (tmp_path / "out" / "results.md").read_text("utf-8") in said
     assert f"* {tmp_path.name}/unfinished: no metrics.json; last step in metrics.csv: 9" in said
-    [row] = [r for r in csv.DictReader((tmp_path / "out" / "results.csv").open()) if r["measure"] == "fd_digits"]
+    rows = csv.DictReader((tmp_path / "out" / "results.csv").read_text("utf-8").splitlines())
+    [row] = [row for row in rows if row["measure"] == "fd_digits"]
     student = json.loads((run_copy / "metrics.json").read_text())["student"]
     assert float(row["mean"]) == student["fd_digits"]
     assert int(row["bytes"]) == student["cost"]["bytes"]

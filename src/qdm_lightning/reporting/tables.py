@@ -289,7 +289,10 @@ def _finite(*values: float) -> list[object]:
 
 
 def _one(values: Sequence[float]) -> object:
-    return "" if not values else values[0] if len(values) == 1 else " to ".join(f"{value:g}" for value in values)
+    """The one value, whole where it is, or from the least to the largest."""
+    if len(values) == 1:
+        return int(values[0]) if values[0].is_integer() else values[0]
+    return f"{values[0]:g} to {values[-1]:g}" if values else ""
 
 
 def _safe(text: str) -> str:
