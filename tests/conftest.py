@@ -1,10 +1,15 @@
 """What all tests share: no state of Hydra, W&B or logging passes from one to the next."""
 
+import atexit
+import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -16,6 +21,8 @@ from qdm_lightning.schema import CONF_DIR
 
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
+os.environ["WANDB_DATA_DIR"] = tempfile.mkdtemp(prefix="qdm_wandb_")  # where it stages the files of artifacts
+atexit.register(shutil.rmtree, os.environ["WANDB_DATA_DIR"], ignore_errors=True)
 os.environ.pop("WANDB_API_KEY", None)
 
 
@@ -76,3 +83,81 @@ def composed() -> Callable[..., DictConfig]:
             return compose(root, list(overrides))
 
     return compose_it
+
+
+@dataclass
+class OfflineRun:
+    """What an offline W&B run wrote into its own file. `history` has a dict for each call that logged."""
+
+    run: Any = None
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    axes: dict[str, str] = field(default_factory=dict)
+    artifacts: list[Any] = field(default_factory=list)
+
+    def keys(self) -> set[str]:
+        """Every name in the history."""
+        return {name for row in self.history for name in row}
+
+    def kind(self, name: str) -> str:
+        """`number`, or W&B's type of the media under a name."""
+        value = next(row[name] for row in self.history if name in row)
+        return value["_type"] if isinstance(value, dict) else "number"
+
+
+@pytest.fixture
+def offline_runs() -> Callable[[Path], list[OfflineRun]]:
+    """`offline_runs(run_dir)`: the W&B runs that lie in a run folder, oldest first."""
+
+    def read(run_dir: Path) -> list[OfflineRun]:
+        return [_offline_run(path) for path in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))]
+
+    return read
+
+
+def _offline_run(path: Path) -> OfflineRun:
+    from wandb.proto import wandb_internal_pb2
+
+    found = OfflineRun()
+    for data in _leveldb_records(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.HasField("run"):
+            found.run = record.run
+        if record.HasField("artifact"):
+            found.artifacts.append(record.artifact)
+        if record.HasField("metric"):
+            found.axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+        for update in [*record.run.config.update, *record.config.update]:
+            found.config[update.key] = json.loads(update.value_json)
+        _put(found.summary, record.summary.update)
+        if record.history.item:
+            found.history.append({})
+            _put(found.history[-1], record.history.item)
+    return found
+
+
+def _put(into: dict[str, Any], items: Any) -> None:
+    for item in items:
+        name, *inner = item.nested_key or [item.key]
+        if inner:
+            into.setdefault(name, {})["/".join(inner)] = json.loads(item.value_json)
+        else:
+            into[name] = json.loads(item.value_json)
+
+
+def _leveldb_records(data: bytes) -> Iterator[bytes]:
+    """After 7 bytes: blocks of 32 KiB with chunks of (checksum 4, length 2, type 1); 1 full, 2 first, 3 middle, 4 last."""
+    assert data[:4] == b":W&B"
+    position, parts = 7, b""
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        chunk = data[position + 7 : position + 7 + length]
+        position += 7 + length
+        parts = chunk if kind in (1, 2) else parts + chunk
+        if kind in (1, 4):
+            yield parts

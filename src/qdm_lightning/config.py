@@ -102,7 +102,7 @@ def validate(cfg: DictConfig) -> TrainConfig:
     for group in ("data", "model", "taq", "metrics"):
         setattr(settings, group, _checked(cfg, values, group))
     logger = values["logger"] or {}
-    settings.logger = _checked(cfg, values, "logger") if "_target_" in logger else logger
+    settings.logger = _checked(cfg, values, "logger") if "_target_" in logger else OmegaConf.to_object(cfg.logger)
     check_combinations(settings)
     return settings
 

@@ -37,9 +37,11 @@ class EvaluateConfig(runs.RunConfig, EvaluationConfig):
 
     Args:
         metrics: the feature network.
+        logger: as in training.
     """
 
     metrics: Any = field(default_factory=dict)
+    logger: Any = field(default_factory=dict)
 
 
 def evaluate(run: str | Path, overrides: Sequence[str] = (), progress: Progress | None = None) -> Evaluation:

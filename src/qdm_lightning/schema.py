@@ -11,6 +11,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from qdm_lightning.data.spec import CelebAConfig, Cifar10Config, DigitsConfig, I
 from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig, SamplerConfig
 from qdm_lightning.metrics.spec import CustomMetric, DigitsMetric, InceptionMetric, ResNet20Metric
 from qdm_lightning.models.spec import PretrainedConfig, UNetConfig
-from qdm_lightning.quantization.spec import QuantConfig, TaQEma, TaQNormalize, TaQOff, TaQScale
+from qdm_lightning.quantization.spec import TAQ, QuantConfig
 from qdm_lightning.training.spec import OptimizerConfig, PathsConfig, TeacherConfig, TrainerConfig
 
 
@@ -45,20 +46,41 @@ class WandbConfig:
     """`logger=wandb`: a W&B run beside the files of the run folder.
 
     Args:
-        project, tags: of the W&B run; the root's `tags` are added.
+        project, entity, tags: of the W&B run; the root's `tags` and what the run does (`bits:w4a4`) are added.
         name: of the W&B run; None takes the run folder's.
+        group: of W&B runs; None takes the multirun's folder, if there is one.
         mode: `online`, `offline`, or None: online only if the user is logged in.
+        artifacts: log the networks and evaluations as artifacts.
     """
 
     _target_: str = "qdm_lightning.training.loggers.wandb_logger"
     project: str = "qdm-lightning"
+    entity: str | None = None
     name: str | None = None
+    group: str | None = None
     tags: list[str] = field(default_factory=list)
     mode: str | None = None
+    artifacts: bool = True
 
     def __post_init__(self) -> None:
         if self.mode is not None:
             one_of("logger.mode", self.mode, ("offline", "online"))
+
+
+@dataclass(kw_only=True)
+class TensorBoardConfig:
+    """`logger=tensorboard`: an event file in `<run>/<folder>`.
+
+    Raises:
+        ValueError: tensorboard is not installed.
+    """
+
+    _target_: str = "qdm_lightning.training.loggers.tensorboard_logger"
+    folder: str = "tensorboard"
+
+    def __post_init__(self) -> None:
+        if find_spec("tensorboard") is None:
+            raise ValueError("logger=tensorboard needs tensorboard: pip install 'qdm-lightning[tensorboard]'")
 
 
 @dataclass(kw_only=True)
@@ -105,14 +127,14 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "imagenet64": ImageNet64Config,
     },
     "model": {"unet": UNetConfig, "pretrained": PretrainedConfig},
-    "taq": {"off": TaQOff, "normalize": TaQNormalize, "ema": TaQEma, "scale": TaQScale},
+    "taq": dict(TAQ),
     "metrics": {
         "digits": DigitsMetric,
         "inception": InceptionMetric,
         "resnet20": ResNet20Metric,
         "custom": CustomMetric,
     },
-    "logger": {"wandb": WandbConfig},
+    "logger": {"wandb": WandbConfig, "tensorboard": TensorBoardConfig},
 }
 """Schemas of our options in the open groups: a YAML file takes one with `defaults: [base_<name>, _self_]`."""
 

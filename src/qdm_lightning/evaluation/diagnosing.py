@@ -19,9 +19,9 @@ from qdm_lightning.evaluation.plan import painter, restored_painter
 from qdm_lightning.evaluation.protocol import run_label
 from qdm_lightning.evaluation.spec import DiagnosisConfig, listed
 from qdm_lightning.reporting.plots import BoxPanel, CurvePanel, save_boxes, save_curves
-from qdm_lightning.training.callbacks import log_pictures
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.files import write_json
+from qdm_lightning.training.loggers.media import log_pictures
 from qdm_lightning.training.record import git_commit, versions
 from qdm_lightning.training.restore import restore_teacher, run_loggers
 

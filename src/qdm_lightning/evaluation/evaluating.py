@@ -26,6 +26,7 @@ from qdm_lightning.reporting.terminal import Progress
 from qdm_lightning.training.devices import share
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.files import write_json
+from qdm_lightning.training.publishing import log_evaluation
 from qdm_lightning.training.record import git_commit, hardware, versions
 from qdm_lightning.training.restore import set_up
 from qdm_lightning.training.spec import TrainerConfig
@@ -82,6 +83,7 @@ def evaluate(experiment: Experiment, config: EvaluationConfig, progress: Any) ->
             _fill(workshop, plan, plan.chunks, experiment, config, progress)
         done = _score(record, workshop, plan, statistics(experiment, real, choice, progress), choice, progress)
         write_json(folder / protocol.RESULT, done)
+        log_evaluation(experiment, done, folder / protocol.RESULT)
     else:
         progress.say(f"measured before: {folder / protocol.RESULT}")
     if not config.out:

@@ -62,13 +62,13 @@ def cost(
     return CostReport(list(_layers(model, report, macs)))
 
 
-def network_cost(network: nn.Module, report: QuantizationReport, shape: Sequence[int]) -> dict[str, Any]:
-    """Totals of a prepared `network(x, t)` for one image of `shape` (C, H, W), as `CostReport.totals` gives them.
+def network_cost(network: nn.Module, report: QuantizationReport, shape: Sequence[int]) -> CostReport:
+    """The cost of a prepared `network(x, t)` for one image of `shape` (C, H, W).
 
     Raises:
         ValueError: as `cost`.
     """
-    return cost(network, report, (torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64))).totals()
+    return cost(network, report, (torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64)))
 
 
 def _copy(model: nn.Module, tensor: Callable[[Tensor], Tensor] = lambda original: original) -> nn.Module:

@@ -120,3 +120,7 @@ class TaQScale(TaQOff):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("taq.groups", self.groups, 1)
+
+
+TAQ: dict[str, type[TaQOff]] = {"off": TaQOff, "normalize": TaQNormalize, "ema": TaQEma, "scale": TaQScale}
+"""TaQ's variants by the name that is typed."""

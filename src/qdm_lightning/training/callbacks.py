@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
-from torch import Tensor, nn
+from torch import Tensor
 
 from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuantizer
+from qdm_lightning.training.histograms import layer_label
+from qdm_lightning.training.loggers.media import log_values
 
 
 class StageProgress(Callback):
@@ -32,24 +34,25 @@ class StageProgress(Callback):
 
 
 class LearnedScales(Callback):
-    """Logs mean scale and zero point of every quantizer at each validation, as `scale/<layer>` and `zero_point/<layer>`."""
+    """Logs the learned grids at each validation, to W&B and TensorBoard.
+
+    `scale/<layer>` and `zero_point/<layer>` are means of one quantizer; `scales/weights_log2` and `scales/activations_log2` are
+    histograms of log2 s over all layers and channels.
+    """
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        values: dict[str, float] = {}
+        values: dict[str, float | Tensor] = {}
+        scales: dict[str, list[Tensor]] = {"weights": [], "activations": []}
         for name, quantizer in module.get_submodule("student").named_modules():
             if isinstance(quantizer, ActivationQuantizer | WeightQuantizer) and hasattr(quantizer, "scale"):
-                label = name.removeprefix("unet.")
-                values[f"scale/{label}"] = _mean(quantizer, "scale")
+                label = layer_label(name)
+                scale: Tensor = quantizer.scale.detach().flatten()
+                values[f"scale/{label}"] = float(scale.mean())
+                scales["weights" if isinstance(quantizer, WeightQuantizer) else "activations"].append(scale)
                 if isinstance(quantizer, ActivationQuantizer) and hasattr(quantizer, "zero_point"):
-                    values[f"zero_point/{label}"] = _mean(quantizer, "zero_point")
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_metrics(values, trainer.global_step)
-
-
-def _mean(quantizer: nn.Module, name: str) -> float:
-    value: Tensor = getattr(quantizer, name)
-    return float(value.detach().mean())
+                    values[f"zero_point/{label}"] = float(quantizer.zero_point.detach().mean())  # type: ignore[operator]
+        values |= {f"scales/{kind}_log2": torch.cat(found).log2() for kind, found in scales.items() if found}
+        log_values(trainer.loggers, values, trainer.global_step)
 
 
 class SampleDuringTraining(Callback):
@@ -69,10 +72,3 @@ class SampleDuringTraining(Callback):
             values = dict(self.measure(step))
             for logger in trainer.loggers:
                 logger.log_metrics(values, step)
-
-
-def log_pictures(loggers: list[Any], key: str, path: Any, step: int) -> None:
-    """Log a PNG to W&B, where there is such a logger."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_image(key, [str(path)], step=None)

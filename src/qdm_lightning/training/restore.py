@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers import WandbLogger
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from qdm_lightning.quantization import kernels
 from qdm_lightning.training.denoiser import Denoiser
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.files import load_checkpoint
+from qdm_lightning.training.loggers import finish, named_loggers
 from qdm_lightning.training.spec import TrainerConfig
 from qdm_lightning.training.student import prepare_student
 from qdm_lightning.training.student_files import FOLDER, WEIGHTS
@@ -152,14 +152,8 @@ def _name(path: Path, run_dir: Path) -> str:
 @contextmanager
 def run_loggers(experiment: Experiment) -> Iterator[list[Any]]:
     """The loggers that the experiment names (its metrics.csv aside), finished after the block."""
-    loggers: list[Any] = []
+    loggers = named_loggers(experiment)
     try:
-        tags = experiment.resolved.get("tags", ())
-        for make in experiment.loggers:
-            loggers.append(make(run_dir=experiment.run_dir, config=experiment.resolved, run_tags=tags))
         yield loggers
     finally:
-        for logger in loggers:
-            logger.finalize("finished")
-            if isinstance(logger, WandbLogger):
-                logger.experiment.finish()
+        finish(loggers)

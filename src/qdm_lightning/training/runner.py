@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from qdm_lightning.diffusion.sampling import to_uint8
@@ -19,7 +18,7 @@ from qdm_lightning.quantization import kernels
 from qdm_lightning.quantization.cost import network_cost
 from qdm_lightning.reporting.pictures import save_grid
 from qdm_lightning.reporting.terminal import rank
-from qdm_lightning.training.callbacks import LearnedScales, SampleDuringTraining, StageProgress, log_pictures
+from qdm_lightning.training.callbacks import LearnedScales, SampleDuringTraining, StageProgress
 from qdm_lightning.training.denoiser import Denoiser
 from qdm_lightning.training.devices import measuring_device
 from qdm_lightning.training.evaluation import Measurer, nem_error
@@ -27,8 +26,10 @@ from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.files import atomic_path, load_checkpoint, write_json
 from qdm_lightning.training.fitting import fit, last_checkpoint
 from qdm_lightning.training.held_out import HeldOut
-from qdm_lightning.training.loggers import CSVMetrics
+from qdm_lightning.training.loggers import CSVMetrics, finish, named_loggers
+from qdm_lightning.training.loggers.media import log_pictures
 from qdm_lightning.training.module import DiffusionModule
+from qdm_lightning.training.publishing import log_layers, log_results
 from qdm_lightning.training.record import git_commit, hardware, versions
 from qdm_lightning.training.student import calibrate_student, prepare_student
 from qdm_lightning.training.student_files import save_student
@@ -80,17 +81,10 @@ def run(experiment: Experiment, progress: Any) -> Result:
     step = int(load_checkpoint(checkpoint)["global_step"]) if checkpoint else (0 if experiment.resume else None)
     loggers: list[Any] = [CSVMetrics(experiment.run_dir / "metrics.csv", step)]
     try:
-        loggers += [
-            make(run_dir=experiment.run_dir, config=experiment.resolved, run_tags=experiment.resolved.get("tags", ()))
-            for make in experiment.loggers
-            if not rank()
-        ]
+        loggers += [] if rank() else named_loggers(experiment)
         return _stages(experiment, held_out, progress, loggers)
     finally:
-        for logger in loggers:
-            logger.finalize("finished")
-            if isinstance(logger, WandbLogger):
-                logger.experiment.finish()
+        finish(loggers)
 
 
 def _stages(experiment: Experiment, held_out: HeldOut, progress: Any, loggers: list[Any]) -> Result:
@@ -126,7 +120,7 @@ def _stages(experiment: Experiment, held_out: HeldOut, progress: Any, loggers: l
     picture = experiment.run_dir / "samples.png"
     save_grid(picture, rows, labels)
     write_json(experiment.run_dir / "metrics.json", metrics)
-    _log_results(loggers, metrics, picture, experiment)
+    log_results(loggers, experiment, metrics, picture, student, held_out)
     return Result(metrics, experiment.run_dir, teacher, student, module)
 
 
@@ -141,7 +135,7 @@ def _train_student(
 ) -> tuple[DiffusionModule, dict[str, Any]]:
     """The trained module with its best checkpoint loaded, and what its training says."""
     folder = experiment.run_dir / "checkpoints"
-    student, price = _prepare_student(experiment, teacher, progress)
+    student, price = _prepare_student(experiment, teacher, progress, loggers)
     if last_checkpoint(folder) is None:
         with clock("calibration"):
             calibrate_student(student, experiment, progress)
@@ -179,7 +173,7 @@ def _train_student(
     return module, {**fitted, "cost": price}
 
 
-def _prepare_student(experiment: Experiment, teacher: Any, progress: Any) -> tuple[Any, dict[str, Any]]:
+def _prepare_student(experiment: Experiment, teacher: Any, progress: Any, loggers: list[Any]) -> tuple[Any, dict[str, Any]]:
     """The quantized U-Net, not calibrated, and its cost; says and keeps what got how many bits."""
     student, report = prepare_student(teacher, experiment)
     with atomic_path(experiment.run_dir / "quantization.txt") as beside:
@@ -187,7 +181,9 @@ def _prepare_student(experiment: Experiment, teacher: Any, progress: Any) -> tup
     progress.say(report.summary())
     size = int(experiment.data.image_size or 0)
     student = student.to(measuring_device(experiment.trainer.accelerator)).to(memory_format=torch.channels_last)
-    return student, network_cost(student, report, (experiment.data.channels, size, size))
+    price = network_cost(student, report, (experiment.data.channels, size, size))
+    log_layers(loggers, report, price)
+    return student, price.totals()
 
 
 def _measure_in_training(
@@ -228,19 +224,3 @@ def _measure(
         rows.append(to_uint8(drawn[:GRID_IMAGES]))
         labels.append(f"student W{experiment.quant.weight_bits}A{experiment.quant.act_bits}")
     return rows, labels
-
-
-def _log_results(loggers: list[Any], metrics: dict[str, Any], picture: Path, experiment: Experiment) -> None:
-    flat = {
-        f"{who}/{name}": value
-        for who in ("floor", "teacher", "student")
-        for name, value in metrics.get(who, {}).items()
-        if isinstance(value, int | float) and value is not None
-    }
-    log_pictures(loggers, "samples/teacher_above_student", picture, 0)
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.summary.update({**flat, "kernels": metrics["kernels"], "git": metrics["git"]})
-    step = experiment.teacher.max_steps if experiment.quant.is_float else experiment.trainer.max_steps
-    for logger in loggers:
-        logger.log_metrics({f"final/{name}": float(value) for name, value in flat.items()}, step)

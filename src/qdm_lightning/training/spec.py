@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qdm_lightning.checks import at_least, between, one_of, positive
 
@@ -96,6 +96,8 @@ class TrainerConfig:
         accelerator, devices, num_nodes, strategy, precision: as in `lightning.Trainer`.
         compile: `auto` compiles fake quantization where a compiler is at hand, `on` insists, `off` runs it eager.
         threads: CPU threads of torch (0: torch's own choice).
+        histograms: patterns of quantizers, such as `*.query`, whose inputs W&B and TensorBoard get as histograms by timestep,
+            once at the end.
         channels_last: memory layout of networks and batches.
     """
 
@@ -112,6 +114,7 @@ class TrainerConfig:
     compile: str = "auto"
     threads: int = 0
     channels_last: bool = True
+    histograms: list[str] = field(default_factory=lambda: ["*.query", "*.key", "*.value", "mid_block.*.conv1.*"])
 
     def __post_init__(self) -> None:
         at_least("trainer.max_steps", self.max_steps, 1)

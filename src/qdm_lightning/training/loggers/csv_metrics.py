@@ -1,12 +1,9 @@
-"""Loggers: metrics.csv in the run folder, and Weights & Biases beside it."""
+"""metrics.csv in the run folder, which every run writes."""
 
 from __future__ import annotations
 
 import csv
-import netrc
-import os
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,54 +67,3 @@ class CSVMetrics(Logger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()
-
-
-def logged_in() -> bool:
-    """True if W&B would find a key without asking."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
-
-
-def wandb_logger(
-    *,
-    run_dir: Path,
-    config: Mapping[str, Any],
-    project: str,
-    name: str | None = None,
-    tags: Sequence[str] = (),
-    mode: str | None = None,
-    run_tags: Sequence[str] = (),
-) -> Logger:
-    """A W&B logger with a run of its own, also for the second job of a process. Its files lie in `run_dir`.
-
-    Args:
-        run_dir: the run folder; its name names the W&B run where `name` is None, and a resumed run takes its id up again.
-        config: resolved configuration, logged as the run's.
-        mode: `online`, `offline`, or None: WANDB_MODE if set, else online only where the user is logged in.
-        tags, run_tags: joined.
-    """
-    import wandb
-    from lightning.pytorch.loggers import WandbLogger
-
-    chosen = mode or os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
-    identity = run_dir / "wandb_id"
-    run_id = identity.read_text("utf-8").strip() if identity.is_file() else secrets.token_hex(4)
-    with atomic_path(identity) as beside:
-        beside.write_text(run_id + "\n", "utf-8")
-    run = wandb.init(
-        project=project,
-        name=name or run_dir.name,
-        id=run_id,
-        resume="allow" if chosen == "online" else None,
-        dir=run_dir,
-        tags=[*tags, *run_tags] or None,
-        mode=chosen,  # type: ignore[arg-type]
-        config=dict(config),
-        reinit="create_new",
-        settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=30),
-    )
-    return WandbLogger(experiment=run)

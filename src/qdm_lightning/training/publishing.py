@@ -1,0 +1,119 @@
+"""What a run shows on W&B and TensorBoard beside its losses: layers, results, activations by timestep, its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qdm_lightning.quantization.cost_report import CostReport
+from qdm_lightning.quantization.report import QuantizationReport
+from qdm_lightning.training.denoiser import Denoiser
+from qdm_lightning.training.experiment import Experiment
+from qdm_lightning.training.held_out import BUCKETS, HeldOut
+from qdm_lightning.training.histograms import activations_by_bucket, bucket_middle
+from qdm_lightning.training.labels import labels
+from qdm_lightning.training.loggers import CSVMetrics
+from qdm_lightning.training.loggers.media import (
+    TIMESTEP,
+    cosmetic,
+    log_files,
+    log_pictures,
+    log_summary,
+    log_table,
+    log_values,
+)
+from qdm_lightning.training.restore import run_loggers
+
+
+def log_layers(loggers: Sequence[Any], report: QuantizationReport, cost: CostReport) -> None:
+    """A table of every layer: what it is, its bits and quantizers, what it costs."""
+    quantizers = {row.name: " ".join(row.quantizers) for row in report.rows}
+    columns = ["module", "kind", "parameters", "weight_bits", "input_bits", "quantizers", "macs", "bytes", "float_bytes"]
+    rows: list[list[Any]] = [
+        [x.name, x.kind, x.parameters, x.weight_bits, x.act_bits, quantizers.get(x.name, ""), x.macs, x.bytes, x.float_bytes]
+        for x in cost.layers
+    ]
+    log_table(loggers, "quantization/layers", columns, rows)
+
+
+def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of `floor`, `teacher` and `student` in `metrics` (as in metrics.json) by name: `student/fd_digits`."""
+    return {name: value for who in ("floor", "teacher", "student") for name, value in _flat(who, metrics.get(who, {}))}
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(f"{name}/{key}", inner)
+    elif isinstance(value, int | float):
+        yield name, float(value)
+    elif isinstance(value, list) and name.endswith("nem_error"):
+        yield f"{name}_mean", sum(value) / len(value)
+
+
+def log_results(
+    loggers: Sequence[Any],
+    experiment: Experiment,
+    metrics: Mapping[str, Any],
+    picture: Path,
+    student: Denoiser | None,
+    held_out: HeldOut,
+) -> None:
+    """What a finished run comes to: scalars to every logger, the rest to W&B and TensorBoard.
+
+    Args:
+        metrics: as in metrics.json.
+        picture: of the samples.
+        student: on the device that measures; None for a teacher alone.
+    """
+    values = scalars(metrics)
+    step = experiment.teacher.max_steps if experiment.quant.is_float else experiment.trainer.max_steps
+    for logger in loggers:
+        logger.log_metrics({f"final/{name}": value for name, value in values.items()}, step)
+    if all(isinstance(logger, CSVMetrics) for logger in loggers):
+        return
+    log_pictures(loggers, "samples/teacher_above_student", picture, step)
+    log_table(loggers, "results/final", ["network", "measure", "value"], [[*n.split("/", 1), v] for n, v in values.items()])
+    cell = labels(experiment.resolved)
+    log_summary(loggers, {**cell, "seed": experiment.seed}, values, {name: metrics[name] for name in ("kernels", "git")})
+    if student is not None:
+        _log_by_timestep(loggers, experiment, metrics["student"]["nem_error"], student, held_out)
+    with cosmetic("the networks' files", "artifacts"):
+        folder = experiment.run_dir / ("teacher" if student is None else "student")
+        best = experiment.run_dir / "checkpoints" / "best.ckpt"
+        log_files(loggers, "model", [folder], {**cell, "seed": experiment.seed, **values}, [best] if best.is_file() else [])
+
+
+def _log_by_timestep(
+    loggers: Sequence[Any], experiment: Experiment, errors: Sequence[float], student: Denoiser, held_out: HeldOut
+) -> None:
+    """L_NeM and histograms of activations, a point for each bucket of t; the errors as a table too."""
+    total = experiment.diffusion.num_train_timesteps
+    with cosmetic("activations by timestep", "histograms"):
+        edges = [bucket * total // BUCKETS for bucket in range(BUCKETS + 1)]
+        rows = [[edges[b], edges[b + 1] - 1, error] for b, error in enumerate(errors)]
+        log_table(loggers, "nem_error/table", ["first_t", "last_t", "nem_error"], rows)
+        patterns = experiment.trainer.histograms
+        seen = activations_by_bucket(student, patterns, held_out, experiment.diffusion, experiment.sampler.micro_batch)
+        for b, error in enumerate(errors):
+            histograms = {f"activations/{name}": buckets[b] for name, buckets in seen.items() if buckets[b].numel()}
+            log_values(loggers, {"nem_error/by_timestep": error, **histograms}, bucket_middle(b, total), TIMESTEP)
+
+
+def log_evaluation(experiment: Experiment, record: Mapping[str, Any], file: Path) -> None:
+    """An evaluation to the loggers that the experiment names: its scores, and its record as an artifact.
+
+    Args:
+        record: as in evaluation.json. file: that file.
+    """
+    if not experiment.loggers:
+        return
+    prefix = f"evaluation/{record['network']}"
+    values = dict(_flat(prefix, record["scores"]))
+    known = {name: record[name] for name in ("network", "sampler", "protocol", "identity")}
+    with run_loggers(experiment) as loggers:
+        log_summary(loggers, {**labels(experiment.resolved), "seed": experiment.seed}, values)
+        log_values(loggers, values, experiment.trainer.max_steps)
+        log_table(loggers, f"{prefix}/scores", ["score", "value"], [list(item) for item in values.items()])
+        log_files(loggers, "evaluation", [file], {**known, **values})
