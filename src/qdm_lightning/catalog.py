@@ -17,6 +17,7 @@ COMMANDS = {
     "sample": "pictures of chosen seeds, and their way through the steps, teacher above student",
     "diagnose": "activations over the timesteps and the error that gathers over the steps, of one run or several",
     "report": "finished runs as a table: mean, deviation and interval over seeds, differences to a baseline",
+    "dashboard": "the ablation's dashboard in a W&B project, as code",
     "convert": "a checkpoint of the original DDIM code becomes a diffusers folder",
     "cost": "what a student costs before it is trained: multiplications, bits, bytes, theoretical speed-up by layer",
 }
@@ -88,13 +89,13 @@ def help_text(config_name: str, examples: Sequence[tuple[str, str]], folders: Se
         "",
         f"Examples (after {command}):",
         *(f"  {arguments:{wide}}  {what}" for arguments, what in examples),
-        "",
-        "Groups and their options (* is taken when nothing is typed):",
     ]
-    for group, chosen in defaults(config_name).items():
-        if group != "hydra":
-            stored = [Option(chosen, "what the run itself used")] if chosen == "stored" else []
-            lines += ["", f"  {group}=", *_option_lines([*stored, *options(group, folders)], chosen)]
+    groups = {group: chosen for group, chosen in defaults(config_name).items() if group != "hydra"}
+    if groups:
+        lines += ["", "Groups and their options (* is taken when nothing is typed):"]
+    for group, chosen in groups.items():
+        stored = [Option(chosen, "what the run itself used")] if chosen == "stored" else []
+        lines += ["", f"  {group}=", *_option_lines([*stored, *options(group, folders)], chosen)]
     wide = max(map(len, FLAGS))
     lines += [
         "",

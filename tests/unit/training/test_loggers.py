@@ -3,70 +3,41 @@
 import importlib.util
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import wandb
-from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from qdm_lightning.config import build, plain, stored, validate
 from qdm_lightning.evaluate import evaluate
 from qdm_lightning.reporting.terminal import Progress
-from qdm_lightning.schema import CONF_DIR, UserError
+from qdm_lightning.schema import UserError
 from qdm_lightning.train import train
 from qdm_lightning.training.callbacks import StageProgress
 from qdm_lightning.training.labels import labels
 from qdm_lightning.training.loggers import finish, named_loggers, wandb_logger
 from qdm_lightning.training.loggers.media import TIMESTEP, log_files, log_pictures, log_table, log_values
 
-TINY = [
-    "model.block_out_channels=[8,16]",
-    "model.norm_num_groups=4",
-    "data.batch_size=16",
-    "teacher.max_steps=2",
-    "trainer.max_steps=4",
-    "trainer.val_every=2",
-    "trainer.log_every=1",
-    "trainer.compile=off",
-    "trainer.accelerator=cpu",
-    "trainer.threads=1",
-    "quant.calibration_batches=2",
-    "sampler.steps=2",
-    "sampler.micro_batch=32",
-    "num_samples=24",
-]
 MIN_MAX = "quant.calibrator._target_=qdm_lightning.quantization.calibration.MinMax"
 
 
-def run(root: Path, *overrides: str, name: str = "runs"):
-    places = [f"paths.cache={root / 'cache'}", f"paths.output={root / name}"]
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose("train", overrides=[*TINY, *places, *overrides])
-    return train(cfg, Progress("silent"))
-
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """A run with W&B and TensorBoard, and its cache."""
-    root = tmp_path_factory.mktemp("boards")
-    return root, run(root, "logger=wandb_tensorboard", "tags=[mine]", "trainer.sample_every=2")
-
-
-def test_wandb_says_which_run_it_is(both, offline_runs):
-    _, result = both
-    [found] = offline_runs(result.run_dir)
+def test_wandb_says_which_run_it_is(board_run, offline_runs):
+    result = board_run
+    found = offline_runs(result.run_dir)[0]
     assert (found.run.job_type, found.run.run_group, found.run.project) == ("qat", "", "qdm-lightning")
     assert list(found.run.tags) == ["mine", "bits:w4a4", "taq:normalize", "nem:replace", "sampler:ddim-2"]
-    assert found.config["cell"] == labels(plain(stored(result.run_dir)))
+    expected = {**labels(plain(stored(result.run_dir))), "name": "w4a4 normalize replace ddim-2"}
+    assert found.config["cell"] == expected
     assert found.config["quant"]["weight_bits"] == 4
     assert found.run.run_id == (result.run_dir / "wandb_id").read_text().strip()
 
 
-def test_wandb_gets_scalars_pictures_tables_and_histograms(both, offline_runs):
-    _, result = both
-    [found] = offline_runs(result.run_dir)
+def test_wandb_gets_scalars_pictures_tables_and_histograms(board_run, offline_runs):
+    result = board_run
+    found = offline_runs(result.run_dir)[0]
     kinds = {name: found.kind(name) for name in found.keys()}  # noqa: SIM118 - not a dict
     for name in ("teacher/train/loss", "train/loss", "val/nem", "sampled/fd_digits", "final/student/image_mse"):
         assert kinds[name] == "number"
@@ -86,8 +57,8 @@ def table(run_dir: Path, name: str) -> list[dict[str, object]]:
     return [dict(zip(stored_table["columns"], row, strict=True)) for row in stored_table["data"]]
 
 
-def test_tables_hold_what_the_record_holds(both):
-    _, result = both
+def test_tables_hold_what_the_record_holds(board_run):
+    result = board_run
     layers = {row["module"]: row for row in table(result.run_dir, "quantization/layers")}
     assert sum(row["macs"] for row in layers.values()) == result.metrics["student"]["cost"]["macs"]
     assert sum(row["bytes"] for row in layers.values()) == result.metrics["student"]["cost"]["bytes"]
@@ -99,9 +70,9 @@ def test_tables_hold_what_the_record_holds(both):
     assert [(row["first_t"], row["last_t"]) for row in errors][:2] == [(0, 99), (100, 199)]
 
 
-def test_activations_lie_over_the_timesteps(both, offline_runs):
-    _, result = both
-    [found] = offline_runs(result.run_dir)
+def test_activations_lie_over_the_timesteps(board_run, offline_runs):
+    result = board_run
+    found = offline_runs(result.run_dir)[0]
     rows = [row for row in found.history if "nem_error/by_timestep" in row]
     assert [row["timestep"] for row in rows] == list(range(50, 1000, 100))
     assert [row["nem_error/by_timestep"] for row in rows] == result.metrics["student"]["nem_error"]
@@ -114,9 +85,9 @@ def test_activations_lie_over_the_timesteps(both, offline_runs):
     assert {key.rpartition(".")[2] for key in logged} == {"query", "key", "value", "input_quantizer"}
 
 
-def test_the_students_folder_is_an_artifact_and_the_best_checkpoint_named_in_it(both, offline_runs):
-    _, result = both
-    [found] = offline_runs(result.run_dir)
+def test_the_students_folder_is_an_artifact_and_the_best_checkpoint_named_in_it(board_run, offline_runs):
+    result = board_run
+    found = offline_runs(result.run_dir)[0]
     [model] = [artifact for artifact in found.artifacts if artifact.type == "model"]
     entries = {entry.path: entry for entry in model.manifest.contents}
     assert set(entries) == {"config.json", "model.safetensors", "best.ckpt"}
@@ -127,10 +98,10 @@ def test_the_students_folder_is_an_artifact_and_the_best_checkpoint_named_in_it(
     assert metadata["student/image_mse"] == result.metrics["student"]["image_mse"]
 
 
-def test_tensorboard_gets_the_same(both):
+def test_tensorboard_gets_the_same(board_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    _, result = both
+    result = board_run
     board = EventAccumulator(str(result.run_dir / "tensorboard"), size_guidance={"histograms": 0, "images": 0, "scalars": 0})
     board.Reload()
     tags = board.Tags()
@@ -148,29 +119,28 @@ def test_tensorboard_gets_the_same(both):
     assert "hparams.yaml" not in [file.name for file in (result.run_dir / "tensorboard").iterdir()]
 
 
-def test_metrics_csv_has_the_runs_scalars_alone(both):
-    _, result = both
+def test_metrics_csv_has_the_runs_scalars_alone(board_run):
+    result = board_run
     head = (result.run_dir / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train/loss", "sampled/fd_digits", "final/student/fd_digits", "final/student/nem_error_mean"} <= set(head)
     assert not [name for name in head if name.startswith(("scale", "zero_point", "activations", "nem_error"))]
 
 
-def test_an_evaluation_is_an_artifact_of_the_same_run(both, offline_runs):
-    _, result = both
-    before = len(offline_runs(result.run_dir))
-    done = evaluate(result.run_dir, ["num_samples=32", "logger=wandb"], Progress("silent"))
-    runs = offline_runs(result.run_dir)
-    assert len(runs) == before + 1
+def test_an_evaluation_is_an_artifact_of_the_same_run(board_run, offline_runs, tmp_path):
+    folder = shutil.copytree(board_run.run_dir, tmp_path / "run")
+    done = evaluate(folder, ["num_samples=32", "logger=wandb"], Progress("silent"))
+    runs = offline_runs(folder)
+    assert len(runs) == 2
     assert {found.run.run_id for found in runs} == {runs[0].run.run_id}
     [artifact] = [a for a in runs[-1].artifacts if a.type == "evaluation"]
     assert [Path(e.local_path) for e in artifact.manifest.contents] == [done.folder / "evaluation.json"]
     assert runs[-1].summary["evaluation/student/fd_digits"] == done.record["scores"]["fd_digits"]
 
 
-def test_a_sweeps_folder_is_the_group(both, tmp_path, offline_runs):
+def test_a_sweeps_folder_is_the_group(board_run, tmp_path, offline_runs):
     (tmp_path / "my_sweep").mkdir()
     (tmp_path / "my_sweep" / "multirun.yaml").write_text("hydra: {}\n")
-    experiment = build(stored(both[1].run_dir))
+    experiment = build(stored(board_run.run_dir))
     for job in ("0_a", "1_b"):
         logger = wandb_logger(run_dir=tmp_path / "my_sweep" / job, config=experiment.resolved, project="p")
         finish([logger])
@@ -193,8 +163,7 @@ def test_under_wandb_agent_the_runs_id_is_the_agents(tmp_path, offline_runs, mon
     assert found.run.sweep_id == "sweep1"
 
 
-def test_a_killed_run_goes_on_in_its_wandb_run(both, monkeypatch, offline_runs):
-    root, _ = both
+def test_a_killed_run_goes_on_in_its_wandb_run(board_runs, monkeypatch, offline_runs):
 
     def killed(self, trainer, module, outputs, batch, batch_idx):
         if trainer.global_step == 3 and not module.prefix:
@@ -203,8 +172,8 @@ def test_a_killed_run_goes_on_in_its_wandb_run(both, monkeypatch, offline_runs):
     with monkeypatch.context() as patch:
         patch.setattr(StageProgress, "on_train_batch_end", killed)
         with pytest.raises(RuntimeError, match="killed"):
-            run(root, "logger=wandb", name="killed")
-    [folder] = (root / "killed").iterdir()
+            board_runs("logger=wandb", name="killed")
+    [folder] = (board_runs.root / "killed").iterdir()
     train(stored(folder), Progress("silent"))
     first, second = offline_runs(folder)
     assert first.run.run_id == second.run.run_id
@@ -214,9 +183,8 @@ def test_a_killed_run_goes_on_in_its_wandb_run(both, monkeypatch, offline_runs):
 
 
 @pytest.mark.parametrize(("typed", "job"), [(["quant=fp32"], "teacher"), (["quant.mode=ptq", MIN_MAX], "ptq")])
-def test_job_types(both, typed, job, offline_runs):
-    root, _ = both
-    result = run(root, *typed, "logger=wandb", "logger.artifacts=false", "trainer.histograms=[]", name=job)
+def test_job_types(board_runs, typed, job, offline_runs):
+    result = board_runs(*typed, "logger=wandb", "logger.artifacts=false", "trainer.histograms=[]", name=job)
     [found] = offline_runs(result.run_dir)
     assert found.run.job_type == job
     assert not [a for a in found.artifacts if a.type == "model"]
@@ -258,9 +226,9 @@ def test_nothing_cosmetic_ends_a_run(tmp_path, caplog):
     assert [line.partition(" not logged")[0] for line in said] == expected
 
 
-def test_loggers_get_what_they_take(both, tmp_path):
+def test_loggers_get_what_they_take(board_run, tmp_path):
     """Any of Lightning's, or the user's, beside ours."""
-    cfg = stored(both[1].run_dir)
+    cfg = stored(board_run.run_dir)
     cfg.logger = {"mine": {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": str(tmp_path)}}
     [logger] = named_loggers(build(cfg))
     assert type(logger).__name__ == "CSVLogger"

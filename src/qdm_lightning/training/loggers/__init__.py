@@ -69,7 +69,7 @@ def wandb_logger(
         id=identity.read_text("utf-8").strip() if identity.is_file() else secrets.token_hex(4),
         dir=run_dir,
         tags=list(dict.fromkeys(tag[:TAG_LENGTH] for tag in known if tag)) or None,
-        config={**config, "cell": cell},
+        config={**config, "cell": {**cell, "name": " ".join(value for key, value in cell.items() if key != "job")}},
     )
     with atomic_path(identity) as beside:
         beside.write_text(f"{run.id}\n", "utf-8")
