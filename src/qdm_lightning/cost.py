@@ -131,6 +131,8 @@ def _check() -> Callable[[DictConfig], None]:
 
 
 def _task(cfg: DictConfig) -> None:
+    from qdm_lightning.reporting.terminal import following_lines
+
     report = cost(cfg)
     _show(report)
     if cfg.json is not None:
@@ -142,6 +144,8 @@ def _task(cfg: DictConfig) -> None:
         except OSError as error:
             raise UserError(f"json={cfg.json} cannot be written: {error.strerror}") from error
         print(f"written: {file}")
+    following = [("python -m qdm_lightning.train", "with the same overrides, but json= and image_shape=, trains that student")]
+    print("\n".join(following_lines(following)))
 
 
 def _write(file: Path, text: str) -> None:

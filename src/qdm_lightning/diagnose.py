@@ -79,6 +79,8 @@ def _diagnose(cfg: DictConfig, progress: Progress | None = None) -> Diagnosis:
 
 
 def _task(cfg: DictConfig) -> None:
+    from qdm_lightning.reporting.terminal import following_lines
+
     result = _diagnose(cfg)
     for run, found in result.record["runs"].items():
         error = found["error"]
@@ -96,6 +98,8 @@ def _task(cfg: DictConfig) -> None:
     for name, path in result.pictures.items():
         print(f"{name}: {path}")
     print(f"numbers: {result.folder / 'diagnosis.json'}")
+    following = [(f"python -m qdm_lightning.diagnose run={cfg.run} against=RUN", "another run laid over it")]
+    print("\n".join(following_lines(following)))
 
 
 runs.register(NAME, DiagnoseConfig)

@@ -78,6 +78,7 @@ def _task(cfg: DictConfig) -> None:
     from rich.console import Console
 
     from qdm_lightning.evaluation.protocol import table
+    from qdm_lightning.reporting.terminal import following_lines
 
     result = _evaluate(cfg)
     if result.record is None:
@@ -88,7 +89,14 @@ def _task(cfg: DictConfig) -> None:
     console.print(table([result.record, *result.beside], force=cfg.force))
     lines = [f"left out: {score}: {reason}" for score, reason in result.record["left_out"].items()]
     lines += [f"{key} {value:.4g} between two halves of the real images" for key, value in result.record["floor"].items()]
-    console.print("\n".join([*lines, f"record: {result.folder / 'evaluation.json'}"]), markup=False, highlight=False)
+    lines.append(f"record: {result.folder / 'evaluation.json'}")
+    console.print("\n".join([*lines, *following_lines(_following(cfg, result.record))]), markup=False, highlight=False)
+
+
+def _following(cfg: DictConfig, record: dict[str, Any]) -> list[tuple[str, str]]:
+    command = f"python -m qdm_lightning.evaluate run={cfg.run}"
+    other = [(f"{command} network=teacher", "the teacher's scores beside them")] if record["network"] == "student" else []
+    return [*other, (f"python -m qdm_lightning.diagnose run={cfg.run}", "where in t it errs")]
 
 
 runs.register(NAME, EvaluateConfig)

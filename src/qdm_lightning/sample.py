@@ -62,10 +62,14 @@ def _sample(cfg: DictConfig, progress: Progress | None = None) -> Pictures:
 
 
 def _task(cfg: DictConfig) -> None:
+    from qdm_lightning.reporting.terminal import following_lines
+
     result = _sample(cfg)
     print(f"{result.drawn} pictures drawn, {result.found} were there: {result.folder}")
     if result.grid is not None:
         print(f"grid: {result.grid}")
+    following = [(f"python -m qdm_lightning.evaluate run={cfg.run}", "the run's scores")]
+    print("\n".join(following_lines(following)))
 
 
 runs.register(NAME, SampleRootConfig)

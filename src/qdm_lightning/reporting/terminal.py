@@ -233,7 +233,10 @@ def print_closing(
         f"{name} {_number(value)} between two halves of the real images" for name, value in metrics.get("floor", {}).items()
     ]
     lines = [*floor, f"pictures: {run_dir / 'samples.png'}{rows}", f"all else: {run_dir}"]
-    if following:
-        wide = max(len(command) for command, _ in following)
-        lines += ["next:", *(f"  {command:{wide}}  {what}" for command, what in following)]
-    console.print("\n".join(lines), markup=False, highlight=False)
+    console.print("\n".join([*lines, *following_lines(following)]), markup=False, highlight=False)
+
+
+def following_lines(following: Sequence[tuple[str, str]]) -> list[str]:
+    """What to type next, as lines to print; `following` has (command, what it does)."""
+    wide = max((len(command) for command, _ in following), default=0)
+    return ["next:", *(f"  {command:{wide}}  {what}" for command, what in following)] if following else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -46,7 +46,7 @@ class LearnedScales(Callback):
         for name, quantizer in module.get_submodule("student").named_modules():
             if isinstance(quantizer, ActivationQuantizer | WeightQuantizer) and hasattr(quantizer, "scale"):
                 label = layer_label(name)
-                scale: Tensor = quantizer.scale.detach().flatten()
+                scale = cast(Tensor, quantizer.scale).detach().flatten()
                 values[f"scale/{label}"] = float(scale.mean())
                 scales["weights" if isinstance(quantizer, WeightQuantizer) else "activations"].append(scale)
                 if isinstance(quantizer, ActivationQuantizer) and hasattr(quantizer, "zero_point"):
