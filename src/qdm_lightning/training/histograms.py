@@ -15,7 +15,7 @@ from qdm_lightning.quantization.quantizer import ActivationQuantizer
 from qdm_lightning.training.denoiser import Denoiser
 from qdm_lightning.training.held_out import BUCKETS, HeldOut
 
-SAMPLES = 16
+SAMPLES = 12
 """Held-out samples of a bucket, at least."""
 
 VALUES = 2**14

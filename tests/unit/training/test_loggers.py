@@ -78,7 +78,7 @@ def test_activations_lie_over_the_timesteps(board_run, offline_runs):
     assert [row["nem_error/by_timestep"] for row in rows] == result.metrics["student"]["nem_error"]
     name = "activations/mid_block.attentions.0.query"
     counts = [sum(row[name]["values"]) for row in rows]
-    assert min(counts) >= 16 * 16 * 4  # 16 samples of 16 channels and 2x2 pixels, at least
+    assert min(counts) >= 12 * 16 * 4  # 12 samples of 16 channels and 2x2 pixels, at least
     assert found.axes["activations/*"] == "timestep"
     assert found.axes["val/*"] == "trainer/global_step"
     logged = {key for key in rows[0] if key.startswith("activations/")}
