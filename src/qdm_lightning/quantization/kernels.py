@@ -26,9 +26,7 @@ def _forward_silu(x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor) 
     return _forward(F.silu(x.float()), scale, zero_point, limits).to(x.dtype)
 
 
-def _backward(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     upstream = grad.float()
     ratio = x.float() / scale
     below = ratio + zero_point < limits[0]
@@ -40,9 +38,7 @@ def _backward(
     return torch.where(inside, grad, torch.zeros_like(grad)), grad_scale, grad_zero
 
 
-def _backward_silu(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_silu(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     value = x.float()
     gate = torch.sigmoid(value)
     inner, grad_scale, grad_zero = _backward(grad.float(), value * gate, scale, zero_point, limits)
@@ -134,9 +130,7 @@ def _limits(qmin: int, qmax: int, device: torch.device) -> Tensor:
 
 def forward(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, silu: bool = False) -> Tensor:
     """x_hat of x, or of silu(x), for x (N,) with scale (1,), or x (R, M) with scale (R, 1)."""
-    return cast(
-        Tensor, _backend.call(_forward_silu if silu else _forward, x, scale, zero_point, _limits(qmin, qmax, x.device))
-    )
+    return cast(Tensor, _backend.call(_forward_silu if silu else _forward, x, scale, zero_point, _limits(qmin, qmax, x.device)))
 
 
 def backward(

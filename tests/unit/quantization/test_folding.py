@@ -15,8 +15,8 @@ from qdm_lightning.quantization import (
     QuantConfig,
     Quantizers,
     calibrate,
-    prepare,
     preparation,
+    prepare,
     timesteps,
 )
 from qdm_lightning.quantization.quantizer import ActivationQuantizer
