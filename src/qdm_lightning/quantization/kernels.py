@@ -101,7 +101,7 @@ def _compile(function: Callable[..., Any], args: Sequence[Tensor]) -> Callable[.
     shape, column = ((64, 2**14), (64, 1)) if rows else ((2**20,), (1,))  # a large example: it decides how many threads work
     shapes = [shape] * large + [column, column, (2,)][: len(args) - large]
     with _disable_current_modes(), torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
-        examples = [torch.ones(s, dtype=a.dtype, device=a.device) for s, a in zip(shapes, args, strict=True)]
+        examples: list[Any] = [torch.ones(s, dtype=a.dtype, device=a.device) for s, a in zip(shapes, args, strict=True)]
         # Without the function's annotations, which inductor's cache on disk can't hash where they are strings.
         graph = make_fx(lambda *tensors: function(*tensors), tracing_mode="symbolic")(*examples)
         return cast(Callable[..., Any], standalone_compile(graph, examples))
