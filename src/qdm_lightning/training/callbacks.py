@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -31,6 +33,24 @@ class StageProgress(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         show = trainer.global_step % 10 == 0
         self.stage.advance(1, **({"loss": f"{float(outputs['loss'].detach()):.4f}"} if show else {}))
+
+
+class StepTimer(Callback):
+    """Measures the training steps: forward, backward and update, without validation."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._begin = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._begin = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seconds.append(time.perf_counter() - self._begin)
+
+    def median(self) -> float | None:
+        """Seconds of a step; None where this process made none."""
+        return round(statistics.median(self.seconds), 5) if self.seconds else None
 
 
 class LearnedScales(Callback):

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from qdm_lightning.data.module import ImageDataModule
+from qdm_lightning.training.callbacks import StepTimer
 from qdm_lightning.training.files import AtomicCheckpointIO, load_checkpoint
 from qdm_lightning.training.held_out import HeldOut
 from qdm_lightning.training.module import DiffusionModule
@@ -47,7 +48,7 @@ def fit(
 
     Returns:
         {"steps": done in all, "best_step": of the checkpoint that is loaded, "val_loss": its loss,
-        "resumed_from": step or None}.
+        "resumed_from": step or None, "step_seconds": median of the steps made here, or None}.
     """
     monitor = f"{module.prefix}val/loss"
     resume = last_checkpoint(folder)
@@ -62,8 +63,9 @@ def fit(
         auto_insert_metric_name=False,
         enable_version_counter=False,
     )
+    timer = StepTimer()
     with _quiet_lightning():
-        trainer = _trainer(config, max_steps, [best, *callbacks], loggers)
+        trainer = _trainer(config, max_steps, [best, timer, *callbacks], loggers)
         if start < max_steps:
             batches = held_out.batches(max(data.batch_size, 256))
             loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
@@ -82,6 +84,7 @@ def fit(
         "best_step": int(state["global_step"]),
         "val_loss": float(score),
         "resumed_from": start if resume else None,
+        "step_seconds": timer.median(),
     }
 
 

@@ -30,7 +30,7 @@ from qdm_lightning.training.loggers import CSVMetrics, finish, named_loggers
 from qdm_lightning.training.loggers.media import log_pictures
 from qdm_lightning.training.module import DiffusionModule
 from qdm_lightning.training.publishing import log_layers, log_results
-from qdm_lightning.training.record import git_commit, hardware, versions
+from qdm_lightning.training.record import git_commit, hardware, peak_memory, versions
 from qdm_lightning.training.student import calibrate_student, prepare_student
 from qdm_lightning.training.student_files import save_student
 from qdm_lightning.training.teacher import check_schedule, obtain_teacher
@@ -115,6 +115,7 @@ def _stages(experiment: Experiment, held_out: HeldOut, progress: Any, loggers: l
         "kernels": kernels.record(),
         "versions": versions(),
         "hardware": hardware(),
+        "peak_memory_bytes": peak_memory(),
         "git": git_commit(),
     }
     picture = experiment.run_dir / "samples.png"
