@@ -16,7 +16,7 @@ COMMANDS = {
     "evaluate": "scores of a run, with their record: Frechet distance, Inception Score, kernel distance, precision, recall",
     "sample": "pictures of chosen seeds, and their way through the steps, teacher above student",
     "diagnose": "activations over the timesteps and the error that gathers over the steps, of one run or several",
-    "report": "finished runs as a table: mean, deviation and interval over seeds, differences to a baseline",
+    "report": "finished runs as one HTML page, Markdown and CSV: intervals over seeds, differences to a baseline, figures",
     "dashboard": "the ablation's dashboard in a W&B project, as code",
     "convert": "a checkpoint of the original DDIM code becomes a diffusers folder",
     "cost": "what a student costs before it is trained: multiplications, bits, bytes, theoretical speed-up by layer",

@@ -22,6 +22,7 @@ from qdm_lightning.checks import one_of
 from qdm_lightning.combinations import check_combinations, taq_scope
 from qdm_lightning.explain import unknown_setting
 from qdm_lightning.quantization.spec import SCOPES, QuantConfig
+from qdm_lightning.reporting.files import write_whole
 from qdm_lightning.schema import SCHEMAS, TrainConfig, UserError, run_name, schema_of
 from qdm_lightning.targets import check_targets
 from qdm_lightning.training.spec import TeacherConfig, TrainerConfig
@@ -179,10 +180,7 @@ def _started_apart() -> bool:
 
 def write_config(cfg: DictConfig, file: Path) -> None:
     """Write the resolved configuration, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(OmegaConf.to_yaml(cfg, resolve=True), "utf-8")
-    beside.replace(file)
+    write_whole(file, OmegaConf.to_yaml(cfg, resolve=True).encode())
 
 
 def stored_folder(run: str | Path) -> Path:

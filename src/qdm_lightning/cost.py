@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import functools
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from qdm_lightning import cli
 from qdm_lightning.config import build_student, plain
 from qdm_lightning.explain import explain, is_bad_input
+from qdm_lightning.reporting.files import write_whole
 from qdm_lightning.schema import TrainConfig, UserError, root_node
 
 if TYPE_CHECKING:
@@ -140,26 +140,12 @@ def _task(cfg: DictConfig) -> None:
         settings["image_shape"] = None if cfg.image_shape is None else list(cfg.image_shape)
         file = Path(cfg.json).expanduser()
         try:
-            _write(file, json.dumps(report.as_dict() | settings, indent=2) + "\n")
+            write_whole(file, (json.dumps(report.as_dict() | settings, indent=2) + "\n").encode())
         except OSError as error:
             raise UserError(f"json={cfg.json} cannot be written: {error.strerror}") from error
         print(f"written: {file}")
     following = [("python -m qdm_lightning.train", "with the same overrides, but json= and image_shape=, trains that student")]
     print("\n".join(following_lines(following)))
-
-
-def _write(file: Path, text: str) -> None:
-    """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8") as opened:
-            opened.write(text)
-            opened.flush()
-            os.fsync(opened.fileno())
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _show(report: CostReport) -> None:
