@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -40,6 +41,7 @@ class DiffusionModule(LightningModule):
         flip: mirror images at random.
         log_every: steps between two logged losses.
         prefix: of the logged names, such as `teacher/`.
+        teacher_bf16: run the teacher in bfloat16 in training steps; its noise estimate is float32 again before the loss.
     """
 
     def __init__(
@@ -55,12 +57,14 @@ class DiffusionModule(LightningModule):
         flip: bool,
         log_every: int = 10,
         prefix: str = "",
+        teacher_bf16: bool = False,
     ) -> None:
         super().__init__()
         if teacher is None and nem.mode != "off":
             raise ValueError(f"nem.mode={nem.mode} needs a teacher: type nem=off")
         self.diffusion, self.nem, self.optimizer = diffusion, nem, optimizer
         self.max_steps, self.seed, self.flip, self.log_every, self.prefix = max_steps, seed, flip, log_every, prefix
+        self.teacher_bf16 = teacher_bf16
         self.student = Denoiser(network)
         self.teacher = None if teacher is None else Denoiser(teacher).requires_grad_(False).eval()
         self.ema = AveragedModel(self.student, multi_avg_fn=ema_with_warmup(optimizer.ema_decay)).requires_grad_(False).eval()
@@ -109,8 +113,9 @@ class DiffusionModule(LightningModule):
     def _teacher_noise(self, x: Tensor, t: Tensor) -> Tensor | None:
         if self.teacher is None or self.nem.mode == "off":
             return None
-        with torch.no_grad():
-            return cast(Tensor, self.teacher(x, t))
+        lower = torch.autocast(x.device.type, torch.bfloat16) if self.teacher_bf16 else nullcontext()
+        with torch.no_grad(), lower:
+            return cast(Tensor, self.teacher(x, t).to(x.dtype))
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         """`val/loss` is the training loss of the averaged student on the held-out set; L_simple and L_NeM stand beside it."""

@@ -151,6 +151,7 @@ def _train_student(
         seed=experiment.seed,
         flip=experiment.data.flip,
         log_every=config.log_every,
+        teacher_bf16=config.teacher_bf16,
     )
     if experiment.quant.mode == "ptq":
         return module, {"steps": 0, "cost": price}

@@ -98,7 +98,7 @@ class TrainerConfig:
         threads: CPU threads of torch (0: torch's own choice).
         histograms: patterns of quantizers, such as `*.query`, whose inputs W&B and TensorBoard get as histograms by timestep,
             once at the end.
-        channels_last: memory layout of networks and batches.
+        teacher_bf16: run the teacher in bfloat16 while the student trains: faster, its noise estimate less exact.
     """
 
     max_steps: int = 600
@@ -113,7 +113,7 @@ class TrainerConfig:
     precision: str = "32-true"
     compile: str = "auto"
     threads: int = 0
-    channels_last: bool = True
+    teacher_bf16: bool = False
     histograms: list[str] = field(default_factory=lambda: ["*.query", "*.key", "*.value", "mid_block.*.conv1.*"])
 
     def __post_init__(self) -> None:

@@ -51,6 +51,18 @@ def noisy(m, batch):
     return bar.sqrt() * (batch / 127.5 - 1) + (1 - bar).sqrt() * eps, t, eps
 
 
+def test_the_teacher_in_bfloat16():
+    """Float32 again outside, near the exact estimate and not equal to it; a validation uses the exact one."""
+    m = module()
+    x, t, _ = noisy(m, images())
+    exact = m._teacher_noise(x, t)
+    m.teacher_bf16 = True
+    found = m._teacher_noise(x, t)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, exact)
+    torch.testing.assert_close(found, exact, rtol=0.05, atol=0.05)
+
+
 def test_the_loss_of_each_mode(monkeypatch):
     batch = images()
     for mode in ("off", "replace", "add"):
