@@ -19,8 +19,6 @@ from omegaconf import DictConfig
 
 from qdm_lightning.schema import CONF_DIR
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported: a process a core, a thread a process
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["WANDB_DATA_DIR"] = tempfile.mkdtemp(prefix="qdm_wandb_")  # where it stages the files of artifacts
