@@ -121,4 +121,4 @@ def test_what_the_agent_types_for_the_sweep_file():
             validate(cfg)
             names.add(run_name(cfg))
     assert len(names) == 3 * 4
-    assert {"w4a4_off_off_ddim_seed2", "w2a2_normalize_replace_ddim_seed2"} <= names
+    assert {"w4a4_off_off_ddim50_seed2", "w2a2_normalize_replace_ddim50_seed2"} <= names
