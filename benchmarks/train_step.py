@@ -12,7 +12,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from qdm_lightning.quantization import LSQActivation, LSQWeight, NormalizedActivation, Quantizers, kernels
 from qdm_lightning.training.denoiser import Denoiser
+from qdm_lightning.training.record import peak_memory as peak_memory_so_far
 
 
 class PlainActivation(LSQActivation):
@@ -130,7 +130,7 @@ def step(model: nn.Module, batch: int, channels_last: bool = True) -> Callable[[
 
 
 def peak_memory(variant: str, model: str, batch: int, threads: int) -> int:
-    """Bytes by which three steps raise a fresh process's resident memory over what it held before the network."""
+    """Bytes by which three steps raise the peak of a fresh process's resident memory over that before the network."""
     command = [
         sys.executable,
         __file__,
@@ -149,16 +149,13 @@ def peak_memory(variant: str, model: str, batch: int, threads: int) -> int:
 
 def memory_of(variant: str, model: str, batch: int) -> None:
     """The child of `peak_memory`."""
-    import resource
-
     kernels.set_mode("auto")
     kernels.forward(torch.ones(8), torch.ones(1), torch.zeros(1), 0, 15)  # compilers leave the scene before the count begins
-    with open("/proc/self/statm", encoding="ascii") as statm:
-        before = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    before = peak_memory_so_far()["resident"]
     run = step(VARIANTS[variant](build(model)), batch)
     for _ in range(3):
         run()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    print(peak_memory_so_far()["resident"] - before)
 
 
 def main() -> None:

@@ -81,7 +81,8 @@ class MomentsStream:
                 self._fold()
 
     def _fold(self) -> None:
-        rows, self._gathered = torch.cat(self._gathered).double(), []
+        gathered, self._gathered = self._gathered, []
+        rows = (torch.cat(gathered) if len(gathered) > 1 else gathered[0]).to(torch.float64, copy=True)
         mean = rows.mean(0)
         centred = rows.sub_(mean).numpy()
         scatter = torch.from_numpy(centred.T @ centred)  # numpy's product knows that it is symmetric: half the work

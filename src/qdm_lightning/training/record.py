@@ -51,17 +51,24 @@ def hardware() -> dict[str, Any]:
 def peak_memory() -> dict[str, int]:
     """Greatest memory of this process so far, in bytes: resident, and allocated on the GPU where there is one.
 
-    Empty where the system does not tell.
+    `resident` is missing where the system does not tell.
     """
-    found = {}
-    if sys.platform != "win32":
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        found["resident"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    found = {} if (resident := _peak_resident()) is None else {"resident": resident}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.max_memory_allocated()
     return found
+
+
+def _peak_resident() -> int | None:
+    try:  # Linux: getrusage would count the process that started this one too
+        lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        if sys.platform != "darwin":
+            return None
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _processor() -> str:
