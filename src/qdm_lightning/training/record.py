@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ def hardware() -> dict[str, Any]:
 def peak_memory() -> dict[str, int]:
     """Greatest memory of this process so far, in bytes: resident, and allocated on the GPU where there is one.
 
-    `resident` is missing where the system does not tell.
+    `resident` is known on Linux alone.
     """
     found = {} if (resident := _peak_resident()) is None else {"resident": resident}
     if torch.cuda.is_available():
@@ -60,15 +59,11 @@ def peak_memory() -> dict[str, int]:
 
 
 def _peak_resident() -> int | None:
-    try:  # Linux: getrusage would count the process that started this one too
+    try:  # getrusage would count the process that started this one too
         lines = Path("/proc/self/status").read_text("utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
-        if sys.platform != "darwin":
-            return None
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return None
 
 
 def _processor() -> str:
