@@ -5,12 +5,14 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -24,6 +26,8 @@ os.environ["WANDB_SILENT"] = "true"
 os.environ["WANDB_DATA_DIR"] = tempfile.mkdtemp(prefix="qdm_wandb_")  # where it stages the files of artifacts
 atexit.register(shutil.rmtree, os.environ["WANDB_DATA_DIR"], ignore_errors=True)
 os.environ.pop("WANDB_API_KEY", None)
+# absl, which OpenVINO and TensorBoard import, closes its stream when Hydra sets up logging: it must not be the one of pytest.
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture(autouse=True)
