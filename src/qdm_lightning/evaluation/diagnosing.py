@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qdm_lightning.diffusion.sampling import image_seeds
 from qdm_lightning.evaluation.activations import Distribution, activation_distributions, choose_layers, layers_of
-from qdm_lightning.evaluation.drawing import Painter, environment
+from qdm_lightning.evaluation.drawing import Painter
 from qdm_lightning.evaluation.drift import Drift, drift
 from qdm_lightning.evaluation.pictures import spread
 from qdm_lightning.evaluation.plan import painter, restored_painter
@@ -22,7 +22,7 @@ from qdm_lightning.reporting.plots import BoxPanel, CurvePanel, save_boxes, save
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.files import write_json
 from qdm_lightning.training.loggers.media import log_pictures
-from qdm_lightning.training.record import git_commit, versions
+from qdm_lightning.training.record import environment, git_commit, versions
 from qdm_lightning.training.restore import restore_teacher, run_loggers
 
 FOLDER = "diagnosis"

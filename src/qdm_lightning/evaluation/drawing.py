@@ -6,7 +6,6 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,25 +15,11 @@ from qdm_lightning.diffusion.sampling import sample, timesteps, to_uint8
 from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
 from qdm_lightning.evaluation.chunks import Chunk, ChunkFolder, DamagedChunk
 from qdm_lightning.metrics.frechet import feature_batches
-from qdm_lightning.quantization import kernels
 from qdm_lightning.training.denoiser import Denoiser
-from qdm_lightning.training.record import hardware
+from qdm_lightning.training.record import environment
 
 Step = Callable[[], None]
 Say = Callable[[str], None]
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What the last bits of an image depend on beside its settings: machine, versions, threads, compiled kernels."""
-    machine = hardware()
-    return {
-        "torch": torch.__version__,
-        "device": machine["gpu"] if device.type == "cuda" else device.type,
-        "processor": machine["processor"],
-        "capability": machine["capability"],
-        "threads": machine["threads"],
-        "fake_quantization": kernels.record()["fake_quantization"],
-    }
 
 
 @dataclass(kw_only=True)

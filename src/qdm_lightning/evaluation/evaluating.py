@@ -16,7 +16,7 @@ from torch import nn
 from qdm_lightning.diffusion.sampling import timesteps
 from qdm_lightning.evaluation import protocol, scores
 from qdm_lightning.evaluation.chunks import Chunk, ChunkFolder, data_hash, seeds_hash
-from qdm_lightning.evaluation.drawing import Workshop, environment
+from qdm_lightning.evaluation.drawing import Workshop
 from qdm_lightning.evaluation.plan import Plan, plan_evaluation
 from qdm_lightning.evaluation.real import RealImages, real_images, statistics
 from qdm_lightning.evaluation.spec import EvaluationConfig, format_seeds, listed, parse_shard
@@ -27,7 +27,7 @@ from qdm_lightning.training.devices import share
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.files import write_json
 from qdm_lightning.training.publishing import log_evaluation
-from qdm_lightning.training.record import git_commit, hardware, versions
+from qdm_lightning.training.record import environment, git_commit, hardware, versions
 from qdm_lightning.training.restore import set_up
 from qdm_lightning.training.spec import TrainerConfig
 

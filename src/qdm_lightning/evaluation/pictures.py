@@ -16,13 +16,14 @@ from torch import Tensor
 from qdm_lightning.diffusion.process import alphas_cumprod
 from qdm_lightning.diffusion.sampling import sample, timesteps, to_uint8
 from qdm_lightning.evaluation.chunks import data_hash
-from qdm_lightning.evaluation.drawing import Painter, environment
+from qdm_lightning.evaluation.drawing import Painter
 from qdm_lightning.evaluation.plan import identity, painter, restored_painter
 from qdm_lightning.evaluation.protocol import sampler_name
 from qdm_lightning.evaluation.spec import SampleConfig, parse_seeds, parse_shard
 from qdm_lightning.reporting.pictures import save_grid
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.files import atomic_path
+from qdm_lightning.training.record import environment
 from qdm_lightning.training.restore import restore_teacher
 
 FIELD = "qdm_lightning"

@@ -28,16 +28,25 @@ class Measurer:
         """Distance between two halves of the real images."""
         return {self.key: halves_distance(self.real)}
 
-    def draw(self, network: Callable[[Tensor, Tensor], Tensor], progress: Any, name: str, count: int | None = None) -> Tensor:
-        """Images of the experiment's seeds, (count, C, H, W) float32 in [-1, 1] on the CPU."""
-        e = self.experiment
-        seeds = image_seeds(e.seed, count or e.num_samples)
+    @property
+    def seeds(self) -> list[int]:
+        """Of the images that the experiment measures."""
+        return image_seeds(self.experiment.seed, self.experiment.num_samples)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        data = self.experiment.data
+        return data.channels, int(data.image_size or 0), int(data.image_size or 0)
+
+    def draw(self, network: Callable[[Tensor, Tensor], Tensor], progress: Any, name: str) -> Tensor:
+        """Images of the experiment's seeds, (num_samples, C, H, W) float32 in [-1, 1] on the CPU."""
+        e, seeds = self.experiment, self.seeds
         rounds = -(-len(seeds) // e.sampler.micro_batch) * len(timesteps(e.sampler, e.diffusion))
-        shape = (e.data.channels, int(e.data.image_size or 0), int(e.data.image_size or 0))
         device = next(network.parameters()).device  # type: ignore[attr-defined]
         with progress.stage(name, rounds, "steps") as stage:
             return sample(
-                network, e.sampler, e.diffusion, shape=shape, seeds=seeds, device=device, on_step=lambda: stage.advance(1)
+                network, e.sampler, e.diffusion, shape=self.shape, seeds=seeds, device=device, on_step=lambda: stage.advance(1)
             )
 
     def distance(self, images: Tensor) -> dict[str, float]:

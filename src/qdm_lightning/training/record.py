@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from qdm_lightning.quantization import kernels
+
 PACKAGES = (
     "qdm-lightning",
     "torch",
@@ -44,6 +46,19 @@ def hardware() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": gpu,
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the last bits of an image depend on beside its settings: machine, versions, threads, compiled kernels."""
+    machine = hardware()
+    return {
+        "torch": torch.__version__,
+        "device": machine["gpu"] if device.type == "cuda" else device.type,
+        "processor": machine["processor"],
+        "capability": machine["capability"],
+        "threads": machine["threads"],
+        "fake_quantization": kernels.record()["fake_quantization"],
     }
 
 

@@ -34,6 +34,7 @@ from qdm_lightning.training.record import git_commit, hardware, peak_memory, ver
 from qdm_lightning.training.student import calibrate_student, prepare_student
 from qdm_lightning.training.student_files import save_student
 from qdm_lightning.training.teacher import check_schedule, obtain_teacher
+from qdm_lightning.training.teacher_images import teacher_images
 
 GRID_IMAGES = 16
 
@@ -213,7 +214,7 @@ def _measure(
 ) -> tuple[list[Tensor], list[str]]:
     """Fill in the measurements; returns the rows and labels of the picture."""
     with clock("sampling_teacher"):
-        wanted = measurer.draw(teacher, progress, "sampling (teacher)")
+        wanted = teacher_images(measurer, teacher, progress)
     metrics["teacher"] |= measurer.distance(wanted)
     rows, labels = [to_uint8(wanted[:GRID_IMAGES])], ["teacher"]
     if student is not None:
