@@ -27,8 +27,8 @@ $(STAMP): pyproject.toml
 run: $(STAMP)  ## Train and measure the W4A4 student on the embedded digits (ARGS="..." are overrides)
 	$(BIN)/python -m qdm_lightning.train $(ARGS)
 
-test: $(STAMP)  ## Run all tests (ARGS="tests/unit -k taq" selects)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## Run all tests, as many at once as there are cores (ARGS="tests/unit -k taq" selects)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(STAMP)  ## Check format, lint, types and who imports whom
 	$(BIN)/ruff format --check .

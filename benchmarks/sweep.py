@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py [--rounds 3] [--jobs 2] [--steps 300] [--images 256]
 
-The teacher is cached before. The last line is one JSON object; `at_once_over_one_after_another` is the figure.
+The teacher and its images are cached before. The last line is one JSON object; `at_once_over_one_after_another` is the figure.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
 
             return once
 
-        run("seed=0", "trainer.max_steps=1", "num_samples=16", "sampler.steps=2")()  # the teacher, and the compiled kernels
+        run("trainer.max_steps=1", "hydra/launcher=basic")()  # the teacher and its images, and the compiled kernels
         variants = {
             "one_after_another": run("hydra/launcher=basic"),
             "at_once": run("hydra/launcher=joblib", f"hydra.launcher.n_jobs={options.jobs}"),

@@ -26,6 +26,8 @@ os.environ["WANDB_SILENT"] = "true"
 os.environ["WANDB_DATA_DIR"] = tempfile.mkdtemp(prefix="qdm_wandb_")  # where it stages the files of artifacts
 atexit.register(shutil.rmtree, os.environ["WANDB_DATA_DIR"], ignore_errors=True)
 os.environ.pop("WANDB_API_KEY", None)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: several tests run at once
 # absl, which OpenVINO and TensorBoard import, closes its stream when Hydra sets up logging: it must not be the one of pytest.
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 
 
 def one_of(name: str, value: object, allowed: Collection[object]) -> None:
@@ -28,3 +29,13 @@ def positive(name: str, value: float) -> None:
     """Raise ValueError unless `0 < value < inf` (NaN fails)."""
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}={value} is not allowed: it must be a positive number")
+
+
+def folder(name: str, value: str) -> None:
+    """Raise ValueError where `value` can be no folder, as it is a file or lies below one."""
+    path = Path(value).expanduser().absolute()
+    for file in (path, *path.parents):
+        if file.exists() and not file.is_dir():
+            raise ValueError(
+                f"{name}={value} is not allowed: {file} is a file; give a folder, which is made if it is not there"
+            )

@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qdm_lightning import __version__
 from qdm_lightning.catalog import help_text
+from qdm_lightning.checks import folder as check_folder
 from qdm_lightning.composing import (
     VERSION_BASE,
     compose_master,
@@ -206,8 +207,11 @@ def _check_jobs(engine: Hydra, config_name: str, check: Task, args: argparse.Nam
         if params and not args.cfg:
             name = master.hydra.runtime.choices.get("experiment")
             raise UserError(f"experiment={name} is a sweep over {', '.join(params)}: add -m to run it")
-        check(without_hydra(engine.compose_config(config_name, args.overrides, RunMode.RUN)))
+        cfg = engine.compose_config(config_name, args.overrides, RunMode.RUN)
+        check(without_hydra(cfg))
+        check_folder("hydra.run.dir", cfg.hydra.run.dir)
         return None
+    check_folder("hydra.sweep.dir", master.hydra.sweep.dir)
     jobs = job_overrides(engine, master)
     if jobs is None:
         return None

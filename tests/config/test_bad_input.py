@@ -49,6 +49,10 @@ CASES = {
     "metrics._target_=torch.nn.Linear": "metrics: Linear.__init__() missing 2 required positional arguments",
     "quant.act_quantizer.nonsense=1": "quant.act_quantizer.nonsense is not an argument of",
     "callbacks.mine=3": "callbacks.mine needs a _target_",
+    "paths.output=/dev/null/runs": "paths.output=/dev/null/runs is not allowed: /dev/null is a file",
+    "paths.cache=/dev/null/x": "paths.cache=/dev/null/x is not allowed",
+    "hydra.run.dir=/dev/null/x": "hydra.run.dir=/dev/null/x is not allowed",
+    "-m seed=0,1 hydra.sweep.dir=/dev/null/x": "hydra.sweep.dir=/dev/null/x is not allowed",
     # combinations
     "sampler.steps=1001": "at most 1000",
     "taq=ema taq.groups=1001": "at most 1000",

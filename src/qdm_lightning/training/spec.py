@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qdm_lightning.checks import at_least, between, one_of, positive
+from qdm_lightning.checks import at_least, between, folder, one_of, positive
 
 SCHEDULES = ("cosine", "constant")
 """Courses of the learning rate after its warm-up."""
@@ -135,3 +135,7 @@ class PathsConfig:
 
     output: str = "outputs"
     cache: str = "~/.cache/qdm_lightning"
+
+    def __post_init__(self) -> None:
+        folder("paths.output", self.output)
+        folder("paths.cache", self.cache)
