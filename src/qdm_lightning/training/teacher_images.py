@@ -42,7 +42,7 @@ def _key(measurer: Measurer, teacher: Denoiser) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(teacher.state_dict().items()):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(_bytes(tensor))
     where = environment(next(teacher.parameters()).device)
     del where["fake_quantization"]  # the teacher has none
     settings = [asdict(e.sampler), asdict(e.diffusion), e.resolved["model"], config, measurer.shape, measurer.seeds, where]
@@ -65,4 +65,9 @@ def _read(file: Path, shape: tuple[int, ...], progress: Any) -> Tensor | None:
 
 
 def _digest(images: Tensor) -> str:
-    return hashlib.sha256(images.contiguous().numpy().data).hexdigest()
+    return hashlib.sha256(_bytes(images)).hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Of the values in their logical order, whatever the memory format."""
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data

@@ -51,7 +51,8 @@ def drawn(composed, tmp_path):
         experiment = build(composed(*SMALL, *overrides, f"paths.cache={tmp_path}"))
         experiment.data.setup()
         torch.manual_seed(weights_seed)
-        teacher = Denoiser(experiment.build_model()).requires_grad_(False).eval()
+        unet = experiment.build_model().to(memory_format=torch.channels_last)
+        teacher = Denoiser(unet).requires_grad_(False).eval()
         told = Told()
         return teacher_images(Measurer(experiment), teacher, told), told
 
