@@ -72,7 +72,15 @@ class _Backend:
         if self.chosen is None:
             self.choose(*(("eager", "asked for") if self.mode == "off" else ("compiled", "inductor")))
         foreign = type(x) is not Tensor or x.is_meta or torch.compiler.is_compiling()  # something else traces
-        if self.chosen == "eager" or foreign or x.numel() > LARGEST:
+        if self.chosen == "eager" or foreign:
+            return function(x, *args)
+        if x.numel() > LARGEST:
+            if self.mode == "on":
+                raise RuntimeError(
+                    f"trainer.compile=on, but a tensor has {x.numel()} elements, of which compiled code takes {LARGEST}: "
+                    "type trainer.compile=auto, or a smaller data.batch_size"
+                )
+            self.reason = f"inductor; tensors of more than {LARGEST} elements ran eager"
             return function(x, *args)
         key = (function, x.ndim, x.dtype, args[0].dtype if args else None, x.device, torch.get_num_threads())
         compiled = self.compiled.get(key)

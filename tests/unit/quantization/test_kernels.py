@@ -168,6 +168,18 @@ def test_on_insists(monkeypatch, fresh):
         run(*CASES["activation"], 0, 15)
 
 
+def test_what_is_too_large_to_compile_runs_eager_and_says_so(monkeypatch, fresh):
+    monkeypatch.setattr(kernels, "LARGEST", 7)
+    x, scale, zero_point = torch.full((8,), 3.3), torch.ones(1), torch.zeros(1)
+    kernels.set_mode("auto")
+    assert torch.equal(fake_quantize(x, scale, zero_point, 0, 15), torch.full((8,), 3.0))
+    assert not kernels._backend.compiled
+    assert "more than 7 elements ran eager" in kernels.record()["reason"]
+    kernels.set_mode("on")
+    with pytest.raises(RuntimeError, match="a tensor has 8 elements"):
+        fake_quantize(x, scale, zero_point, 0, 15)
+
+
 def test_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="compile mode fast is not allowed: choose one of auto, on, off"):
         kernels.set_mode("fast")
