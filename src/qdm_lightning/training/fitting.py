@@ -101,7 +101,7 @@ def _trainer(config: TrainerConfig, max_steps: int, callbacks: list[Callback], l
         plugins=[AtomicCheckpointIO()],
         val_check_interval=min(config.val_every, max_steps),
         check_val_every_n_epoch=None,
-        log_every_n_steps=1,
+        log_every_n_steps=min(config.log_every, max_steps),
         num_sanity_val_steps=0,
         enable_progress_bar=False,
         enable_model_summary=False,

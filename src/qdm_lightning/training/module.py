@@ -39,7 +39,6 @@ class DiffusionModule(LightningModule):
         max_steps: of the learning-rate schedule.
         seed: of flips, timesteps, noise and dropout.
         flip: mirror images at random.
-        log_every: steps between two logged losses.
         prefix: of the logged names, such as `teacher/`.
         teacher_bf16: run the teacher in bfloat16 in training steps; its noise estimate is float32 again before the loss.
     """
@@ -55,7 +54,6 @@ class DiffusionModule(LightningModule):
         max_steps: int,
         seed: int,
         flip: bool,
-        log_every: int = 10,
         prefix: str = "",
         teacher_bf16: bool = False,
     ) -> None:
@@ -63,14 +61,13 @@ class DiffusionModule(LightningModule):
         if teacher is None and nem.mode != "off":
             raise ValueError(f"nem.mode={nem.mode} needs a teacher: type nem=off")
         self.diffusion, self.nem, self.optimizer = diffusion, nem, optimizer
-        self.max_steps, self.seed, self.flip, self.log_every, self.prefix = max_steps, seed, flip, log_every, prefix
+        self.max_steps, self.seed, self.flip, self.prefix = max_steps, seed, flip, prefix
         self.teacher_bf16 = teacher_bf16
         self.student = Denoiser(network)
         self.teacher = None if teacher is None else Denoiser(teacher).requires_grad_(False).eval()
         self.ema = AveragedModel(self.student, multi_avg_fn=ema_with_warmup(optimizer.ema_decay)).requires_grad_(False).eval()
         self.scheduler = noise_scheduler(diffusion)
         self.buffer = TrajectoryBuffer(nem, diffusion, seed) if nem.on_policy_fraction else None
-        self._last_loss = torch.zeros(())
 
     @property
     def ema_student(self) -> Denoiser:
@@ -104,11 +101,7 @@ class DiffusionModule(LightningModule):
         if self.buffer is not None:
             x, t = self.buffer.mix(x, t, generator, self.global_step, self.ema_student)
         x = x.contiguous(memory_format=torch.channels_last)
-        loss = student_errors(self.nem, eps, self._teacher_noise(x, t), self.student(x, t)).mean()
-        self._last_loss = loss.detach()
-        if self.global_step % self.log_every == 0:
-            self.log(f"{self.prefix}train/loss", self._last_loss, batch_size=len(images))
-        return loss
+        return student_errors(self.nem, eps, self._teacher_noise(x, t), self.student(x, t)).mean()
 
     def _teacher_noise(self, x: Tensor, t: Tensor) -> Tensor | None:
         if self.teacher is None or self.nem.mode == "off":
@@ -132,6 +125,7 @@ class DiffusionModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.ema.update_parameters(self.student)
+        self.log(f"{self.prefix}train/loss", outputs["loss"], batch_size=len(batch))
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.student, self.optimizer)

@@ -151,7 +151,6 @@ def _train_student(
         max_steps=config.max_steps,
         seed=experiment.seed,
         flip=experiment.data.flip,
-        log_every=config.log_every,
         teacher_bf16=config.teacher_bf16,
     )
     if experiment.quant.mode == "ptq":

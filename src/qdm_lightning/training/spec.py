@@ -92,7 +92,7 @@ class TrainerConfig:
         val_every: steps between two measurements of `val/loss`, each with a checkpoint.
         val_images: (x_0, t, eps) of the held-out set that `val/loss` is the mean over.
         sample_every: steps between two sample grids and distances in training (0: only at the end).
-        log_every: steps between two lines of losses.
+        log_every: steps between two logged losses; also of what callbacks log by Lightning's `log`.
         accelerator, devices, num_nodes, strategy, precision: as in `lightning.Trainer`.
         compile: `auto` compiles fake quantization where a compiler is at hand, `on` insists, `off` runs it eager.
         threads: CPU threads of torch (0: torch's own choice).

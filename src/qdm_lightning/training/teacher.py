@@ -147,7 +147,6 @@ def _train(experiment: Experiment, held_out: HeldOut, folder: Path, progress: An
         max_steps=config.max_steps,
         seed=config.seed,
         flip=experiment.data.flip,
-        log_every=experiment.trainer.log_every,
         prefix="teacher/",
     )
     with progress.stage("teacher", config.max_steps, "steps") as stage:

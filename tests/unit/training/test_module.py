@@ -32,7 +32,6 @@ def module(mode="replace", teacher=True, flip=False, **nem):
         max_steps=10,
         seed=3,
         flip=flip,
-        log_every=10**9,
     )
 
 

@@ -18,18 +18,23 @@ class CSVMetrics(Logger):
 
     Args:
         path: of the file.
-        resume_step: rows of this step and later are dropped from an existing file; None begins a new one.
+        resume_step: the student's rows of this step and later are dropped from an existing file, as it trains them anew; the
+            teacher's stay, whose training has steps of its own. None begins a new file.
     """
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         super().__init__()
         self.path = path
-        self.rows: list[dict[str, Any]] = []
+        self.rows: dict[tuple[bool, int], dict[str, Any]] = {}  # by (of the teacher, step)
         self.columns = ["step"]
         if resume_step is not None and path.is_file():
             with path.open(newline="", encoding="utf-8") as stream:
                 reader = csv.DictReader(stream)
-                self.rows = [row for row in reader if float(row["step"]) < resume_step]
+                for row in reader:
+                    values = {name: value for name, value in row.items() if value}
+                    key = _key(values, int(row["step"]))
+                    if key[0] or key[1] < resume_step:
+                        self.rows[key] = values
                 self.columns = list(reader.fieldnames or self.columns)
 
     @property
@@ -45,10 +50,7 @@ class CSVMetrics(Logger):
         row: dict[str, Any] = {"step": step or 0, **{k: v for k, v in metrics.items() if k != "epoch"}}
         if len(row) == 1:
             return
-        if self.rows and int(self.rows[-1]["step"]) == row["step"]:
-            self.rows[-1].update(row)
-        else:
-            self.rows.append(row)
+        self.rows.setdefault(_key(row, row["step"]), {}).update(row)
         self.columns += [name for name in row if name not in self.columns]
 
     @rank_zero_only
@@ -62,8 +64,12 @@ class CSVMetrics(Logger):
         with atomic_path(self.path) as beside, beside.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, self.columns, restval="")
             writer.writeheader()
-            writer.writerows(self.rows)
+            writer.writerows(self.rows.values())
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()
+
+
+def _key(row: Mapping[str, Any], step: int) -> tuple[bool, int]:
+    return all(name == "step" or name.startswith("teacher/") for name in row), step
