@@ -69,7 +69,7 @@ class Panel:
 
 
 def draw(panels: Sequence[Sequence[Panel]], names: Sequence[str], description: str, salt: str) -> str:
-    """The `<svg>` of rows of equally many panels.
+    """The `<svg>` of rows of equally many panels; the place of one without lines stays empty.
 
     Args:
         names: of all series of the report, in order: it decides their looks.
@@ -83,7 +83,10 @@ def draw(panels: Sequence[Sequence[Panel]], names: Sequence[str], description: s
         handles: dict[str, Any] = {}
         for line, row in zip(panels, figure.subplots(rows, columns, squeeze=False), strict=True):
             for panel, ax in zip(line, row, strict=True):
-                _panel(ax, panel, names, handles)
+                if panel.lines:
+                    _panel(ax, panel, names, handles)
+                else:
+                    ax.set_axis_off()
         if handles:
             wide = max(1, min(len(handles), int(size[0] * 14) // max(8 + len(name) for name in handles)))
             figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=wide, frameon=False)

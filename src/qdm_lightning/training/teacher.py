@@ -59,8 +59,9 @@ def obtain_teacher(
     """
     kept = experiment.run_dir / "teacher"
     config = experiment.teacher
+    origin = kept / "origin.json"
     if experiment.resume and (kept / "unet").is_dir():
-        return load_unet(kept), {"source": str(kept)}
+        return load_unet(kept), json.loads(origin.read_text("utf-8")) if origin.is_file() else {"source": str(kept)}
     record: dict[str, Any]
     if config.source == "auto":
         unet, record = _cached(experiment, held_out, progress, loggers)
@@ -74,6 +75,7 @@ def obtain_teacher(
         record = {"source": config.source, "path": str(config.path)}
     _check_shape(experiment, unet)
     save_pipeline(unet, asdict(experiment.diffusion), kept)
+    write_json(origin, record)
     return unet.eval(), record
 
 

@@ -120,6 +120,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(first, monkeypatch):
     resumed = train(stored(folder), Progress("silent"))
     assert resumed.run_dir == folder
     assert resumed.metrics["student"]["resumed_from"] == 4
+    assert resumed.metrics["teacher_origin"]["key"] == result.metrics["teacher_origin"]["key"]
     assert_same_weights(folder, result.run_dir)
     for measure in ("fd_digits", "image_mse", "nem_error"):
         assert resumed.metrics["student"][measure] == result.metrics["student"][measure]
