@@ -216,7 +216,8 @@ def run_name(cfg: DictConfig) -> str:
     schema = schema_of("taq", cfg.taq)
     taq = next((name for name, s in SCHEMAS["taq"].items() if s is schema), None) or str(cfg.taq._target_).rpartition(".")[2]
     taq += "-all" if cfg.taq.get("scope") == "all" else ""
-    return f"w{widths[0]}a{widths[1]}_{taq}_{cfg.nem.mode}_{sampler}_{seed}"
+    nem = "ptq" if cfg.quant.mode == "ptq" else "on_policy" if cfg.nem.on_policy_fraction else cfg.nem.mode
+    return f"w{widths[0]}a{widths[1]}_{taq}_{nem}_{sampler}_{seed}"
 
 
 def job_name(cfg: DictConfig) -> str:

@@ -57,6 +57,8 @@ def test_tilde_in_paths_output_is_the_home(folder, monkeypatch):
         (("quant.act_bits=6", "taq=ema", "nem=off", "sampler=ddpm", "seed=2"), "w4a6_ema_off_ddpm1000_seed2"),
         (("taq=off",), "w4a4_off_replace_ddim50_seed0"),
         (("taq._target_=my.own.Quantizer",), "w4a4_Quantizer_replace_ddim50_seed0"),
+        (("quant.mode=ptq",), "w4a4_normalize_ptq_ddim50_seed0"),
+        (("nem=on_policy",), "w4a4_normalize_on_policy_ddim50_seed0"),
         (("quant=fp32",), "fp32_ddim50_seed0"),
     ],
 )

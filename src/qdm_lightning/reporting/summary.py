@@ -30,7 +30,7 @@ MEASURED = ("sampler.", "num_samples", "metrics.")
 """Beginnings of settings that belong to the protocol: they do not make another cell either."""
 
 NONE = "none"
-"""Method of a cell without TaQ and NeM."""
+"""Method of a trained cell without TaQ and NeM."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Cell:
 
     Attributes:
         bits: such as `w4a4`, or `fp32`.
-        method: `none`, `TaQ`, `NeM` or `TaQ+NeM`; variants in parentheses where there are several.
+        method: `none`, `TaQ`, `NeM` or `TaQ+NeM`, variants in parentheses where there are several; `PTQ` or `PTQ+TaQ` where no
+            gradient step was taken.
         rest: what else tells it from others, as ` name=value`.
         results: by seed.
     """
@@ -219,7 +220,7 @@ def _place(result: Result, key: str) -> tuple[Any, ...]:
 
 def _order(cell: Cell) -> tuple[Any, ...]:
     weight, act = cell.widths
-    return (-weight, -act, cell.method != NONE, "+" in cell.method, "NeM" in cell.method, cell.series)
+    return (-weight, -act, "PTQ" in cell.method, cell.method != NONE, "+" in cell.method, "NeM" in cell.method, cell.series)
 
 
 def _baselines(cells: Sequence[Cell], asked: str | None) -> dict[str, Cell]:
@@ -255,7 +256,7 @@ def _labels(runs: Sequence[Run], variants: Mapping[str, str]) -> dict[Any, tuple
     `rest` names a setting only where bits, method and the settings before do not tell its values apart.
     """
     taqs = {run.settings.get("taq._target_") for run in runs} - {None}
-    nems = {run.settings.get("nem.mode") for run in runs} - {None, "off"}
+    nems = {_nem(run) for run in runs} - {"off"}
     labels = {run.folder: [*_method(run, variants if len(taqs) > 1 else None, len(nems) > 1), ""] for run in runs}
     for name in varying(runs, (*IGNORED, *MEASURED)):
         alike = defaultdict(list)
@@ -275,9 +276,17 @@ def _method(run: Run, variants: Mapping[str, str] | None, name_nem: bool) -> tup
     weight, act = settings["quant.weight_bits"], settings["quant.act_bits"]
     if weight == act == 32:
         return "fp32", ""
-    target, mode = settings.get("taq._target_"), settings.get("nem.mode", "off")
+    target, mimics = settings.get("taq._target_"), _nem(run)
     taq = "TaQ" if target else ""
     if target and variants is not None:
         taq = f"TaQ({variants.get(target, str(target).rpartition('.')[2])})"
-    nem = "" if mode == "off" else f"NeM({mode})" if name_nem else "NeM"
-    return f"w{weight}a{act}", "+".join(filter(None, (taq, nem))) or NONE
+    nem = "" if mimics == "off" else f"NeM({mimics})" if name_nem else "NeM"
+    ptq = "PTQ" if settings.get("quant.mode") == "ptq" else ""
+    return f"w{weight}a{act}", "+".join(filter(None, (ptq, taq, nem))) or NONE
+
+
+def _nem(run: Run) -> str:
+    """`off`, also where nothing is trained; else the mode, or `on policy`."""
+    if run.settings.get("quant.mode") == "ptq":
+        return "off"
+    return "on policy" if run.settings.get("nem.on_policy_fraction") else str(run.settings.get("nem.mode", "off"))

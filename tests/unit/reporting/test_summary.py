@@ -158,6 +158,29 @@ def test_variants_are_named(sweep):
     assert labels == {"w4a4 TaQ(normalize)", "w4a4 TaQ(scale)", "w4a4 NeM(replace)", "w4a4 NeM(add)"}
 
 
+def test_what_takes_no_step_does_not_mimic(sweep):
+    """Post-training runs carry a NeM mode that nothing used; the student's own trajectory is a variant of NeM."""
+    for name, method, settings in [
+        ("lsq", "none", {}),
+        ("nem", "NeM", {"nem.on_policy_fraction": 0.0}),
+        ("on_policy", "NeM", {"nem.on_policy_fraction": 0.25}),
+        ("mse", "NeM", {"quant.mode": "ptq", "quant.calibrator": {"_target_": "calibration.MSESearch"}}),
+        ("minmax", "NeM", {"quant.mode": "ptq", "quant.calibrator": {"_target_": "calibration.MinMax"}}),
+        ("timestep", "TaQ+NeM", {"quant.mode": "ptq", "quant.calibrator": {"_target_": "calibration.MSESearch"}}),
+    ]:
+        sweep.run(4, method, 0, name=name, settings=settings)
+    _, (group,), _ = read(sweep.root)
+    assert [c.label for c in group.cells] == [
+        "w4a4 none",
+        "w4a4 NeM(on policy)",
+        "w4a4 NeM(replace)",
+        "w4a4 PTQ quant.calibrator=MSESearch",
+        "w4a4 PTQ quant.calibrator=MinMax",
+        "w4a4 PTQ+TaQ",
+    ]
+    assert {base.label for base in group.baselines.values()} == {"w4a4 none"}
+
+
 def test_the_same_seed_twice_is_said_and_folders_count_once(sweep):
     sweep.run(4, "none", 0, name="a")
     sweep.run(4, "none", 0, name="b")
