@@ -207,8 +207,7 @@ def _check_jobs(engine: Hydra, config_name: str, check: Task, args: argparse.Nam
         if params and not args.cfg:
             name = master.hydra.runtime.choices.get("experiment")
             raise UserError(f"experiment={name} is a sweep over {', '.join(params)}: add -m to run it")
-        cfg = engine.compose_config(config_name, args.overrides, RunMode.RUN)
-        check(without_hydra(cfg))
+        check(without_hydra(cfg := engine.compose_config(config_name, args.overrides, RunMode.RUN)))
         check_folder("hydra.run.dir", cfg.hydra.run.dir)
         return None
     check_folder("hydra.sweep.dir", master.hydra.sweep.dir)
