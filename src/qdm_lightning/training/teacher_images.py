@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ def teacher_images(measurer: Measurer, teacher: Denoiser, progress: Any) -> Tens
 
 def _key(measurer: Measurer, teacher: Denoiser) -> str:
     e = measurer.experiment
-    config = {name: value for name, value in getattr(teacher.unet, "config", {}).items() if not name.startswith("_")}
+    config = getattr(teacher.unet, "config", None)
+    if isinstance(config, Mapping):  # of diffusers; `_` begins what tells where it came from
+        config = {name: value for name, value in config.items() if not name.startswith("_")}
     digest = hashlib.sha256()
     for name, tensor in sorted(teacher.state_dict().items()):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
@@ -46,7 +49,7 @@ def _key(measurer: Measurer, teacher: Denoiser) -> str:
     where = environment(next(teacher.parameters()).device)
     del where["fake_quantization"]  # the teacher has none
     settings = [asdict(e.sampler), asdict(e.diffusion), e.resolved["model"], config, measurer.shape, measurer.seeds, where]
-    digest.update(json.dumps(settings, sort_keys=True).encode())
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:24]
 
 
