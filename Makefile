@@ -28,7 +28,7 @@ run: $(STAMP)  ## Train and measure the W4A4 student on the embedded digits (ARG
 	$(BIN)/python -m qdm_lightning.train $(ARGS)
 
 test: $(STAMP)  ## Run all tests, as many at once as there are cores (ARGS="tests/unit -k taq" selects)
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(STAMP)  ## Check format, lint, types and who imports whom
 	$(BIN)/ruff format --check .
