@@ -1,7 +1,7 @@
 """The elementwise arithmetic of fake quantization: one fused pass forward, one backward, compiled where a compiler is at hand.
 
-A tensor is seen as a row of its memory, (N,), or as rows of its first axis, (R, M), whatever its layout (channels-last too), so
-that two compiled variants serve every shape. `set_mode` chooses; `record` tells what ran.
+A tensor of any shape and layout (channels-last too) is seen as rows of its memory, (R, M), with a scale for each row, so that
+one compiled function serves them all. `set_mode` chooses; `record` tells what ran.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ def _forward_silu(x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor) 
 def _backward(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     upstream = grad.float()
     ratio = x.float() / scale
-    below = ratio + zero_point < limits[0]
-    above = ratio + zero_point > limits[1]
-    inside = ~(below | above)
-    outside = torch.where(below, limits[0] - zero_point, limits[1] - zero_point)
-    grad_scale = (upstream * torch.where(inside, torch.round(ratio) - ratio, outside)).sum(-1)
-    grad_zero = (torch.where(inside, 0.0, upstream) * -scale).sum(-1)
-    return torch.where(inside, grad, torch.zeros_like(grad)), grad_scale, grad_zero
+    shifted = ratio + zero_point
+    inside = torch.clamp(shifted, limits[0], limits[1]) == shifted
+    passed = torch.where(inside, upstream, 0.0)
+    code = torch.clamp(torch.round(ratio) + zero_point, limits[0], limits[1]) - zero_point  # outside: limit - z
+    grad_scale = (upstream * (code - torch.where(inside, ratio, 0.0))).sum(-1) * limits[2]
+    return passed.to(grad.dtype), grad_scale, (upstream - passed).sum(-1) * -scale.squeeze(-1)
 
 
 def _backward_silu(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,6 +42,10 @@ def _backward_silu(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, l
     gate = torch.sigmoid(value)
     inner, grad_scale, grad_zero = _backward(grad.float(), value * gate, scale, zero_point, limits)
     return (inner * gate * (1 + value * (1 - gate))).to(grad.dtype), grad_scale, grad_zero
+
+
+def _backward_symmetric(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    return _backward(grad, x, scale, zero_point, limits)[:2]
 
 
 def _row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +71,7 @@ class _Backend:
         self.chosen, self.reason = chosen, reason
 
     def call(self, function: Callable[..., Any], x: Tensor, *args: Tensor) -> Any:
-        """`function(x, *args)`, x (N,) or (R, M)."""
+        """`function(x, *args)`, x (R, M)."""
         if self.chosen is None:
             self.choose(*(("eager", "asked for") if self.mode == "off" else ("compiled", "inductor")))
         foreign = type(x) is not Tensor or x.is_meta or torch.compiler.is_compiling()  # something else traces
@@ -82,7 +85,7 @@ class _Backend:
                 )
             self.reason = f"inductor; tensors of more than {LARGEST} elements ran eager"
             return function(x, *args)
-        key = (function, x.ndim, x.dtype, args[0].dtype if args else None, x.device, torch.get_num_threads())
+        key = (function, x.dtype, args[0].dtype if args else None, x.device, torch.get_num_threads())
         compiled = self.compiled.get(key)
         if compiled is None:
             try:
@@ -105,9 +108,9 @@ def _compile(function: Callable[..., Any], args: Sequence[Tensor]) -> Callable[.
 
     # The compiler looks for CUDA's headers and says so where there are none; a CPU needs none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    rows, large = args[0].ndim == 2, max(1, len(args) - 3)
-    shape, column = ((64, 2**14), (64, 1)) if rows else ((2**20,), (1,))  # a large example: it decides how many threads work
-    shapes = [shape] * large + [column, column, (2,)][: len(args) - large]
+    large = max(1, len(args) - 3)
+    # A large example: it decides how many threads work.
+    shapes = [(2**20 // ROW, ROW)] * large + [(2**20 // ROW, 1)] * 2 * (len(args) > 1) + [(3,)] * (len(args) > 1)
     with _disable_current_modes(), torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
         examples: list[Any] = [torch.ones(s, dtype=a.dtype, device=a.device) for s, a in zip(shapes, args, strict=True)]
         # Without the function's annotations, which inductor's cache on disk can't hash where they are strings.
@@ -131,66 +134,88 @@ def record() -> dict[str, str]:
 
 
 @cache
-def _limits(qmin: int, qmax: int, device: torch.device) -> Tensor:
+def _limits(qmin: int, qmax: int, scale_gradient: float, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor([qmin, qmax], dtype=torch.float32, device=device)
+        return torch.tensor([qmin, qmax, scale_gradient], dtype=torch.float32, device=device)
 
 
 def forward(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, silu: bool = False) -> Tensor:
-    """x_hat of x, or of silu(x), for x (N,) with scale (1,), or x (R, M) with scale (R, 1)."""
-    return cast(Tensor, _backend.call(_forward_silu if silu else _forward, x, scale, zero_point, _limits(qmin, qmax, x.device)))
+    """x_hat of x, or of silu(x), for x (R, M) with scale and zero point (R, 1)."""
+    limits = _limits(qmin, qmax, 1.0, x.device)
+    return cast(Tensor, _backend.call(_forward_silu if silu else _forward, x, scale, zero_point, limits))
 
 
 def backward(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, silu: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to x (its shape), scale and zero point (() or (R,)); see `ste.fake_quantize`."""
-    function = _backward_silu if silu else _backward
-    grad_x, grad_scale, grad_zero = _backend.call(function, grad, x, scale, zero_point, _limits(qmin, qmax, x.device))
-    return grad_x, grad_scale, grad_zero
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    scale_gradient: float,
+    silu: bool = False,
+    symmetric: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients to x (R, M), scale and zero point (R,); `symmetric` leaves the last one out. See `ste.fake_quantize`."""
+    function = _backward_silu if silu else _backward_symmetric if symmetric else _backward
+    limits = _limits(qmin, qmax, scale_gradient, x.device)
+    grad_x, grad_scale, *rest = _backend.call(function, grad, x, scale, zero_point, limits)
+    return grad_x, grad_scale, rest[0] if rest and not symmetric else None
 
 
 def row_moments(x: Tensor, psi: float) -> tuple[Tensor, Tensor]:
-    """Mean and sqrt(variance + psi) of each row of x (R, M), in float32, each (R,)."""
-    variance, mean = _backend.call(_row_moments, x)
+    """Mean and sqrt(variance + psi) of each sample of x (B, ...), in float32, each (B,)."""
+    variance, mean = _backend.call(_row_moments, as_rows(x, x.shape[0])[0].view(x.shape[0], -1))
     return mean, torch.sqrt(variance + psi)
 
 
-def memory_order(x: Tensor, keep_first: bool) -> tuple[int, ...] | None:
-    """The axes of x from the slowest to the fastest in memory; None where x is contiguous as it is.
+ROW = 8192
+"""The longest row, where an axis ends in time: short enough to share among threads and to sum one by one."""
 
-    With `keep_first` the first axis stays first, whatever its stride.
+
+def as_rows(x: Tensor, groups: int) -> tuple[Tensor, tuple[int, ...]]:
+    """x as rows of its memory, (R, M), and the strides that it has, or its copy where its memory has gaps.
+
+    With `groups` = `x.shape[0]`, R is a multiple of it and each row lies within one index of the first axis.
     """
-    return None if x.is_contiguous() else _by_stride(x.stride(), keep_first)
+    for dense in (lambda: x, x.clone, x.contiguous):
+        tensor = dense()
+        shape = _split(tensor.shape, tensor.stride(), groups)
+        if shape is not None:
+            return tensor.as_strided(shape, (shape[1], 1)), tensor.stride()
+    raise AssertionError(f"a contiguous tensor of shape {tuple(x.shape)} has gaps")
 
 
 @cache
-def _by_stride(strides: tuple[int, ...], keep_first: bool) -> tuple[int, ...]:
-    axes = sorted(range(len(strides)), key=lambda axis: (-strides[axis], axis))
-    if keep_first:
-        axes.remove(0)
-        axes.insert(0, 0)
-    return tuple(axes)
+def _split(shape: torch.Size, strides: tuple[int, ...], groups: int) -> tuple[int, int] | None:
+    """(R, M) of a tensor without gaps, its first axis the slowest if there are groups; None of another."""
+    axes = sorted((axis for axis in range(len(shape)) if shape[axis] != 1), key=lambda axis: -strides[axis])
+    size = 1
+    for axis in reversed(axes):
+        if strides[axis] != size:
+            return None
+        size *= shape[axis]
+    if groups > 1 and axes[0] != 0:
+        return None
+    rows = 1
+    for axis in axes:
+        if rows >= groups and (size <= ROW or size == shape[axis]):
+            break
+        rows, size = rows * shape[axis], size // shape[axis]
+    return rows, size
 
 
-def flatten(x: Tensor, order: tuple[int, ...] | None, rows: int) -> Tensor:
-    """x as (N,), or as (rows, M) where rows > 1; a view wherever the memory allows."""
-    ordered = x if order is None else x.permute(order)
-    return ordered.contiguous().view((rows, -1) if rows > 1 else (-1,))
+def column(values: Tensor, rows: int) -> Tensor:
+    """One value, or one for each of the groups, as a column (rows, 1)."""
+    groups = values.numel()
+    return values.reshape(groups, 1).expand(groups, rows // groups).contiguous().view(rows, 1)
 
 
-def unflatten(flat: Tensor, shape: torch.Size, order: tuple[int, ...] | None) -> Tensor:
-    """The inverse of `flatten`: a tensor of `shape` in the memory order of the original."""
-    return flat.view(shape) if order is None else flat.as_strided(shape, _dense_strides(shape, order))
-
-
-@cache
-def _dense_strides(shape: torch.Size, order: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [0] * len(shape), 1
-    for axis in reversed(order):
-        strides[axis] = step
-        step *= shape[axis]
-    return tuple(strides)
+def in_layout(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """x, or a copy that lies in memory by these strides; those of axes of one element say nothing."""
+    if all(own == asked or n == 1 for own, asked, n in zip(x.stride(), strides, x.shape, strict=True)):
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _first_line(error: BaseException) -> str:

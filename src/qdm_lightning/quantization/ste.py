@@ -70,7 +70,7 @@ def fake_quantize(
     Raises:
         ValueError: `scale` and `zero_point` differ in size, or have neither one element nor one for each row of x.
     """
-    if scale.numel() != zero_point.numel() or scale.numel() not in (1, x.shape[0]):
+    if scale.numel() != zero_point.numel() or scale.numel() not in (1, *x.shape[:1]):
         raise ValueError(
             f"scale has {scale.numel()} and zero_point {zero_point.numel()} elements for x of shape {tuple(x.shape)}: "
             f"give both 1 element or both {x.shape[0]}"
@@ -91,21 +91,21 @@ class _FakeQuantize(torch.autograd.Function):
         hold: bool,
         silu: bool,
     ) -> Tensor:
-        rows = scale.numel()
-        column = (rows, 1) if rows > 1 else (1,)
-        order = kernels.memory_order(x, keep_first=rows > 1)
         integer = zero_point.clamp(qmin, qmax).round_() if hold else zero_point.round()
-        flat, s, z = kernels.flatten(x, order, rows), scale.reshape(column), integer.view(column)
-        ctx.save_for_backward(flat, s, z)
-        ctx.constants = (x.shape, scale.shape, order, qmin, qmax, scale_gradient, silu)  # type: ignore[attr-defined]
-        return kernels.unflatten(kernels.forward(flat, s, z, qmin, qmax, silu), x.shape, order)
+        rows, strides = kernels.as_rows(x, scale.numel())
+        s, z = kernels.column(scale, rows.shape[0]), kernels.column(integer, rows.shape[0])
+        ctx.save_for_backward(rows, s, z)
+        ctx.constants = (x.shape, strides, scale.shape, qmin, qmax, scale_gradient, silu)  # type: ignore[attr-defined]
+        # In place: autograd adds to a gradient or keeps it without a copy only where it is nobody's view.
+        return kernels.forward(rows, s, z, qmin, qmax, silu).as_strided_(x.shape, strides)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        flat, s, z = ctx.saved_tensors  # type: ignore[attr-defined]
-        shape, own, order, qmin, qmax, scale_gradient, silu = ctx.constants  # type: ignore[attr-defined]
-        upstream = kernels.flatten(grad, order, s.shape[0])
-        grad_x, grad_scale, grad_zero = kernels.backward(upstream, flat, s, z, qmin, qmax, silu)
-        grad_x = kernels.unflatten(grad_x, shape, order)
-        return grad_x, grad_scale.mul_(scale_gradient).view(own), grad_zero.view(own), None, None, None, None, None
+        rows, s, z = ctx.saved_tensors  # type: ignore[attr-defined]
+        shape, strides, own, qmin, qmax, scale_gradient, silu = ctx.constants  # type: ignore[attr-defined]
+        upstream = kernels.in_layout(grad, strides).as_strided(rows.shape, rows.stride())
+        symmetric = not ctx.needs_input_grad[2]  # type: ignore[attr-defined]
+        grad_x, *sums = kernels.backward(upstream, rows, s, z, qmin, qmax, scale_gradient, silu, symmetric)
+        own_sums = [g if g is None or g.shape == own else g.view(own.numel(), -1).sum(1).view(own) for g in sums]
+        return grad_x.as_strided_(shape, strides), *own_sums, None, None, None, None, None

@@ -34,8 +34,7 @@ class NormalizedActivation(LSQActivation):
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mu_n and sigma_n of x (B, ...), each (B,), float32, no gradient."""
         with torch.no_grad():
-            order = kernels.memory_order(x, keep_first=True)
-            return kernels.row_moments(kernels.flatten(x, order, x.shape[0]).view(x.shape[0], -1), self.psi)
+            return kernels.row_moments(x, self.psi)
 
     @property
     def holds_zero(self) -> bool:
