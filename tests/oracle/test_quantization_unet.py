@@ -253,3 +253,31 @@ def test_every_quantizer_is_used():
         quantizer.register_forward_hook(lambda module, *_: used.append(module))
     run(model, *batch())
     assert len(used) == len(quantizers) == len(set(used)) == 51 + 16
+
+
+def gradient_strides(model, x, t):
+    """Of the gradient to every convolution's output, by name, in a training step."""
+    found = {}
+
+    def watch(name):
+        return lambda module, inputs, out: out.register_hook(lambda grad: found.__setitem__(name, grad.stride())) and None
+
+    hooks = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    with timesteps(t):
+        model.train()(x, t).sample.square().mean().backward()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_gradients_lie_in_memory_as_full_precisions_do():
+    """A convolution converts a gradient of another layout first, at half the cost of a backward pass."""
+    x, t = batch()
+    x = x.to(memory_format=torch.channels_last)
+    original = unet(block_out_channels=(8, 16)).to(memory_format=torch.channels_last)
+    student = copy.deepcopy(original)
+    prepare(student, QuantConfig(), Quantizers(attention=NormalizedActivation))
+    calibrate(student, lambda: run(student, x, t), Percentile())
+    expected = gradient_strides(original, x, t)
+    assert len(expected) > 10
+    assert gradient_strides(student, x, t) == expected

@@ -72,7 +72,7 @@ class QuantizedAttention(nn.Module):
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         batch = hidden_states.shape[0]
         if attn.group_norm is not None:
-            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2).contiguous()  # once for q, k, v
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], batch)

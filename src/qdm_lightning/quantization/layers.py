@@ -81,6 +81,9 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """`nn.Conv2d` on quantized input and weight."""
 
     def forward(self, x: Tensor) -> Tensor:
+        # As torch's own convolution would: else the gradient keeps the layout of x, and with it all of the residual stream.
+        if self.weight.stride(1) == 1 and self.weight.stride(3) == self.weight.shape[1]:
+            x = x.contiguous(memory_format=torch.channels_last)
         return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
 
 
