@@ -1,8 +1,10 @@
-"""Interleaved timing: every round runs each variant once, so that a drift of the machine meets all alike."""
+"""Interleaved timing: every round runs each variant once, in an order of its own, so that a drift of the machine, and what one
+variant leaves in caches and on the heap, meet all alike."""
 
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
@@ -12,11 +14,11 @@ import numpy as np
 
 
 def interleave(variants: Mapping[str, Callable[[], None]], rounds: int, warmup: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each of `rounds` rounds, after `warmup` more; the order turns from round to round."""
-    names = list(variants)
+    """Seconds of each variant in each of `rounds` rounds, after `warmup` more; the order is drawn for each round."""
+    names, generator = list(variants), random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in range(warmup + rounds):
-        for name in names[index % len(names) :] + names[: index % len(names)]:
+        for name in generator.sample(names, len(names)):
             begin = time.perf_counter()
             variants[name]()
             if index >= warmup:
