@@ -152,7 +152,7 @@ def memory_of(variant: str, model: str, batch: int) -> None:
     """The child of `peak_memory`."""
     kernels.set_mode("auto")
     # Compilers leave the scene before the count begins.
-    kernels.forward(torch.ones(8, 1), torch.ones(8, 1), torch.zeros(8, 1), 0, 15)
+    fake_quantize(torch.ones(8), torch.ones(1), torch.zeros(1), 0, 15)
     before = peak_memory_so_far()["resident"]
     run = step(VARIANTS[variant](build(model)), batch)
     for _ in range(3):

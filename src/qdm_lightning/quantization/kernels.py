@@ -17,40 +17,69 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor) -> Tensor:
-    codes = torch.clamp(torch.round(x.float() / scale) + zero_point, limits[0], limits[1])
-    return ((codes - zero_point) * scale).to(x.dtype)
+def _spread(values: Tensor, x: Tensor) -> Tensor:
+    """Values of the groups, (G,), as a column of the rows of x, (G K, 1)."""
+    groups, rows = x.shape[:2]
+    column = values.unsqueeze(1).expand(groups, rows).clone(memory_format=torch.contiguous_format)
+    # By this call compiled code computes the column once, not again for each number of a row.
+    return column.as_strided((groups * rows, 1), (1, 1))
 
 
-def _forward_silu(x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor) -> Tensor:
-    return _forward(F.silu(x.float()), scale, zero_point, limits).to(x.dtype)
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0] * x.shape[1], x.shape[2])
 
 
-def _backward(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    upstream = grad.float()
-    ratio = x.float() / scale
-    shifted = ratio + zero_point
+def _forward_of(value: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    s = _spread(scale, x)
+    z = _spread(torch.round(torch.clamp(zero_point, limits[3], limits[4])), x)
+    codes = torch.clamp(torch.round(value / s) + z, limits[0], limits[1])
+    return ((codes - z) * s).to(x.dtype), s, z
+
+
+def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward_of(_flat(x).float(), x, scale, zero_point, limits)
+
+
+def _forward_silu(x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward_of(F.silu(_flat(x).float()), x, scale, zero_point, limits)
+
+
+def _backward_of(upstream: Tensor, value: Tensor, s: Tensor, z: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    ratio = value / s
+    shifted = ratio + z
     inside = torch.clamp(shifted, limits[0], limits[1]) == shifted
     passed = torch.where(inside, upstream, 0.0)
-    code = torch.clamp(torch.round(ratio) + zero_point, limits[0], limits[1]) - zero_point  # outside: limit - z
+    code = torch.clamp(torch.round(ratio) + z, limits[0], limits[1]) - z  # outside: limit - z
     grad_scale = (upstream * (code - torch.where(inside, ratio, 0.0))).sum(-1) * limits[2]
-    return passed.to(grad.dtype), grad_scale, (upstream - passed).sum(-1) * -scale.squeeze(-1)
+    return passed, grad_scale, (upstream - passed).sum(-1) * -s.squeeze(-1)
 
 
-def _backward_silu(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    value = x.float()
+def _backward(grad: Tensor, x: Tensor, s: Tensor, z: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    passed, grad_scale, grad_zero = _backward_of(_flat(grad).float(), _flat(x).float(), s, z, limits)
+    groups = x.shape[:2]
+    return passed.to(grad.dtype), grad_scale.view(groups).sum(1), grad_zero.view(groups).sum(1)
+
+
+def _backward_symmetric(grad: Tensor, x: Tensor, s: Tensor, z: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    return _backward(grad, x, s, z, limits)[:2]
+
+
+def _backward_silu(grad: Tensor, x: Tensor, s: Tensor, z: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    value, groups = _flat(x).float(), x.shape[:2]
     gate = torch.sigmoid(value)
-    inner, grad_scale, grad_zero = _backward(grad.float(), value * gate, scale, zero_point, limits)
-    return (inner * gate * (1 + value * (1 - gate))).to(grad.dtype), grad_scale, grad_zero
+    passed, grad_scale, grad_zero = _backward_of(_flat(grad).float(), value * gate, s, z, limits)
+    grad_x = (passed * gate * (1 + value * (1 - gate))).to(grad.dtype)
+    return grad_x, grad_scale.view(groups).sum(1), grad_zero.view(groups).sum(1)
 
 
-def _backward_symmetric(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-    return _backward(grad, x, scale, zero_point, limits)[:2]
-
-
-def _row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    centred = x.float() - x.float().mean(-1, keepdim=True)  # two passes: as exact as Welford's one, and faster
-    return centred.square().mean(-1), x.float().mean(-1)
+def _moments(x: Tensor, psi: Tensor) -> tuple[Tensor, Tensor]:
+    values = _flat(x).float()
+    means = values.mean(-1)
+    within = (values - means.unsqueeze(-1)).square().mean(-1)  # two passes over a row, the second one from the cache
+    rows = means.view(x.shape[:2])
+    mean = rows.mean(1)
+    between = (rows - mean.unsqueeze(1)).square().mean(1)
+    return mean, torch.sqrt(within.view(x.shape[:2]).mean(1) + between + psi)
 
 
 LARGEST = 2**31 - 1
@@ -101,18 +130,19 @@ class _Backend:
 
 
 def _compile(function: Callable[..., Any], args: Sequence[Tensor]) -> Callable[..., Any]:
-    """`function` for tensors like `args`: (grad and) x of any size, then scale, zero point and limits if it takes them."""
+    """`function` for tensors like `args`, of any size."""
     from torch._inductor import standalone_compile
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.utils._python_dispatch import _disable_current_modes
 
     # The compiler looks for CUDA's headers and says so where there are none; a CPU needs none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    large = max(1, len(args) - 3)
-    # A large example: it decides how many threads work.
-    shapes = [(2**20 // ROW, ROW)] * large + [(2**20 // ROW, 1)] * 2 * (len(args) > 1) + [(3,)] * (len(args) > 1)
+    # A large example, of sizes that differ: by its rows' number it decides how many threads work, by their length how to sum.
+    groups, rows = 12, 20
+    sizes = {3: (groups, rows, ROW), 2: (groups * rows, 1), 1: (groups,)}
     with _disable_current_modes(), torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
-        examples: list[Any] = [torch.ones(s, dtype=a.dtype, device=a.device) for s, a in zip(shapes, args, strict=True)]
+        examples: list[Any] = [torch.ones(sizes[a.ndim], dtype=a.dtype, device=a.device) for a in args[:-1]]
+        examples.append(torch.ones_like(args[-1]))
         # Without the function's annotations, which inductor's cache on disk can't hash where they are strings.
         graph = make_fx(lambda *tensors: function(*tensors), tracing_mode="symbolic")(*examples)
         return cast(Callable[..., Any], standalone_compile(graph, examples))
@@ -134,63 +164,59 @@ def record() -> dict[str, str]:
 
 
 @cache
-def _limits(qmin: int, qmax: int, scale_gradient: float, device: torch.device) -> Tensor:
-    """What compiled code takes as data, so that it serves every grid: its ends, and LSQ's factor on the gradient to s."""
+def constants(device: torch.device, *values: float) -> Tensor:
+    """What compiled code takes as data, so that one function serves every grid."""
     with torch.inference_mode(False):
-        return torch.tensor([qmin, qmax, scale_gradient], dtype=torch.float32, device=device)
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def forward(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, silu: bool = False) -> Tensor:
-    """x_hat of x, or of silu(x), for x (R, M) with scale and zero point (R, 1)."""
-    limits = _limits(qmin, qmax, 1.0, x.device)
-    return cast(Tensor, _backend.call(_forward_silu if silu else _forward, x, scale, zero_point, limits))
+def limits(qmin: int, qmax: int, scale_gradient: float, hold: bool, device: torch.device) -> Tensor:
+    """The grid's ends, LSQ's factor on the gradient to s, and the ends between which the zero point is held, if it is."""
+    low, high = (qmin, qmax) if hold else (-math.inf, math.inf)
+    return constants(device, qmin, qmax, scale_gradient, low, high)
+
+
+def forward(x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor, silu: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """x_hat of x, or of silu(x), for x (G, K, M) with real scale and zero point (G,); the last two, the zero point rounded, as
+    columns of the rows, (G K, 1)."""
+    return cast(tuple[Tensor, Tensor, Tensor], _backend.call(_forward_silu if silu else _forward, x, scale, zero_point, limits))
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    qmin: int,
-    qmax: int,
-    scale_gradient: float,
-    silu: bool = False,
-    symmetric: bool = False,
+    grad: Tensor, x: Tensor, s: Tensor, z: Tensor, limits: Tensor, silu: bool = False, symmetric: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients to x (R, M), scale and zero point (R,); `symmetric` leaves the last one out
-    (None) where that saves a sum. See `ste.fake_quantize`."""
+    """Gradients to x (G, K, M), scale and zero point (G,), from the columns that `forward` gave; `symmetric` leaves the last one
+    out (None) where that saves a sum. See `ste.fake_quantize`."""
     function = _backward_silu if silu else _backward_symmetric if symmetric else _backward
-    limits = _limits(qmin, qmax, scale_gradient, x.device)
-    grad_x, grad_scale, *rest = _backend.call(function, grad, x, scale, zero_point, limits)
+    grad_x, grad_scale, *rest = _backend.call(function, grad, x, s, z, limits)
     return grad_x, grad_scale, rest[0] if rest else None
 
 
 def row_moments(x: Tensor, psi: float) -> tuple[Tensor, Tensor]:
     """Mean and sqrt(variance + psi) of each sample of x (B, ...), in float32, each (B,)."""
-    variance, mean = _backend.call(_row_moments, as_rows(x, x.shape[0])[0].view(x.shape[0], -1))
-    return mean, torch.sqrt(variance + psi)
+    return cast(tuple[Tensor, Tensor], _backend.call(_moments, as_rows(x, x.shape[0])[0], constants(x.device, psi)))
 
 
-ROW = 8192
+ROW = 4096
 """The longest row, where an axis ends in time: short enough to share among threads and to sum one by one."""
 
 
 def as_rows(x: Tensor, groups: int) -> tuple[Tensor, tuple[int, ...]]:
-    """x as rows of its memory, (R, M), and the strides that it has, or its copy where its memory has gaps.
+    """x as rows of its memory, (G, K, M), and the strides that it has, or its copy where its memory has gaps.
 
-    With `groups` = `x.shape[0]`, R is a multiple of it and each row lies within one index of the first axis.
+    With `groups` = `x.shape[0]`, G is their number and each row lies within one index of the first axis.
     """
     for dense in (lambda: x, x.clone, x.contiguous):
         tensor = dense()
         shape = _split(tensor.shape, tensor.stride(), groups)
         if shape is not None:
-            return tensor.as_strided(shape, (shape[1], 1)), tensor.stride()
+            return tensor.as_strided(shape, (shape[1] * shape[2], shape[2], 1)), tensor.stride()
     raise AssertionError(f"a contiguous tensor of shape {tuple(x.shape)} has gaps")
 
 
 @cache
-def _split(shape: torch.Size, strides: tuple[int, ...], groups: int) -> tuple[int, int] | None:
-    """(R, M) of a tensor without gaps, its first axis the slowest if there are groups; None of another."""
+def _split(shape: torch.Size, strides: tuple[int, ...], groups: int) -> tuple[int, int, int] | None:
+    """(G, K, M) of a tensor without gaps, its first axis the slowest if there are groups; None of another."""
     axes = sorted((axis for axis in range(len(shape)) if shape[axis] != 1), key=lambda axis: -strides[axis])
     size = 1
     for axis in reversed(axes):
@@ -204,13 +230,7 @@ def _split(shape: torch.Size, strides: tuple[int, ...], groups: int) -> tuple[in
         if rows >= groups and (size <= ROW or size == shape[axis]):
             break
         rows, size = rows * shape[axis], size // shape[axis]
-    return rows, size
-
-
-def column(values: Tensor, rows: int) -> Tensor:
-    """One value, or one for each of the groups, as a column (rows, 1)."""
-    groups = values.numel()
-    return values.reshape(groups, 1).expand(groups, rows // groups).contiguous().view(rows, 1)
+    return groups, rows // groups, size
 
 
 def in_layout(x: Tensor, strides: tuple[int, ...]) -> Tensor:

@@ -6,6 +6,8 @@ index of the first axis (a sample of a batch, or an output channel of a weight).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -91,21 +93,31 @@ class _FakeQuantize(torch.autograd.Function):
         hold: bool,
         silu: bool,
     ) -> Tensor:
-        integer = zero_point.clamp(qmin, qmax).round_() if hold else zero_point.round()
         rows, strides = kernels.as_rows(x, scale.numel())
-        s, z = kernels.column(scale, rows.shape[0]), kernels.column(integer, rows.shape[0])
+        limits = kernels.limits(qmin, qmax, scale_gradient, hold, x.device)
+        out, s, z = kernels.forward(rows, _vector(scale), _vector(zero_point), limits, silu)
         ctx.save_for_backward(rows, s, z)
-        ctx.constants = (x.shape, strides, scale.shape, qmin, qmax, scale_gradient, silu)  # type: ignore[attr-defined]
+        ctx.constants = (x.shape, strides, scale.shape, limits, silu)  # type: ignore[attr-defined]
         # In place: autograd adds to a gradient or keeps it without a copy only where it is nobody's view.
-        return kernels.forward(rows, s, z, qmin, qmax, silu).as_strided_(x.shape, strides)
+        return out.as_strided_(x.shape, strides)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, s, z = ctx.saved_tensors  # type: ignore[attr-defined]
-        shape, strides, own, qmin, qmax, scale_gradient, silu = ctx.constants  # type: ignore[attr-defined]
-        upstream = kernels.in_layout(grad, strides).as_strided(rows.shape, rows.stride())
-        symmetric = not ctx.needs_input_grad[2]  # type: ignore[attr-defined]
-        grad_x, *sums = kernels.backward(upstream, rows, s, z, qmin, qmax, scale_gradient, silu, symmetric)
-        own_sums = [g if g is None or g.shape == own else g.view(own.numel(), -1).sum(1).view(own) for g in sums]
-        return grad_x.as_strided_(shape, strides), *own_sums, None, None, None, None, None
+        # What the decorator guards against happens under create_graph alone, and its two contexts cost as much as a small kernel.
+        return _once_backward(ctx, grad) if torch.is_grad_enabled() else _backward(ctx, grad)
+
+
+def _vector(values: Tensor) -> Tensor:
+    return values if values.ndim == 1 and values.is_contiguous() else values.reshape(-1).contiguous()
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    rows, s, z = ctx.saved_tensors
+    shape, strides, own, limits, silu = ctx.constants
+    upstream = kernels.in_layout(grad, strides).as_strided(rows.shape, rows.stride())
+    grad_x, *sums = kernels.backward(upstream, rows, s, z, limits, silu, symmetric=not ctx.needs_input_grad[2])
+    own_sums = [g if g is None or g.shape == own else g.view(own) for g in sums]
+    return grad_x.as_strided_(shape, strides), *own_sums, None, None, None, None, None
+
+
+_once_backward = once_differentiable(_backward)
