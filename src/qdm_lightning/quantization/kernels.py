@@ -87,8 +87,7 @@ LARGEST = 2**31 - 1
 
 
 class _Backend:
-    """Calls functions as inductor compiled them, without dynamo before them: its guards cost as much as a small kernel, and the
-    key of a compiled function holds all that its code depends on."""
+    """Calls functions as inductor compiled them; the key of a compiled function holds all that its code depends on."""
 
     def __init__(self) -> None:
         self.mode = "auto"
@@ -130,8 +129,14 @@ class _Backend:
 
 
 def _compile(function: Callable[..., Any], args: Sequence[Tensor]) -> Callable[..., Any]:
-    """`function` for tensors like `args`, of any size."""
-    from torch._inductor import standalone_compile
+    """`function` for tensors like `args`, of any size.
+
+    Inductor's own entry: what torch.compile and standalone_compile put around its code (guards, views, autograd) costs as much
+    as the code does on a small tensor, and a tensor-in, tensor-out function without gradient needs none of it.
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.utils._python_dispatch import _disable_current_modes
 
@@ -144,8 +149,12 @@ def _compile(function: Callable[..., Any], args: Sequence[Tensor]) -> Callable[.
         examples: list[Any] = [torch.ones(sizes[a.ndim], dtype=a.dtype, device=a.device) for a in args[:-1]]
         examples.append(torch.ones_like(args[-1]))
         # Without the function's annotations, which inductor's cache on disk can't hash where they are strings.
-        graph = make_fx(lambda *tensors: function(*tensors), tracing_mode="symbolic")(*examples)
-        return cast(Callable[..., Any], standalone_compile(graph, examples))
+        trace = make_fx(lambda *t: tuple(function(*t)), tracing_mode="symbolic", decomposition_table=select_decomp_table())
+        graph = trace(*examples)
+        fake = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+        with tracing(TracingContext(fake[0].fake_mode)):
+            code = compile_fx_inner(graph, fake)
+    return lambda *tensors: code(list(tensors))  # it empties the list
 
 
 _backend = _Backend()
@@ -235,7 +244,9 @@ def _split(shape: torch.Size, strides: tuple[int, ...], groups: int) -> tuple[in
 
 def in_layout(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     """x, or a copy that lies in memory by these strides; those of axes of one element say nothing."""
-    if all(own == asked or n == 1 for own, asked, n in zip(x.stride(), strides, x.shape, strict=True)):
+    if x.stride() == strides or all(
+        own == asked or n == 1 for own, asked, n in zip(x.stride(), strides, x.shape, strict=True)
+    ):
         return x
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
@@ -246,6 +257,6 @@ def _first_line(error: BaseException) -> str:
 
 
 @cache
-def gradient_factor(elements: int, qmax: int) -> float:
-    """LSQ's g = 1 / sqrt(N q_max), N the elements (of one sample) that share the scale."""
-    return 1.0 / math.sqrt(elements * qmax)
+def gradient_factor(shape: Sequence[int], qmax: int) -> float:
+    """LSQ's g = 1 / sqrt(N q_max) of a tensor whose each index of the first axis has N elements that share the scale."""
+    return 1.0 / math.sqrt(math.prod(shape[1:]) * qmax)

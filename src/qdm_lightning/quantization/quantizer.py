@@ -116,7 +116,7 @@ class LSQActivation(ActivationQuantizer):
 
     def _fake_quantize(self, x: Tensor, *, silu: bool) -> Tensor:
         scale, zero_point = self.learned_grid(x)
-        factor = gradient_factor(x[0].numel(), self.qmax)
+        factor = gradient_factor(x.shape, self.qmax)
         return ste.fake_quantize(x, scale, zero_point, self.qmin, self.qmax, factor, hold=self.holds_zero, silu=silu)
 
     def initialise(self, record: Record, calibrator: Calibrator) -> None:
@@ -146,7 +146,7 @@ class LSQProbability(ActivationQuantizer):
         return self.log_scale.exp()
 
     def quantize(self, x: Tensor) -> Tensor:
-        factor = gradient_factor(x[0].numel(), self.qmax)
+        factor = gradient_factor(x.shape, self.qmax)
         return ste.fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax, factor)
 
     @torch.no_grad()
@@ -187,7 +187,7 @@ class LSQWeight(WeightQuantizer):
         super().__init__(bits=bits, weight=weight)
         self.log_scale = nn.Parameter(torch.zeros(weight.shape[0]))
         self.register_buffer("zero_point", torch.zeros(weight.shape[0]), persistent=False)
-        self.factor = gradient_factor(weight[0].numel(), self.qmax)
+        self.factor = gradient_factor(weight.shape, self.qmax)
 
     @property
     def scale(self) -> Tensor:

@@ -25,11 +25,6 @@ def integer_zero_point(zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     return zero_point + (zero_point.clamp(qmin, qmax).round() - zero_point).detach()
 
 
-def multiply_gradient(x: Tensor, factor: float) -> Tensor:
-    """x itself; its gradient is multiplied by `factor`."""
-    return x.detach() + (x - x.detach()) * factor
-
-
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     """Integer codes Q(x) = clip(round(x / s) + z, qmin, qmax), as float32 values of x's shape. No gradient.
 

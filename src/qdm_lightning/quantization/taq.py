@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from qdm_lightning.quantization import kernels, ste
+from qdm_lightning.quantization import kernels
 from qdm_lightning.quantization.quantizer import LSQActivation
 from qdm_lightning.quantization.timestep import current_timesteps
 
@@ -42,15 +43,35 @@ class NormalizedActivation(LSQActivation):
 
     def learned_grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, deviation = self.moments(x)
-        scale = self.scale * deviation
         # s acts through z_n too: LSQ's factor belongs on that path of its gradient as well.
-        zero_point = self.zero_point - mean / ste.multiply_gradient(scale, kernels.gradient_factor(x[0].numel(), self.qmax))
-        return scale, zero_point
+        factor = kernels.gradient_factor(x.shape, self.qmax)
+        return _SampleGrid.apply(self.scale, self.zero_point, mean, deviation, factor)
 
     def observe(self, x: Tensor) -> Tensor:
         mean, deviation = self.moments(x)
         column = (-1, *([1] * (x.ndim - 1)))
         return (x - mean.view(column)) / deviation.view(column)
+
+
+class _SampleGrid(torch.autograd.Function):
+    """s_n = s sigma_n and z_n = z - mu_n / s_n, of s and z (1,), mu and sigma (B,); one operation, as there are so many."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, scale: Tensor, zero_point: Tensor, mean: Tensor, deviation: Tensor, factor: float
+    ) -> tuple[Tensor, Tensor]:
+        own = scale * deviation
+        shift = mean / own
+        ctx.save_for_backward(scale, deviation, shift)
+        ctx.factor = factor  # type: ignore[attr-defined]
+        return own, zero_point - shift
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_scale: Tensor, grad_zero: Tensor) -> tuple[Tensor | None, ...]:
+        scale, deviation, shift = ctx.saved_tensors  # type: ignore[attr-defined]
+        through_zero = ctx.factor * (grad_zero @ shift) / scale  # type: ignore[attr-defined]  # d z_n / d s = mu_n / (s_n s)
+        return grad_scale @ deviation + through_zero, grad_zero.sum(0, keepdim=True), None, None, None
 
 
 class _Grouped:
