@@ -50,8 +50,10 @@ def _backward_of(upstream: Tensor, value: Tensor, s: Tensor, z: Tensor, limits: 
     inside = torch.clamp(shifted, limits[0], limits[1]) == shifted
     passed = torch.where(inside, upstream, 0.0)
     code = torch.clamp(torch.round(ratio) + z, limits[0], limits[1]) - z  # outside: limit - z
-    grad_scale = (upstream * (code - torch.where(inside, ratio, 0.0))).sum(-1) * limits[2]
-    return passed, grad_scale, (upstream - passed).sum(-1) * -s.squeeze(-1)
+    row = s.squeeze(-1)
+    factor = limits[2] * torch.where(limits[5] > 0, row, 1.0)
+    grad_scale = (upstream * (code - torch.where(inside, ratio, 0.0))).sum(-1) * factor
+    return passed, grad_scale, (upstream - passed).sum(-1) * -row
 
 
 def _backward(grad: Tensor, x: Tensor, s: Tensor, z: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,15 +181,16 @@ def constants(device: torch.device, *values: float) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def limits(qmin: int, qmax: int, scale_gradient: float, hold: bool, device: torch.device) -> Tensor:
-    """The grid's ends, LSQ's factor on the gradient to s, and the ends between which the zero point is held, if it is."""
+def limits(qmin: int, qmax: int, scale_gradient: float, hold: bool, log: bool, device: torch.device) -> Tensor:
+    """The grid's ends, LSQ's factor on the gradient to s, the ends between which the zero point is held, if it is, and whether
+    the gradient asked for is that to log s."""
     low, high = (qmin, qmax) if hold else (-math.inf, math.inf)
-    return constants(device, qmin, qmax, scale_gradient, low, high)
+    return constants(device, qmin, qmax, scale_gradient, low, high, log)
 
 
 def forward(x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor, silu: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """x_hat of x, or of silu(x), for x (G, K, M) with real scale and zero point (G,); the last two, the zero point rounded, as
-    columns of the rows, (G K, 1)."""
+    """x_hat of x, or of silu(x), for x (G, K, M) with scale and real zero point (G,); and scale and integer
+    zero point as columns of the rows, (G K, 1)."""
     return cast(tuple[Tensor, Tensor, Tensor], _backend.call(_forward_silu if silu else _forward, x, scale, zero_point, limits))
 
 

@@ -115,9 +115,10 @@ class LSQActivation(ActivationQuantizer):
         return self._fake_quantize(x, silu=True)
 
     def _fake_quantize(self, x: Tensor, *, silu: bool) -> Tensor:
-        scale, zero_point = self.learned_grid(x)
+        log = type(self).learned_grid is LSQActivation.learned_grid  # s is then computed in the same pass
+        scale, zero_point = (self.log_scale, self.zero_point) if log else self.learned_grid(x)
         factor = gradient_factor(x.shape, self.qmax)
-        return ste.fake_quantize(x, scale, zero_point, self.qmin, self.qmax, factor, hold=self.holds_zero, silu=silu)
+        return ste.fake_quantize(x, scale, zero_point, self.qmin, self.qmax, factor, hold=self.holds_zero, silu=silu, log=log)
 
     def initialise(self, record: Record, calibrator: Calibrator) -> None:
         scale, zero_point = calibrator.search(record.pool(), self.qmin, self.qmax, symmetric=False)
@@ -147,7 +148,7 @@ class LSQProbability(ActivationQuantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         factor = gradient_factor(x.shape, self.qmax)
-        return ste.fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax, factor)
+        return ste.fake_quantize(x, self.log_scale, self.zero_point, self.qmin, self.qmax, factor, log=True)
 
     @torch.no_grad()
     def initialise(self, record: Record, calibrator: Calibrator) -> None:
@@ -195,7 +196,7 @@ class LSQWeight(WeightQuantizer):
         return self.log_scale.exp()
 
     def forward(self, weight: Tensor) -> Tensor:
-        return ste.fake_quantize(weight, self.scale, self.zero_point, self.qmin, self.qmax, self.factor)
+        return ste.fake_quantize(weight, self.log_scale, self.zero_point, self.qmin, self.qmax, self.factor, log=True)
 
     @torch.no_grad()
     def initialise(self, weight: Tensor, calibrator: Calibrator) -> None:

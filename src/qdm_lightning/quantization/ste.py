@@ -49,6 +49,7 @@ def fake_quantize(
     *,
     hold: bool = False,
     silu: bool = False,
+    log: bool = False,
 ) -> Tensor:
     """x_hat = s (clip(round(x / s) + z, qmin, qmax) - z), with LSQ+'s gradients.
 
@@ -63,6 +64,7 @@ def fake_quantize(
         scale_gradient: factor g on the scale's gradient (LSQ, sec. 2.2).
         hold: hold the zero point to [qmin, qmax] too, also straight-through.
         silu: quantize silu(x) in the same pass; the gradient to x goes through silu too.
+        log: `scale` is log s, and the gradient to it is s times that to s.
 
     Raises:
         ValueError: `scale` and `zero_point` differ in size, or have neither one element nor one for each row of x.
@@ -72,7 +74,7 @@ def fake_quantize(
             f"scale has {scale.numel()} and zero_point {zero_point.numel()} elements for x of shape {tuple(x.shape)}: "
             f"give both 1 element or both {x.shape[0]}"
         )
-    return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, scale_gradient, hold, silu)
+    return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, scale_gradient, hold, silu, log)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -87,10 +89,11 @@ class _FakeQuantize(torch.autograd.Function):
         scale_gradient: float,
         hold: bool,
         silu: bool,
+        log: bool,
     ) -> Tensor:
         rows, strides = kernels.as_rows(x, scale.numel())
-        limits = kernels.limits(qmin, qmax, scale_gradient, hold, x.device)
-        out, s, z = kernels.forward(rows, _vector(scale), _vector(zero_point), limits, silu)
+        limits = kernels.limits(qmin, qmax, scale_gradient, hold, log, x.device)
+        out, s, z = kernels.forward(rows, _vector(scale.exp() if log else scale), _vector(zero_point), limits, silu)
         ctx.save_for_backward(rows, s, z)
         ctx.constants = (x.shape, strides, scale.shape, limits, silu)  # type: ignore[attr-defined]
         # In place: autograd adds to a gradient or keeps it without a copy only where it is nobody's view.
@@ -112,7 +115,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     upstream = kernels.in_layout(grad, strides).as_strided(rows.shape, rows.stride())
     grad_x, *sums = kernels.backward(upstream, rows, s, z, limits, silu, symmetric=not ctx.needs_input_grad[2])
     own_sums = [g if g is None or g.shape == own else g.view(own) for g in sums]
-    return grad_x.as_strided_(shape, strides), *own_sums, None, None, None, None, None
+    return grad_x.as_strided_(shape, strides), *own_sums, None, None, None, None, None, None
 
 
 _once_backward = once_differentiable(_backward)
