@@ -247,9 +247,7 @@ def _split(shape: torch.Size, strides: tuple[int, ...], groups: int) -> tuple[in
 
 def in_layout(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     """x, or a copy that lies in memory by these strides; those of axes of one element say nothing."""
-    if x.stride() == strides or all(
-        own == asked or n == 1 for own, asked, n in zip(x.stride(), strides, x.shape, strict=True)
-    ):
+    if x.stride() == strides or all(own == asked or n == 1 for own, asked, n in zip(x.stride(), strides, x.shape, strict=True)):
         return x
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
