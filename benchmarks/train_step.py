@@ -23,7 +23,7 @@ from models import build, quantized
 from pairs import interleave, ratio, report
 from torch import Tensor, nn
 
-from qdm_lightning.quantization import LSQActivation, LSQWeight, NormalizedActivation, Quantizers, kernels
+from qdm_lightning.quantization import LSQActivation, LSQWeight, NormalizedActivation, Quantizers, fake_quantize, kernels
 from qdm_lightning.training.denoiser import Denoiser
 from qdm_lightning.training.record import peak_memory as peak_memory_so_far
 

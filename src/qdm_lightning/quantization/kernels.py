@@ -101,7 +101,7 @@ class _Backend:
         self.chosen, self.reason = chosen, reason
 
     def call(self, function: Callable[..., Any], x: Tensor, *args: Tensor) -> Any:
-        """`function(x, *args)`, x (R, M)."""
+        """`function(x, *args)`, x (G, K, M)."""
         if self.chosen is None:
             self.choose(*(("eager", "asked for") if self.mode == "off" else ("compiled", "inductor")))
         foreign = type(x) is not Tensor or x.is_meta or torch.compiler.is_compiling()  # something else traces
@@ -197,8 +197,8 @@ def forward(x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor, silu: 
 def backward(
     grad: Tensor, x: Tensor, s: Tensor, z: Tensor, limits: Tensor, silu: bool = False, symmetric: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients to x (G, K, M), scale and zero point (G,), from the columns that `forward` gave; `symmetric` leaves the last one
-    out (None) where that saves a sum. See `ste.fake_quantize`."""
+    """Gradients to x (G, K, M), scale and zero point (G,), from the columns that `forward` gave; `symmetric` leaves the last
+    one out (None), which saves a sum. See `ste.fake_quantize`."""
     function = _backward_silu if silu else _backward_symmetric if symmetric else _backward
     grad_x, grad_scale, *rest = _backend.call(function, grad, x, s, z, limits)
     return grad_x, grad_scale, rest[0] if rest else None

@@ -101,7 +101,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # What the decorator guards against happens under create_graph alone, and its two contexts cost as much as a small kernel.
+        # A second derivative can be asked for under create_graph alone; the decorator costs as much as a small kernel.
         return _once_backward(ctx, grad) if torch.is_grad_enabled() else _backward(ctx, grad)
 
 

@@ -54,7 +54,7 @@ class NormalizedActivation(LSQActivation):
 
 
 class _SampleGrid(torch.autograd.Function):
-    """s_n = s sigma_n and z_n = z - mu_n / s_n, of log s and z (1,), mu and sigma (B,): one operation instead of ten small ones."""
+    """s_n = s sigma_n and z_n = z - mu_n / s_n, of log s and z (1,), mu and sigma (B,): one operation for ten small ones."""
 
     @staticmethod
     def forward(
