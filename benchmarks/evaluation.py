@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
@@ -162,15 +163,14 @@ def compare(name: str, variants: Variants, rounds: int, close: float) -> dict[st
     apart = max(float((result - results["qdm"]).abs().max()) for result in results.values())
     if apart > close:
         raise SystemExit(f"{name}: the variants differ by {apart}, which is more than {close}: their times do not compare")
-    seconds = interleave(variants, rounds, 1)
-    peers = [variant for variant in variants if variant != "qdm"]
-    base = min(peers, key=lambda variant: sorted(seconds[variant])[rounds // 2])
-    found = ratio(seconds, "qdm", base)
-    for variant, times in seconds.items():
-        print(
-            f"{name:10} {variant:24} {sorted(times)[rounds // 2] * 1e3:9.1f} ms   {ratio(seconds, variant, base)['ratio']:.3f}"
-        )
-    return {f"{name}_over_{base}": found["ratio"], f"{name}_interval": found["interval"], f"{name}_apart": apart}
+    pairs = interleave(variants, "qdm", rounds, 1)
+    over = {peer: ratio([(theirs, ours) for ours, theirs in own]) for peer, own in pairs.items()}
+    for peer, own in pairs.items():
+        ours, theirs = (median(side) * 1e3 for side in zip(*own, strict=True))
+        print(f"{name:10} {ours:9.1f} ms, {peer} {theirs:.1f} ms   {over[peer]['ratio']:.3f} of it")
+    fastest = min(pairs, key=lambda peer: median(theirs for _, theirs in pairs[peer]))
+    found = over[fastest]
+    return {f"{name}_over_{fastest}": found["ratio"], f"{name}_interval": found["interval"], f"{name}_apart": apart}
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
-"""Interleaved timing: every round runs each variant once, in an order of its own, so that a drift of the machine, and what one
-variant leaves in caches and on the heap, meet all alike."""
+"""Interleaved timing in pairs: every figure is the ratio of two runs that stand side by side, so that a drift of the machine
+meets both alike."""
 
 from __future__ import annotations
 
@@ -12,36 +12,42 @@ from typing import Any
 
 import numpy as np
 
+Pairs = dict[str, list[tuple[float, float]]]
+"""For each variant, seconds of the base and of the variant, pair by pair."""
 
-def interleave(variants: Mapping[str, Callable[[], None]], rounds: int, warmup: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each of `rounds` rounds, after `warmup` more; the order is drawn for each round."""
-    names, generator = list(variants), random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+
+def interleave(variants: Mapping[str, Callable[[], None]], base: str, rounds: int, warmup: int) -> Pairs:
+    """`rounds` pairs of each variant with `base`, after `warmup` more; the order, in a pair too, is drawn for each round."""
+    names, generator = [name for name in variants if name != base], random.Random(0)
+    pairs: Pairs = {name: [] for name in names}
     for index in range(warmup + rounds):
         for name in generator.sample(names, len(names)):
-            begin = time.perf_counter()
-            variants[name]()
+            seconds: dict[str, float] = {}
+            for side in generator.sample([base, name], 2):
+                begin = time.perf_counter()
+                variants[side]()
+                seconds[side] = time.perf_counter() - begin
             if index >= warmup:
-                seconds[name].append(time.perf_counter() - begin)
-    return seconds
+                pairs[name].append((seconds[base], seconds[name]))
+    return pairs
 
 
-def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> dict[str, Any]:
-    """Median over the rounds of time(name) / time(base), with a 95 % bootstrap interval of that median."""
-    pairs = np.array(seconds[name]) / np.array(seconds[base])
-    draws = np.random.default_rng(0).choice(pairs, (2000, len(pairs)))
+def ratio(pairs: list[tuple[float, float]]) -> dict[str, Any]:
+    """Median over the pairs of time(variant) / time(base), with a 95 % bootstrap interval of that median."""
+    ratios = np.array([own / base for base, own in pairs])
+    draws = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
     low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
-    return {"ratio": round(float(np.median(pairs)), 3), "interval": [round(float(low), 3), round(float(high), 3)]}
+    return {"ratio": round(float(np.median(ratios)), 3), "interval": [round(float(low), 3), round(float(high), 3)]}
 
 
-def report(seconds: Mapping[str, list[float]], base: str, record: Mapping[str, Any]) -> None:
+def report(pairs: Pairs, base: str, record: Mapping[str, Any]) -> None:
     """Print a line for each variant, and last one JSON object with the ratios to `base`."""
     result: dict[str, Any] = dict(record)
-    for name, times in seconds.items():
-        found = ratio(seconds, name, base)
-        print(f"{name:24} {median(times) * 1e3:9.1f} ms   {found['ratio']:.3f} of {base} {found['interval']}")
-        if name != base:
-            result[f"{name}_over_{base}"] = found["ratio"]
-            result[f"{name}_over_{base}_interval"] = found["interval"]
-    result["rounds"] = len(seconds[base])
+    print(f"{base:24} {median(first for own in pairs.values() for first, _ in own) * 1e3:9.1f} ms")
+    for name, own in pairs.items():
+        found = ratio(own)
+        print(f"{name:24} {median(last for _, last in own) * 1e3:9.1f} ms   {found['ratio']:.3f} of {base} {found['interval']}")
+        result[f"{name}_over_{base}"] = found["ratio"]
+        result[f"{name}_over_{base}_interval"] = found["interval"]
+        result["pairs"] = len(own)
     print(json.dumps(result))

@@ -40,7 +40,7 @@ def main() -> None:
         network.eval()
     with torch.no_grad():
         runs = {name: lambda network=network: network(x, t) for name, network in networks.items()}
-        times = interleave(runs, options.rounds, options.warmup)
+        pairs = interleave(runs, "fp32", options.rounds, options.warmup)
     record = {
         "benchmark": "sampling",
         "model": options.model,
@@ -49,7 +49,7 @@ def main() -> None:
         "torch": torch.__version__,
         "kernels": kernels.record(),
     }
-    report(times, "fp32", record)
+    report(pairs, "fp32", record)
 
 
 if __name__ == "__main__":

@@ -57,9 +57,9 @@ def main() -> None:
             "one_after_another": run("hydra/launcher=basic"),
             "at_once": run("hydra/launcher=joblib", f"hydra.launcher.n_jobs={options.jobs}"),
         }
-        seconds = interleave(variants, options.rounds, 0)
+        pairs = interleave(variants, "one_after_another", options.rounds, 0)
     record = {"benchmark": "sweep", "jobs": options.jobs, "steps": options.steps, "images": options.images}
-    report(seconds, "one_after_another", {**record, "cores": cores(), "torch": torch.__version__})
+    report(pairs, "one_after_another", {**record, "cores": cores(), "torch": torch.__version__})
 
 
 if __name__ == "__main__":

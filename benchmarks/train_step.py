@@ -182,19 +182,20 @@ def main() -> None:
     }
     print(json.dumps({"peak_memory_bytes": memory}), flush=True)
     small = build("unet_small")
-    small_times = interleave({n: step(VARIANTS[n](small), 64) for n in ("fp32", "qdm")}, options.rounds, options.warmup)
+    small_steps = {n: step(VARIANTS[n](small), 64) for n in ("fp32", "qdm")}
+    small_ratio = ratio(interleave(small_steps, "fp32", options.rounds, options.warmup)["qdm"])
     model = build(options.model)
     contiguous = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     layouts = {
         "channels_last": step(build(options.model), options.batch),
         "contiguous": step(contiguous, options.batch, channels_last=False),
     }
-    layout_times = interleave(layouts, 5, 2)
-    best = min(layout_times, key=lambda name: sorted(layout_times[name])[2])
+    contiguous_ratio = ratio(interleave(layouts, "channels_last", 7, 2)["contiguous"])["ratio"]
+    best = "contiguous" if contiguous_ratio < 1 else "channels_last"
     base = build(options.model)
     runs = {name: step(VARIANTS[name](base), options.batch) for name in options.only if name != "fp32"}
     runs = {"fp32": layouts[best], **runs}
-    times = interleave(runs, options.rounds, options.warmup)
+    pairs = interleave(runs, "fp32", options.rounds, options.warmup)
     record = {
         "benchmark": "train_step",
         "model": options.model,
@@ -202,12 +203,13 @@ def main() -> None:
         "threads": options.threads,
         "torch": torch.__version__,
         "fp32_layout": best,
+        "fp32_contiguous_over_channels_last": contiguous_ratio,
         "kernels": kernels.record(),
-        "small_over_fp32": ratio(small_times, "qdm", "fp32")["ratio"],
-        "small_over_fp32_interval": ratio(small_times, "qdm", "fp32")["interval"],
+        "small_over_fp32": small_ratio["ratio"],
+        "small_over_fp32_interval": small_ratio["interval"],
         "peak_memory_over_fp32": round(statistics.median(memory["qdm"]) / statistics.median(memory["fp32"]), 3),
     }
-    report(times, "fp32", record)
+    report(pairs, "fp32", record)
 
 
 if __name__ == "__main__":
