@@ -1,7 +1,7 @@
 """The elementwise arithmetic of fake quantization: one fused pass forward, one backward, compiled where a compiler is at hand.
 
-A tensor of any shape and layout (channels-last too) is seen as rows of its memory, (R, M), with a scale for each row, so that
-one compiled function serves them all. `set_mode` chooses; `record` tells what ran.
+A tensor of any shape and layout (channels-last too) is seen as rows of its memory, (G, K, M): G groups, each with a scale and
+a zero point of its own, of K rows each; so one compiled function serves them all. `set_mode` chooses; `record` tells what ran.
 """
 
 from __future__ import annotations
