@@ -33,7 +33,7 @@ def fresh(monkeypatch):
 @pytest.fixture
 def traced(monkeypatch, fresh):
     """Compiling without its slow half: every function is traced for any size, and the graph runs as it is."""
-    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", lambda graph, examples: lambda args: graph(*args))
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", lambda graph, examples: lambda args: graph(*args))
 
 
 def run(shape, rows, qmin, qmax, dtype=torch.float32, silu=False):
@@ -203,7 +203,7 @@ def broken(*args, **kwargs):
 
 def test_auto_runs_eager_without_a_compiler_and_says_so(monkeypatch, fresh):
     expected = run(*CASES["activation"], 0, 15)
-    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", broken)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", broken)
     kernels.set_mode("auto")
     assert kernels.record() == {"fake_quantization": "unused", "reason": ""}
     assert all(torch.equal(a, b) for a, b in zip(run(*CASES["activation"], 0, 15), expected, strict=True))
@@ -211,7 +211,7 @@ def test_auto_runs_eager_without_a_compiler_and_says_so(monkeypatch, fresh):
 
 
 def test_on_insists(monkeypatch, fresh):
-    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", broken)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", broken)
     kernels.set_mode("on")
     with pytest.raises(RuntimeError, match=r"trainer.compile=on, .* failed: no C\+\+ compiler; type trainer.compile=off"):
         run(*CASES["activation"], 0, 15)
