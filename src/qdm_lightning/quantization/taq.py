@@ -45,7 +45,7 @@ class NormalizedActivation(LSQActivation):
         mean, deviation = self.moments(x)
         # s acts through z_n too: LSQ's factor belongs on that path of its gradient as well.
         factor = kernels.gradient_factor(x.shape, self.qmax)
-        return _SampleGrid.apply(self.log_scale, self.zero_point, mean, deviation, factor)
+        return _SampleGrid.apply(self.scale, self.zero_point, mean, deviation, factor)
 
     def observe(self, x: Tensor) -> Tensor:
         mean, deviation = self.moments(x)
@@ -54,25 +54,25 @@ class NormalizedActivation(LSQActivation):
 
 
 class _SampleGrid(torch.autograd.Function):
-    """s_n = s sigma_n and z_n = z - mu_n / s_n, of log s and z (1,), mu and sigma (B,): one operation for ten small ones."""
+    """s_n = s sigma_n and z_n = z - mu_n / s_n, of s and z (1,), mu and sigma (B,): one operation for ten small ones."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, log_scale: Tensor, zero_point: Tensor, mean: Tensor, deviation: Tensor, factor: float
+        ctx: FunctionCtx, scale: Tensor, zero_point: Tensor, mean: Tensor, deviation: Tensor, factor: float
     ) -> tuple[Tensor, Tensor]:
-        scale = log_scale.exp() * deviation
-        shift = mean / scale
-        ctx.save_for_backward(scale, shift)
+        own = scale * deviation
+        shift = mean / own
+        ctx.save_for_backward(scale, deviation, shift)
         ctx.factor = factor  # type: ignore[attr-defined]
-        return scale, zero_point - shift
+        return own, zero_point - shift
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_scale: Tensor, grad_zero: Tensor) -> tuple[Tensor | None, ...]:
-        scale, shift = ctx.saved_tensors  # type: ignore[attr-defined]
-        # d s_n / d log s = s_n, and d z_n / d log s = mu_n / s_n.
-        slope = grad_scale @ scale + ctx.factor * (grad_zero @ shift)  # type: ignore[attr-defined]
-        return slope.view(1), grad_zero.sum(0, keepdim=True), None, None, None
+        scale, deviation, shift = ctx.saved_tensors  # type: ignore[attr-defined]
+        # d s_n / d s = sigma_n, and d z_n / d s = mu_n / (s_n s).
+        through_zero = ctx.factor * (grad_zero @ shift) / scale  # type: ignore[attr-defined]
+        return grad_scale @ deviation + through_zero, grad_zero.sum(0, keepdim=True), None, None, None
 
 
 class _Grouped:

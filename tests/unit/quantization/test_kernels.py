@@ -108,7 +108,7 @@ def test_rows_hold_the_numbers_of_one_group_each(x, groups):
     """Whatever the memory, x_hat and the gradients are those of the contiguous tensor, whose rows are groups."""
     rows, _ = kernels.as_rows(x, groups)
     assert rows.is_contiguous()
-    assert rows.shape[1] <= kernels.ROW or x.ndim == 1
+    assert rows.shape[-1] <= kernels.ROW or x.ndim == 1
     whole, parts = x.reshape(groups, -1), rows.reshape(groups, -1)
     assert torch.equal(parts.sort(1).values, whole.sort(1).values)
     scale = torch.linspace(0.2, 0.5, groups).requires_grad_()

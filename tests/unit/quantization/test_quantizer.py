@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,8 @@ from qdm_lightning.quantization.quantizer import (
     LSQWeight,
     WeightQuantizer,
 )
+from qdm_lightning.quantization.ste import round_ste
+from qdm_lightning.quantization.taq import NormalizedActivation
 
 
 def record_of(*batches):
@@ -129,3 +133,24 @@ def test_a_user_derives_from_the_bases(bits):
         Plain(bits=bits).initialise(record_of(), MinMax())
     with pytest.raises(NotImplementedError, match="PlainWeight must define initialise"):
         plain.initialise(weight, MinMax())
+
+
+class PowersOfTwo:
+    """Mixed into a quantizer: its scale is the nearest power of two, straight-through."""
+
+    @property
+    def scale(self):
+        return 2 ** round_ste(self.log_scale / math.log(2))
+
+
+@pytest.mark.parametrize("base", [LSQActivation, LSQProbability, LSQWeight, NormalizedActivation])
+def test_a_scale_of_the_users_own_is_the_one_that_is_used(base):
+    kind = type("Own", (PowersOfTwo, base), {})
+    x = torch.rand(6, 8)
+    quantizer = kind(bits=4, weight=x) if base is LSQWeight else kind(bits=4)
+    quantizer.log_scale.data.fill_(math.log(0.27))
+    step = 0.25 * (quantizer.moments(x)[1][:, None] if base is NormalizedActivation else 1)
+    out = quantizer(x)
+    out.sum().backward()
+    torch.testing.assert_close((out / step).round() * step, out, rtol=1e-6, atol=1e-6)
+    assert quantizer.log_scale.grad.abs().sum() > 0
