@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     from qdm_lightning.quantization.calibration import Calibrator, Record
 
 
-def _inherits(quantizer: nn.Module, base: type[nn.Module], *names: str) -> bool:
-    """True where no subclass of `base` has its own of these names: then log s itself can go into `fake_quantize`."""
-    return all(getattr(type(quantizer), name) is getattr(base, name) for name in names)
-
-
 class ActivationQuantizer(nn.Module):
     """Base of activation quantizers on the unsigned grid [0, 2^b - 1].
 
@@ -120,7 +115,8 @@ class LSQActivation(ActivationQuantizer):
         return self._fake_quantize(x, silu=True)
 
     def _fake_quantize(self, x: Tensor, *, silu: bool) -> Tensor:
-        log = _inherits(self, LSQActivation, "scale", "learned_grid")
+        # log s itself goes in, unless a subclass has a scale or a grid of its own.
+        log = type(self).scale is LSQActivation.scale and type(self).learned_grid is LSQActivation.learned_grid
         scale, zero_point = (self.log_scale, self.zero_point) if log else self.learned_grid(x)
         factor = gradient_factor(x.shape, self.qmax)
         return ste.fake_quantize(x, scale, zero_point, self.qmin, self.qmax, factor, hold=self.holds_zero, silu=silu, log=log)
@@ -152,7 +148,7 @@ class LSQProbability(ActivationQuantizer):
         return self.log_scale.exp()
 
     def quantize(self, x: Tensor) -> Tensor:
-        log = _inherits(self, LSQProbability, "scale")
+        log = type(self).scale is LSQProbability.scale
         scale, factor = self.log_scale if log else self.scale, gradient_factor(x.shape, self.qmax)
         return ste.fake_quantize(x, scale, self.zero_point, self.qmin, self.qmax, factor, log=log)
 
@@ -202,7 +198,7 @@ class LSQWeight(WeightQuantizer):
         return self.log_scale.exp()
 
     def forward(self, weight: Tensor) -> Tensor:
-        log = _inherits(self, LSQWeight, "scale")
+        log = type(self).scale is LSQWeight.scale
         scale = self.log_scale if log else self.scale
         return ste.fake_quantize(weight, scale, self.zero_point, self.qmin, self.qmax, self.factor, log=log)
 
