@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
+from qdm_lightning.cli.schema import CONF_DIR
 from qdm_lightning.data.digits import load_digits
 from qdm_lightning.diffusion.sampling import sample
 from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
@@ -34,8 +35,7 @@ from qdm_lightning.metrics.digits import DigitsFeatures
 from qdm_lightning.metrics.frechet import features
 from qdm_lightning.metrics.moments import Moments, frechet
 from qdm_lightning.metrics.protocol import kernel_distance, precision_recall
-from qdm_lightning.schema import CONF_DIR
-from qdm_lightning.training.denoiser import Denoiser
+from qdm_lightning.models.denoiser import Denoiser
 
 Variants = dict[str, Callable[[], Any]]
 
@@ -49,7 +49,7 @@ def sampling(model: str, batch: int, steps: int) -> Variants:
         torch.manual_seed(0)
         networks.append(instantiate(config.model, dropout=0.0).to(memory_format=layout).eval().requires_grad_(False))
     shape = (networks[0].config.in_channels, networks[0].config.sample_size, networks[0].config.sample_size)
-    sampler = SamplerConfig(kind="ddim", steps=steps, micro_batch=batch)
+    sampler = SamplerConfig(kind="ddim", steps=steps, batch_size=batch)
 
     def ours() -> Tensor:
         return sample(Denoiser(networks[0]).eval(), sampler, DiffusionConfig(), shape=shape, seeds=range(batch))

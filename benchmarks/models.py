@@ -10,9 +10,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import nn
 
+from qdm_lightning.cli.schema import CONF_DIR
 from qdm_lightning.quantization import LSQActivation, LSQWeight, QuantConfig, Quantizers, prepare
 from qdm_lightning.quantization.layers import QuantizedLayer
-from qdm_lightning.schema import CONF_DIR
 
 
 def build(name: str) -> nn.Module:

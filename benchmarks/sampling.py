@@ -13,8 +13,8 @@ import torch
 from models import build, quantized
 from pairs import interleave, report
 
-from qdm_lightning.quantization import LSQActivation, NormalizedActivation, Quantizers, kernels
-from qdm_lightning.training.denoiser import Denoiser
+from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.quantization import LSQActivation, NormalizedActivation, Quantizers, compiled
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    kernels.set_mode("on")
+    compiled.set_mode("on")
     base = build(options.model)
     networks = {
         "fp32": Denoiser(base),
@@ -47,7 +47,7 @@ def main() -> None:
         "batch": options.batch,
         "threads": options.threads,
         "torch": torch.__version__,
-        "kernels": kernels.record(),
+        "kernels": compiled.record(),
     }
     report(pairs, "fp32", record)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from pairs import interleave, report
 
-from qdm_lightning.schema import cores
+from qdm_lightning.cli.schema import cores
 
 
 def command(scratch: Path, options: argparse.Namespace) -> list[str]:

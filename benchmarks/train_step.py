@@ -23,9 +23,9 @@ from models import build, quantized
 from pairs import interleave, ratio, report
 from torch import Tensor, nn
 
-from qdm_lightning.quantization import LSQActivation, LSQWeight, NormalizedActivation, Quantizers, fake_quantize, kernels
-from qdm_lightning.training.denoiser import Denoiser
-from qdm_lightning.training.record import peak_memory as peak_memory_so_far
+from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.quantization import LSQActivation, LSQWeight, NormalizedActivation, Quantizers, compiled, fake_quantize
+from qdm_lightning.runs.provenance import peak_memory as peak_memory_so_far
 
 
 class PlainActivation(LSQActivation):
@@ -150,7 +150,7 @@ def peak_memory(variant: str, model: str, batch: int, threads: int) -> int:
 
 def memory_of(variant: str, model: str, batch: int) -> None:
     """The child of `peak_memory`."""
-    kernels.set_mode("auto")
+    compiled.set_mode("auto")
     # Compilers leave the scene before the count begins.
     fake_quantize(torch.ones(8), torch.ones(1), torch.zeros(1), 0, 15)
     before = peak_memory_so_far()["resident"]
@@ -175,7 +175,7 @@ def main() -> None:
     if options.memory_of:
         memory_of(options.memory_of, options.model, options.batch)
         return
-    kernels.set_mode("on")
+    compiled.set_mode("on")
     memory = {
         name: sorted(peak_memory(name, options.model, options.batch, options.threads) for _ in range(options.processes))
         for name in ("fp32", "qdm")
@@ -204,7 +204,7 @@ def main() -> None:
         "torch": torch.__version__,
         "fp32_layout": best,
         "fp32_contiguous_over_channels_last": contiguous_ratio,
-        "kernels": kernels.record(),
+        "kernels": compiled.record(),
         "small_over_fp32": small_ratio["ratio"],
         "small_over_fp32_interval": small_ratio["interval"],
         "peak_memory_over_fp32": round(statistics.median(memory["qdm"]) / statistics.median(memory["fp32"]), 3),

@@ -20,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from qdm_lightning.schema import CONF_DIR
+from qdm_lightning.cli.schema import CONF_DIR
 
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
@@ -62,7 +62,7 @@ TINY_RUN = [
     "trainer.threads=1",
     "quant.calibration_batches=2",
     "sampler.steps=4",
-    "sampler.micro_batch=16",
+    "sampler.batch_size=16",
     "num_samples=64",
     "logger=none",
 ]
@@ -71,7 +71,7 @@ TINY_RUN = [
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a finished run, seconds long; tests must not write into it, but copy it."""
-    from qdm_lightning.reporting.terminal import Progress
+    from qdm_lightning.display.progress import Progress
     from qdm_lightning.train import train
 
     root = tmp_path_factory.mktemp("tiny")

@@ -28,8 +28,8 @@ def convert(checkpoint: str | Path, folder: str | Path, image_size: int | None =
         FileNotFoundError: no such checkpoint.
         ValueError: another layout, missing or unknown keys, or a folder that holds something else.
     """
-    from qdm_lightning.models.ddim import read_checkpoint, unet_from_ddim
-    from qdm_lightning.models.pretrained import save_pipeline
+    from qdm_lightning.models.ddim_checkpoint import read_checkpoint, unet_from_ddim
+    from qdm_lightning.models.diffusers_io import save_pipeline
 
     state, which = read_checkpoint(checkpoint)
     unet = unet_from_ddim(state, image_size)

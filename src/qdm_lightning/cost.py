@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from qdm_lightning import cli
-from qdm_lightning.config import build_student, plain
-from qdm_lightning.explain import explain, is_bad_input
-from qdm_lightning.reporting.files import write_whole
-from qdm_lightning.schema import TrainConfig, UserError, root_node
+from qdm_lightning.base.checks import UserError
+from qdm_lightning.base.files import write_whole
+from qdm_lightning.cli import app as cli
+from qdm_lightning.cli.build import build_student, plain
+from qdm_lightning.cli.messages import explain, is_bad_input
+from qdm_lightning.cli.schema import TrainConfig, root_node
 
 if TYPE_CHECKING:
     from torch import nn
@@ -131,7 +132,7 @@ def _check() -> Callable[[DictConfig], None]:
 
 
 def _task(cfg: DictConfig) -> None:
-    from qdm_lightning.reporting.terminal import following_lines
+    from qdm_lightning.display.progress import following_lines
 
     report = cost(cfg)
     _show(report)

@@ -14,9 +14,10 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from qdm_lightning import cli, runs  # noqa: F401 - runs tells OmegaConf the scratch folder of conf/hydra/no_folder.yaml
-from qdm_lightning.config import refuse_unknown
-from qdm_lightning.schema import UserError
+from qdm_lightning.base.checks import UserError
+from qdm_lightning.cli import app as cli
+from qdm_lightning.cli import stored  # noqa: F401 - it tells OmegaConf the scratch folder of conf/hydra/no_folder.yaml
+from qdm_lightning.cli.build import refuse_unknown
 
 EXAMPLES = (
     ("entity=ME", "a workspace in the project qdm-lightning of ME; prints its address"),
@@ -53,14 +54,14 @@ def _check(cfg: DictConfig) -> None:
     if find_spec("wandb_workspaces") is None:
         raise UserError("the dashboard needs wandb-workspaces: pip install 'qdm-lightning[dashboards]'")
     if cfg.json is None:
-        from qdm_lightning.training.loggers.wandb_run import logged_in
+        from qdm_lightning.loggers.wandb_run import logged_in
 
         if not logged_in():
             raise UserError("W&B has no key of yours: type wandb login, or json=FILE to send nothing")
 
 
 def _task(cfg: DictConfig) -> None:
-    from qdm_lightning.training.loggers.workspace import save, workspace
+    from qdm_lightning.loggers.workspace import save, workspace
 
     settings = dict(cfg)
     file = settings.pop("json")

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from qdm_lightning import runs
+from qdm_lightning.cli import stored as runs
 from qdm_lightning.evaluation.spec import DiagnosisConfig, listed
 
 if TYPE_CHECKING:
-    from qdm_lightning.evaluation.diagnosing import Diagnosis
-    from qdm_lightning.reporting.terminal import Progress
+    from qdm_lightning.diagnosis.diagnose import Diagnosis
+    from qdm_lightning.display.progress import Progress
 
 NAME = "diagnose"
 EXAMPLES = (
@@ -68,8 +68,8 @@ def _runs(cfg: DictConfig) -> list[DictConfig]:
 
 
 def _diagnose(cfg: DictConfig, progress: Progress | None = None) -> Diagnosis:
-    from qdm_lightning.evaluation.diagnosing import diagnose as work
-    from qdm_lightning.reporting.terminal import Progress
+    from qdm_lightning.diagnosis.diagnose import diagnose as work
+    from qdm_lightning.display.progress import Progress
 
     def look(shown: Progress) -> Diagnosis:
         return work([runs.experiment(each) for each in _runs(cfg)], runs.settings_of(cfg), shown)
@@ -79,7 +79,7 @@ def _diagnose(cfg: DictConfig, progress: Progress | None = None) -> Diagnosis:
 
 
 def _task(cfg: DictConfig) -> None:
-    from qdm_lightning.reporting.terminal import following_lines
+    from qdm_lightning.display.progress import following_lines
 
     result = _diagnose(cfg)
     for run, found in result.record["runs"].items():
@@ -89,9 +89,9 @@ def _task(cfg: DictConfig) -> None:
             if error is None
             else f"; images: mean squared error {error['image_mse']:.4g}, cosine {error['image_cosine']:.4f}"
         )
-        wander = [o[w]["centre"] for o in found["oscillation"].values() for w in ("raw", "grid") if o[w]]
-        raw = [o["raw"]["centre"] for o in found["oscillation"].values()]
-        grid = [o["grid"]["centre"] for o in found["oscillation"].values() if o["grid"]]
+        wander = [o[w]["center"] for o in found["oscillation"].values() for w in ("raw", "grid") if o[w]]
+        raw = [o["raw"]["center"] for o in found["oscillation"].values()]
+        grid = [o["grid"]["center"] for o in found["oscillation"].values() if o["grid"]]
         seen = f", {sum(grid) / len(grid):.3f} on the quantizer's grid" if grid else ""
         if wander:
             print(f"{run}: activations wander over t by {sum(raw) / len(raw):.3f} of their deviation{seen}{end}")

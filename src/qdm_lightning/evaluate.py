@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from qdm_lightning import runs
+from qdm_lightning.cli import stored as runs
 from qdm_lightning.evaluation.spec import EvaluationConfig
 
 if TYPE_CHECKING:
-    from qdm_lightning.evaluation.evaluating import Evaluation
-    from qdm_lightning.reporting.terminal import Progress
+    from qdm_lightning.display.progress import Progress
+    from qdm_lightning.evaluation.evaluate import Evaluation
 
 NAME = "evaluate"
 EXAMPLES = (
@@ -64,8 +64,8 @@ def evaluate(run: str | Path, overrides: Sequence[str] = (), progress: Progress 
 
 
 def _evaluate(cfg: DictConfig, progress: Progress | None = None) -> Evaluation:
-    from qdm_lightning.evaluation.evaluating import evaluate as work
-    from qdm_lightning.reporting.terminal import Progress
+    from qdm_lightning.display.progress import Progress
+    from qdm_lightning.evaluation.evaluate import evaluate as work
 
     def measure(shown: Progress) -> Evaluation:
         return work(runs.experiment(cfg), runs.settings_of(cfg), shown)
@@ -77,8 +77,8 @@ def _evaluate(cfg: DictConfig, progress: Progress | None = None) -> Evaluation:
 def _task(cfg: DictConfig) -> None:
     from rich.console import Console
 
+    from qdm_lightning.display.progress import following_lines
     from qdm_lightning.evaluation.protocol import table
-    from qdm_lightning.reporting.terminal import following_lines
 
     result = _evaluate(cfg)
     if result.record is None:

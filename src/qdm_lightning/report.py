@@ -14,7 +14,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from qdm_lightning.schema import CONF_DIR, UserError
+from qdm_lightning.base.checks import UserError
+from qdm_lightning.cli.schema import CONF_DIR
 
 BAD_INPUT = 2
 FILES = ("report.html", "results.csv", "results.md")
@@ -81,17 +82,17 @@ def report(folders: Sequence[Path], out: Path | None = None, baseline: str | Non
         ValueError: a damaged record, or no cell of that name; nothing was written then.
         OSError: the files cannot be written.
     """
+    from qdm_lightning.base.files import write_whole
     from qdm_lightning.reporting.collect import collect
-    from qdm_lightning.reporting.files import write_whole
     from qdm_lightning.reporting.html import page
-    from qdm_lightning.reporting.summary import summarise
+    from qdm_lightning.reporting.summary import summarize
     from qdm_lightning.reporting.tables import csv_text, markdown
 
     target = out or folders[0]
     if out is not None and any(path.is_file() for path in (out, *out.parents)):
         raise NotADirectoryError(f"out={out} is no folder: give one, or a name that is free")
     found = collect(folders, _load)
-    groups, notes = summarise(found.results, _variants(), baseline)
+    groups, notes = summarize(found.results, _variants(), baseline)
     found.notes += notes
     text = markdown(groups, found)
     contents = (page(groups, found), csv_text(groups), text)

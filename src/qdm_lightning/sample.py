@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from qdm_lightning import runs
+from qdm_lightning.cli import stored as runs
 from qdm_lightning.evaluation.spec import SampleConfig
 
 if TYPE_CHECKING:
-    from qdm_lightning.evaluation.pictures import Pictures
-    from qdm_lightning.reporting.terminal import Progress
+    from qdm_lightning.display.progress import Progress
+    from qdm_lightning.evaluation.sample import Pictures
 
 NAME = "sample"
 EXAMPLES = (
@@ -51,8 +51,8 @@ def sample(run: str | Path, overrides: Sequence[str] = (), progress: Progress | 
 
 
 def _sample(cfg: DictConfig, progress: Progress | None = None) -> Pictures:
-    from qdm_lightning.evaluation.pictures import draw_pictures
-    from qdm_lightning.reporting.terminal import Progress
+    from qdm_lightning.display.progress import Progress
+    from qdm_lightning.evaluation.sample import draw_pictures
 
     def draw(shown: Progress) -> Pictures:
         return draw_pictures(runs.experiment(cfg), runs.settings_of(cfg), shown)
@@ -62,7 +62,7 @@ def _sample(cfg: DictConfig, progress: Progress | None = None) -> Pictures:
 
 
 def _task(cfg: DictConfig) -> None:
-    from qdm_lightning.reporting.terminal import following_lines
+    from qdm_lightning.display.progress import following_lines
 
     result = _sample(cfg)
     print(f"{result.drawn} pictures drawn, {result.found} were there: {result.folder}")

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
-from qdm_lightning import cli
-from qdm_lightning.config import CONFIG_FILE, LOCK_FILE, build, plain, same_settings, stored, write_config
-from qdm_lightning.explain import explain, is_bad_input
-from qdm_lightning.schema import UserError
-from qdm_lightning.targets import targets
+from qdm_lightning.base.checks import UserError
+from qdm_lightning.base.trust import targets
+from qdm_lightning.cli import app as cli
+from qdm_lightning.cli.build import CONFIG_FILE, LOCK_FILE, build, plain, same_settings, stored, write_config
+from qdm_lightning.cli.messages import explain, is_bad_input
 
 if TYPE_CHECKING:
-    from qdm_lightning.reporting.terminal import Progress
-    from qdm_lightning.training.runner import Result
+    from qdm_lightning.display.progress import Progress
+    from qdm_lightning.training.run import Result
 
 EXAMPLES = (
     ("(nothing)", "the W4A4 student with TaQ and NeM on the embedded digits, minutes on a CPU"),
@@ -53,8 +53,8 @@ def train(cfg: DictConfig, progress: Progress | None = None) -> Result:
     Raises:
         UserError: bad input, found before the first stage began.
     """
-    from qdm_lightning.reporting.terminal import Progress
-    from qdm_lightning.training.runner import run
+    from qdm_lightning.display.progress import Progress
+    from qdm_lightning.training.run import run
 
     progress = progress or Progress()
     try:
@@ -75,7 +75,7 @@ def _alone(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process does.
     """
-    from qdm_lightning.reporting.terminal import rank
+    from qdm_lightning.display.progress import rank
 
     if rank():
         yield
@@ -108,7 +108,7 @@ def _keep(cfg: DictConfig, file: Path) -> None:
 
 
 def _task(cfg: DictConfig) -> None:
-    from qdm_lightning.reporting.terminal import print_closing
+    from qdm_lightning.display.progress import print_closing
 
     result = train(cfg)
     print_closing(result.metrics, result.run_dir, _following(result))

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from qdm_lightning import cli, config
-from qdm_lightning.config import build
+from qdm_lightning.cli import app as cli
+from qdm_lightning.cli import build as config
+from qdm_lightning.cli.build import build
 from qdm_lightning.train import train
 
 HERE = Path(__file__).parent
@@ -15,7 +16,7 @@ HERE = Path(__file__).parent
 CASES = {
     # names
     "quant=w5": "quant=w5 is not an option: choose one of fp32, w2a2, w3a3, w4a4, w4a8, w8a8",
-    "taq=normalise": "for example taq=normalize",
+    "taq=normalize": "for example taq=normalize",
     "quant=5": "quant=5: a group takes the name of an option",
     "experiment=null": "experiment=null: a group takes the name of an option",
     "qunat=w4a4": "did you mean quant?",

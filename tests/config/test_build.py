@@ -6,16 +6,16 @@ import pytest
 from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import OmegaConf
 
-from qdm_lightning.config import build, plain, stored, validate
+from qdm_lightning.base.checks import UserError
+from qdm_lightning.cli.build import build, plain, stored, validate
 from qdm_lightning.data.digits import DigitsData
+from qdm_lightning.loggers import wandb_logger
 from qdm_lightning.metrics.digits import DigitsFeatures
 from qdm_lightning.models.unet import build_unet
 from qdm_lightning.quantization.calibration import MSESearch
 from qdm_lightning.quantization.quantizer import LSQActivation, LSQWeight
 from qdm_lightning.quantization.taq import EMANormalizedActivation, GroupedActivation, NormalizedActivation
-from qdm_lightning.schema import UserError
 from qdm_lightning.train import train
-from qdm_lightning.training.loggers import wandb_logger
 
 
 def test_main_job(composed):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from qdm_lightning import cli
-from qdm_lightning.catalog import COMMANDS, defaults, options, overview
-from qdm_lightning.config import plain, run_folder, stored, validate
-from qdm_lightning.schema import CONF_DIR, run_name
+from qdm_lightning.cli import app as cli
+from qdm_lightning.cli.build import plain, run_folder, stored, validate
+from qdm_lightning.cli.help import COMMANDS, defaults, options, overview
+from qdm_lightning.cli.schema import CONF_DIR, run_name
 
 
 @pytest.fixture

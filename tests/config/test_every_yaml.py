@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from qdm_lightning import config
-from qdm_lightning.catalog import defaults, first_comment, options
-from qdm_lightning.config import build, refuse_unknown, validate
-from qdm_lightning.schema import CONF_DIR
+from qdm_lightning.cli import build as config
+from qdm_lightning.cli.build import build, refuse_unknown, validate
+from qdm_lightning.cli.help import defaults, first_comment, options
+from qdm_lightning.cli.schema import CONF_DIR
 
 GROUPS = [group for group in defaults("train") if group != "hydra"]
 OPTIONS = [(group, option.name) for group in GROUPS for option in options(group)]

@@ -47,7 +47,7 @@ def test_runs_from_any_folder_with_options_of_ones_own(installed, tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert OmegaConf.create(ran.stdout).sampler.steps == 3
     where = subprocess.run(
-        [sys.executable, "-c", "from qdm_lightning.schema import CONF_DIR; print(CONF_DIR)"],
+        [sys.executable, "-c", "from qdm_lightning.cli.schema import CONF_DIR; print(CONF_DIR)"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(installed)},
         capture_output=True,

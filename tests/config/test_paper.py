@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qdm_lightning import cli
-from qdm_lightning.catalog import options
-from qdm_lightning.config import build, build_student, validate
+from qdm_lightning.cli import app as cli
+from qdm_lightning.cli.build import build, build_student, validate
+from qdm_lightning.cli.help import options
 from qdm_lightning.metrics import inception
 from qdm_lightning.metrics.spec import InceptionMetric
 from qdm_lightning.quantization import prepare
@@ -45,7 +45,7 @@ def test_settings_are_ddpms(name, quant, composed):
     assert (s.sampler.variance, s.sampler.eta) == ("fixed_large", 0)
     assert s.num_samples == 50_000
     assert isinstance(s.metrics, InceptionMetric)
-    assert (s.quant.weight_bits, s.quant.act_bits, s.quant.probs_bits, s.quant.edge_bits) == (QUANTS[quant],) * 2 + (8, 8)
+    assert (s.quant.weight_bits, s.quant.act_bits, s.quant.probs_bits, s.quant.first_last_bits) == (QUANTS[quant],) * 2 + (8, 8)
     assert isinstance(s.taq, TaQNormalize)
     assert s.nem.mode == "replace"
 
@@ -74,9 +74,9 @@ def test_ddim_shares_network_and_teacher_with_ddpm(composed):
 
 def test_a_trial_is_short_everywhere(composed):
     s = validate(composed("experiment=paper/cifar10_ddim", "trainer.max_steps=999"))
-    assert (s.teacher.max_steps, s.num_samples, s.sampler.micro_batch, s.sampler.steps) == (999, 16, 16, 100)
+    assert (s.teacher.max_steps, s.num_samples, s.sampler.batch_size, s.sampler.steps) == (999, 16, 16, 100)
     s = validate(composed("experiment=paper/cifar10_ddim", "trainer.max_steps=1000", "teacher.max_steps=5000"))
-    assert (s.teacher.max_steps, s.num_samples, s.sampler.micro_batch) == (5000, 50_000, 128)
+    assert (s.teacher.max_steps, s.num_samples, s.sampler.batch_size) == (5000, 50_000, 128)
     s = validate(composed("experiment=paper/cifar10_ddim", "trainer.max_steps=2", "num_samples=64"))
     assert s.num_samples == 64
 

@@ -9,9 +9,10 @@ from filelock import FileLock
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from qdm_lightning import cli, jobs
-from qdm_lightning.config import validate
-from qdm_lightning.schema import UserError
+from qdm_lightning.base.checks import UserError
+from qdm_lightning.cli import app as cli
+from qdm_lightning.cli import jobs
+from qdm_lightning.cli.build import validate
 from qdm_lightning.train import _alone
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from qdm_lightning.config import plain
-from qdm_lightning.targets import check_targets, is_ours, targets
+from qdm_lightning.base.trust import check_targets, is_ours, targets
+from qdm_lightning.cli.build import plain
 
 
 @pytest.mark.parametrize(
@@ -13,11 +13,11 @@ from qdm_lightning.targets import check_targets, is_ours, targets
         "subprocess.run",
         "builtins.eval",
         "qdm_lightning",
-        "qdm_lightning.cli.os.system",  # an import of ours
-        "qdm_lightning.cli.sys",
-        "qdm_lightning.cli.hydra.utils.get_method",
+        "qdm_lightning.cli.app.os.system",  # an import of ours
+        "qdm_lightning.cli.app.sys",
+        "qdm_lightning.cli.app.hydra.utils.get_method",
         "qdm_lightning.quantization.spec.QuantConfig.__init__",
-        "qdm_lightning.cli.__builtins__.eval",
+        "qdm_lightning.cli.app.__builtins__.eval",
         "qdm_lightning..os.system",
         "qdm_lightning/../os.system",
         "qdm_lightning_evil.f",

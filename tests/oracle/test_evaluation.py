@@ -10,15 +10,15 @@ from PIL import Image
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from qdm_lightning.data.digits import load_digits
+from qdm_lightning.display.progress import Progress
 from qdm_lightning.evaluate import evaluate
 from qdm_lightning.metrics.digits import DigitsFeatures
 from qdm_lightning.metrics.moments import Moments
 from qdm_lightning.metrics.protocol import PROTOCOL
-from qdm_lightning.reporting.terminal import Progress
 from qdm_lightning.sample import sample
 
 COUNT = 1000
-SETTINGS = ["sampler.micro_batch=100"]
+SETTINGS = ["sampler.batch_size=100"]
 
 
 class Extractor(FeatureExtractorBase):

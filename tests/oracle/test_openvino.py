@@ -28,7 +28,7 @@ from diffusers.models.downsampling import Downsample2D
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from qdm_lightning.quantization import kernels, ste
+from qdm_lightning.quantization import compiled, functional
 from qdm_lightning.quantization.calibration import MSESearch, calibrate
 from qdm_lightning.quantization.preparation import Quantizers, prepare
 from qdm_lightning.quantization.quantizer import LSQActivation
@@ -64,9 +64,9 @@ BITS = [pytest.param(8, marks=SATURATES), 7, 4, 3, 2]
 def _quick():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    kernels.set_mode("off")
+    compiled.set_mode("off")
     yield
-    kernels.set_mode("auto")
+    compiled.set_mode("auto")
     torch.set_num_threads(threads)
 
 
@@ -105,7 +105,9 @@ class Graph:
     def weight(self, layer):
         scale = layer.weight_quantizer.scale.detach()
         q = layer.weight_quantizer
-        codes = ste.quantize(layer.weight.flatten(1), scale[:, None], torch.zeros(1), q.qmin, q.qmax).view(layer.weight.shape)
+        codes = functional.quantize(layer.weight.flatten(1), scale[:, None], torch.zeros(1), q.qmin, q.qmax).view(
+            layer.weight.shape
+        )
         zeros = self.constant(np.zeros(len(scale), np.int8))
         return self.op(
             "DequantizeLinear", self.constant(codes.numpy().astype(np.int8)), self.constant(scale.numpy()), zeros, axis=0

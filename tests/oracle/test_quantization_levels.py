@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.models.downsampling import Downsample2D
 
-from qdm_lightning.quantization import kernels
+from qdm_lightning.quantization import compiled
 from qdm_lightning.quantization.attention import QuantizedAttention
 from qdm_lightning.quantization.calibration import Percentile, calibrate
 from qdm_lightning.quantization.layers import QuantizedLayer
@@ -30,9 +30,9 @@ def _one_thread_eager():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    kernels.set_mode("off")
+    compiled.set_mode("off")
     yield
-    kernels.set_mode("auto")
+    compiled.set_mode("auto")
     torch.set_num_threads(threads)
 
 
@@ -51,7 +51,7 @@ def student(bits, factory):
     )
     prepare(
         model,
-        QuantConfig(weight_bits=bits, act_bits=bits, probs_bits=bits, edge_bits=bits + 1),
+        QuantConfig(weight_bits=bits, act_bits=bits, probs_bits=bits, first_last_bits=bits + 1),
         Quantizers(activation=factory, attention=factory),
     )
     x, t = torch.randn(8, 3, 8, 8), torch.linspace(0, 999, 8).long()

@@ -6,16 +6,16 @@ from brevitas.core.scaling import ScalingImplType
 from brevitas.nn import QuantConv2d
 from brevitas.quant import Int8WeightPerChannelFloat
 
-from qdm_lightning.quantization import kernels
-from qdm_lightning.quantization.ste import fake_quantize
+from qdm_lightning.quantization import compiled
+from qdm_lightning.quantization.functional import fake_quantize
 
 
 @pytest.fixture(autouse=True)
 def _eager():
     torch.manual_seed(0)
-    kernels.set_mode("off")
+    compiled.set_mode("off")
     yield
-    kernels.set_mode("auto")
+    compiled.set_mode("auto")
 
 
 def case(qmin, qmax, rows):

@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 
-from qdm_lightning.quantization import kernels
+from qdm_lightning.quantization import compiled
 from qdm_lightning.quantization.calibration import Percentile, calibrate
 from qdm_lightning.quantization.preparation import Quantizers, prepare
 from qdm_lightning.quantization.quantizer import ActivationQuantizer, LSQActivation
@@ -30,9 +30,9 @@ def _one_thread_eager():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    kernels.set_mode("off")
+    compiled.set_mode("off")
     yield
-    kernels.set_mode("auto")
+    compiled.set_mode("auto")
     torch.set_num_threads(threads)
 
 
@@ -78,7 +78,7 @@ def test_at_32_bits_it_is_the_original_bit_for_bit(options):
     model = unet(**options)
     original = copy.deepcopy(model)
     kinds = [type(m) for m in model.modules()]
-    report = prepare(model, QuantConfig(weight_bits=32, act_bits=32, probs_bits=32, edge_bits=32))
+    report = prepare(model, QuantConfig(weight_bits=32, act_bits=32, probs_bits=32, first_last_bits=32))
     assert [type(m) for m in model.modules()] == kinds
     assert report.quantized == []
     x, t = batch()

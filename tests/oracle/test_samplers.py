@@ -80,7 +80,7 @@ def by_the_equations(sampler, seed, clip):
     ids=str,
 )
 def test_images_follow_the_equations(settings, clip):
-    sampler = SamplerConfig(micro_batch=2, clip_sample=clip, **settings)
+    sampler = SamplerConfig(batch_size=2, clip_sample=clip, **settings)
     images = sample(analytic, sampler, DIFFUSION, shape=SHAPE, seeds=[3, 4])
     for seed, image in zip([3, 4], images, strict=True):
         torch.testing.assert_close(image.double(), by_the_equations(sampler, seed, clip)[0], rtol=0, atol=5e-4)
@@ -92,14 +92,14 @@ def test_ddpm_equals_diffusers_pipeline(unet):
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
     theirs = pipeline(batch_size=2, generator=generators, num_inference_steps=20, output_type="np").images
-    sampler = SamplerConfig(kind="ddpm", steps=20, micro_batch=2)
+    sampler = SamplerConfig(kind="ddpm", steps=20, batch_size=2)
     ours = sample(lambda x, t: unet(x, t).sample, sampler, DIFFUSION, shape=SHAPE, seeds=[5, 6])
     torch.testing.assert_close(ours.permute(0, 2, 3, 1) / 2 + 0.5, torch.from_numpy(theirs))
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' solver under numpy 2
 def test_quadratic_ddim_equals_first_order_dpm_solver(unet):
-    sampler = SamplerConfig(steps=40, spacing="quadratic", clip_sample=False, micro_batch=1)
+    sampler = SamplerConfig(steps=40, spacing="quadratic", clip_sample=False, batch_size=1)
     solver = DPMSolverMultistepScheduler(solver_order=1, algorithm_type="dpmsolver++", final_sigmas_type="zero")
     solver.set_timesteps(timesteps=timesteps(sampler, DIFFUSION))
     x = torch.randn((1, *SHAPE), generator=torch.Generator().manual_seed(2))

@@ -1,7 +1,7 @@
 """A seeded run is what it was: losses of 40 student steps and the images of 16 seeds, kept in tests/assets/trace.npz.
 
-`python tests/oracle/test_trace.py` writes the file anew. Equality is exact in the surroundings that it was written in (processor's
-instruction set and version of torch, which the file tells), and to a tolerance elsewhere.
+`python tests/oracle/test_trace.py` writes the file anew. Equality is exact where instruction set and version of torch are those
+that the file tells, and to a tolerance elsewhere.
 """
 
 import csv
@@ -14,9 +14,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from qdm_lightning.cli.schema import CONF_DIR
 from qdm_lightning.diffusion.sampling import sample
-from qdm_lightning.reporting.terminal import Progress
-from qdm_lightning.schema import CONF_DIR
+from qdm_lightning.display.progress import Progress
 from qdm_lightning.train import train
 
 FILE = Path(__file__).parents[1] / "assets" / "trace.npz"
@@ -40,7 +40,7 @@ RUN = [
     "trainer.threads=1",
     "quant.calibration_batches=2",
     "sampler.steps=5",
-    "sampler.micro_batch=16",
+    "sampler.batch_size=16",
     "num_samples=16",
     "logger=none",
 ]

@@ -7,10 +7,11 @@ import sys
 import pytest
 from hydra import compose, initialize_config_dir
 
-from qdm_lightning import cli
-from qdm_lightning.catalog import defaults
+from qdm_lightning.base.checks import UserError
+from qdm_lightning.cli import app as cli
+from qdm_lightning.cli.help import defaults
+from qdm_lightning.cli.schema import CONF_DIR
 from qdm_lightning.cost import EXAMPLES, _check, _task, cost
-from qdm_lightning.schema import CONF_DIR, UserError
 
 
 def run(*arguments, cwd):

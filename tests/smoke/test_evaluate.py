@@ -13,12 +13,13 @@ import time
 import numpy as np
 import pytest
 
-from qdm_lightning import cli, runs
+from qdm_lightning.cli import app as cli
+from qdm_lightning.cli import stored as runs
 from qdm_lightning.diagnose import DiagnoseConfig
 from qdm_lightning.diagnose import _task as diagnose_task
+from qdm_lightning.display.progress import Progress
 from qdm_lightning.evaluate import EvaluateConfig, evaluate
 from qdm_lightning.evaluate import _task as evaluate_task
-from qdm_lightning.reporting.terminal import Progress
 from qdm_lightning.sample import SampleRootConfig, sample
 from qdm_lightning.sample import _task as sample_task
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torchvision.datasets import CIFAR10, CelebA
 
 from qdm_lightning import load_student
+from qdm_lightning.cli.schema import CONF_DIR
 from qdm_lightning.data import imagenet64
-from qdm_lightning.reporting.terminal import Progress
-from qdm_lightning.schema import CONF_DIR
+from qdm_lightning.display.progress import Progress
 from qdm_lightning.train import train
 
 THIN = {
@@ -31,7 +31,7 @@ TRIAL = [
     "model.layers_per_block=1",
     "data.batch_size=4",
     "sampler.steps=2",
-    "sampler.micro_batch=4",
+    "sampler.batch_size=4",
     "num_samples=4",
     "quant.calibration_batches=1",
     "quant.calibrator.steps=2",

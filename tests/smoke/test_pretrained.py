@@ -10,15 +10,15 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hydra import compose, initialize_config_dir
 
 from qdm_lightning import load_student
-from qdm_lightning.models.pretrained import load_unet
+from qdm_lightning.cli.schema import CONF_DIR
+from qdm_lightning.display.progress import Progress
+from qdm_lightning.models.diffusers_io import load_unet
 from qdm_lightning.quantization import QuantConfig, prepare, timesteps
-from qdm_lightning.reporting.terminal import Progress
-from qdm_lightning.schema import CONF_DIR
 from qdm_lightning.train import train
 
 BUILDS = {
     "ddpm": {"downsample_padding": 0, "freq_shift": 1, "flip_sin_to_cos": False, "attention_head_dim": None, "dropout": 0.1},
-    "grey, resnet sampling": {
+    "gray, resnet sampling": {
         "in_channels": 1,
         "out_channels": 1,
         "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
@@ -36,7 +36,7 @@ BUILDS = {
 TRIAL = """
     taq.scope=all metrics=custom trainer.max_steps=2 trainer.val_images=32
     trainer.accelerator=cpu trainer.compile=off data.batch_size=4
-    quant.calibration_batches=1 quant.calibrator.steps=2 sampler.steps=2 sampler.micro_batch=4 num_samples=4 logger=none
+    quant.calibration_batches=1 quant.calibrator.steps=2 sampler.steps=2 sampler.batch_size=4 num_samples=4 logger=none
 """
 
 
@@ -92,7 +92,7 @@ def test_prepared_at_32_bits_it_is_diffusers_own(build, tmp_path):
     theirs = unet_of(build)
     theirs.save_pretrained(tmp_path / "folder")
     ours = load_unet(tmp_path / "folder")
-    assert prepare(ours, QuantConfig(weight_bits=32, act_bits=32, probs_bits=32, edge_bits=32)).quantized == []
+    assert prepare(ours, QuantConfig(weight_bits=32, act_bits=32, probs_bits=32, first_last_bits=32)).quantized == []
     channels = theirs.config.in_channels
     assert torch.equal(estimate(ours, channels), estimate(theirs, channels))
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 
-from qdm_lightning.reporting.terminal import Progress
-from qdm_lightning.schema import CONF_DIR
+from qdm_lightning.cli.schema import CONF_DIR
+from qdm_lightning.display.progress import Progress
 from qdm_lightning.train import train
-from qdm_lightning.training.files import load_checkpoint
+from qdm_lightning.training.checkpoint_io import load_checkpoint
 
 TINY = [
     "model.block_out_channels=[8,16]",

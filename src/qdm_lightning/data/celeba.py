@@ -13,9 +13,9 @@ from torch import Tensor
 from torchvision.datasets import CelebA  # type: ignore[import-untyped]
 
 from qdm_lightning.data.cache import cached, in_threads, listing_key
+from qdm_lightning.data.image_files import channels_first, decode, resize
 from qdm_lightning.data.integrity import require, require_md5
 from qdm_lightning.data.module import ImageDataModule
-from qdm_lightning.data.pictures import channels_first, decode, resize
 from qdm_lightning.data.spec import CelebAConfig
 
 ALIGNED_SIZE = (178, 218)

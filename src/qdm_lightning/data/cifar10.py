@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
 
+from qdm_lightning.data.image_files import channels_first, resize
 from qdm_lightning.data.integrity import require, require_md5
 from qdm_lightning.data.module import ImageDataModule
-from qdm_lightning.data.pictures import channels_first, resize
 from qdm_lightning.data.spec import Cifar10Config
 
 _ALLOWED = {

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from qdm_lightning.data.cache import cached, in_threads, listing_key
+from qdm_lightning.data.image_files import channels_first, resize
 from qdm_lightning.data.integrity import require
 from qdm_lightning.data.module import ImageDataModule
-from qdm_lightning.data.pictures import channels_first, resize
 from qdm_lightning.data.spec import ImageNet64Config
 
 TRAIN_FILES = tuple(f"train_data_batch_{i}.npz" for i in range(1, 11))

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from qdm_lightning.data.cache import cached, in_threads, listing_key
+from qdm_lightning.data.image_files import MODES, channels_first, decode, picture_files, resize
 from qdm_lightning.data.module import ImageDataModule
-from qdm_lightning.data.pictures import MODES, channels_first, decode, picture_files, resize
 from qdm_lightning.data.spec import ImagesConfig
 
 log = logging.getLogger(__name__)

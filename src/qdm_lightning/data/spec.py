@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdm_lightning.checks import at_least, between, one_of
+from qdm_lightning.base.checks import at_least, between, one_of
 
 DATASETS = "~/.cache/qdm_lightning/datasets"
 """Where data sets are looked for, and decoded ones kept; the YAML files say `${paths.cache}/datasets`."""
@@ -43,7 +43,7 @@ class ImagesConfig:
             `images` or the sole array.
         image_size: edge length in pixels; pictures of another size are cropped to the central square and resized. None
             takes them as they are: squares of one size.
-        channels: 3 (RGB) or 1 (grey).
+        channels: 3 (RGB) or 1 (gray).
         filter: resampling of the size change, one of `FILTERS`.
         val_fraction: share of the pictures that is held out, the same ones on every run.
         cache: folder for the decoded pictures of a folder, memory-mapped by later runs; None decodes anew, into memory.

@@ -11,29 +11,29 @@ from torch import Tensor
 from qdm_lightning.diffusion.spec import NeMConfig
 
 
-def squared_errors(target: Tensor, estimate: Tensor) -> Tensor:
+def per_sample_mse(target: Tensor, estimate: Tensor) -> Tensor:
     """Mean over C, H, W of (target - estimate)^2: one error for each sample, (B,), float32."""
     return (target.float() - estimate.float()).square().flatten(1).mean(1)
 
 
 def simple_loss(eps: Tensor, eps_q: Tensor) -> Tensor:
     """L_simple = E || eps - eps_Q ||^2 as the mean over all elements (DDPM, eq. 14)."""
-    return squared_errors(eps, eps_q).mean()
+    return per_sample_mse(eps, eps_q).mean()
 
 
 def nem_loss(eps_fp: Tensor, eps_q: Tensor) -> Tensor:
     """L_NeM = E || eps_FP - eps_Q ||^2 as the mean over all elements; no gradient reaches the teacher."""
-    return squared_errors(eps_fp.detach(), eps_q).mean()
+    return per_sample_mse(eps_fp.detach(), eps_q).mean()
 
 
 def student_errors(nem: NeMConfig, eps: Tensor | None, eps_fp: Tensor | None, eps_q: Tensor) -> Tensor:
     """What `student_loss` averages: one value for each sample, (B,). Arguments and errors as there."""
     if nem.mode == "off":
-        return squared_errors(_needed("eps", eps, nem), eps_q)
-    mimicking = squared_errors(_needed("eps_fp", eps_fp, nem).detach(), eps_q)
+        return per_sample_mse(_needed("eps", eps, nem), eps_q)
+    mimicking = per_sample_mse(_needed("eps_fp", eps_fp, nem).detach(), eps_q)
     if nem.mode == "replace":
         return mimicking
-    return squared_errors(_needed("eps", eps, nem), eps_q) + nem.weight * mimicking
+    return per_sample_mse(_needed("eps", eps, nem), eps_q) + nem.weight * mimicking
 
 
 def student_loss(nem: NeMConfig, eps: Tensor | None, eps_fp: Tensor | None, eps_q: Tensor) -> Tensor:

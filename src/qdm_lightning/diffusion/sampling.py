@@ -1,7 +1,7 @@
 """The sampling loop: image of seed s is a function of s alone (and of machine, versions, threads and micro-batch).
 
 Each image has its own CPU generator, which draws its initial noise and the noise of every step. The network always runs on
-micro-batches of one size, because a U-Net's float32 result changes with the batch size but not with neighbours or position.
+micro-batches of one size, because a U-Net's float32 result changes with the batch size but not with neighbors or position.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def sample_batches(
 
     @torch.no_grad()
     def denoise(chunk: list[int]) -> Tensor:
-        padded = chunk + chunk[-1:] * (sampler.micro_batch - len(chunk))
+        padded = chunk + chunk[-1:] * (sampler.batch_size - len(chunk))
         generators = [torch.Generator().manual_seed(seed) for seed in padded]
         x = randn_tensor((len(padded), *shape), generators, torch.device(device), torch.float32)
         for t in calls:
@@ -149,8 +149,8 @@ def sample_batches(
                 on_step()
         return x[: len(chunk)].clamp(-1, 1).cpu()
 
-    for first in range(0, len(seeds), sampler.micro_batch):
-        chunk = list(seeds[first : first + sampler.micro_batch])
+    for first in range(0, len(seeds), sampler.batch_size):
+        chunk = list(seeds[first : first + sampler.batch_size])
         yield chunk, denoise(chunk)
 
 
@@ -186,8 +186,3 @@ def sample(
         network, sampler, diffusion, shape=shape, seeds=seeds, device=device, on_step=on_step, on_state=on_state
     )
     return torch.cat([torch.empty(0, *shape), *(images for _, images in batches)])
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] to uint8 0..255: round((x + 1) 127.5), clamped. Same shape and device."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

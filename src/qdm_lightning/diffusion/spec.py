@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qdm_lightning.checks import at_least, between, one_of, positive
+from qdm_lightning.base.checks import at_least, between, one_of, positive
 
 
 @dataclass(kw_only=True)
@@ -65,7 +65,7 @@ class SamplerConfig:
     Args:
         kind: `ddpm` (ancestral) or `ddim`.
         steps: denoising steps, at most T.
-        micro_batch: images that go through the network together; the last batch is padded to it.
+        batch_size: images that go through the network together; the last batch is padded to it.
         eta: DDIM's noise, 0 (deterministic) to 1.
         spacing: DDIM's timesteps, `uniform` or `quadratic`.
         variance: DDPM's, `fixed_large` (beta_t) or `fixed_small` (the posterior's).
@@ -74,7 +74,7 @@ class SamplerConfig:
 
     kind: str = "ddim"
     steps: int = 50
-    micro_batch: int = 128
+    batch_size: int = 128
     eta: float = 0.0
     spacing: str = "uniform"
     variance: str = "fixed_large"
@@ -83,7 +83,7 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         one_of("sampler.kind", self.kind, ("ddim", "ddpm"))
         at_least("sampler.steps", self.steps, 1)
-        at_least("sampler.micro_batch", self.micro_batch, 1)
+        at_least("sampler.batch_size", self.batch_size, 1)
         between("sampler.eta", self.eta, 0.0, 1.0)
         one_of("sampler.spacing", self.spacing, ("uniform", "quadratic"))
         one_of("sampler.variance", self.variance, ("fixed_large", "fixed_small"))

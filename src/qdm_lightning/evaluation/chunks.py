@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from qdm_lightning.training.files import atomic_path
+from qdm_lightning.base.files import atomic_path
 
 STALE = 3600.0
 """Seconds after which a half-written file is that of a killed process."""

@@ -10,7 +10,7 @@ import torch
 
 from qdm_lightning.diffusion.sampling import image_seeds, timesteps
 from qdm_lightning.evaluation.chunks import data_hash
-from qdm_lightning.evaluation.drawing import Painter
+from qdm_lightning.evaluation.feature_cache import ImageSampler
 from qdm_lightning.evaluation.spec import EvaluationConfig, RestoreConfig, parse_seeds
 from qdm_lightning.training.devices import measuring_device
 from qdm_lightning.training.experiment import Experiment
@@ -23,7 +23,7 @@ class Plan:
 
     which: str
     restored: Restored
-    painter: Painter
+    image_sampler: ImageSampler
     seeds: list[int]
     chunks: list[list[int]]
     identity: dict[str, Any]
@@ -43,22 +43,22 @@ def identity(experiment: Experiment, which: str, origin: Mapping[str, Any], shap
     }
 
 
-def restored_painter(experiment: Experiment, config: RestoreConfig) -> tuple[str, Restored, Painter]:
-    """Which network `config` means, that network, and a painter with it."""
+def restored_sampler(experiment: Experiment, config: RestoreConfig) -> tuple[str, Restored, ImageSampler]:
+    """Which network `config` means, that network, and a image_sampler with it."""
     set_up(experiment.trainer)
     device = measuring_device(config.accelerator)
     which = config.network or ("teacher" if experiment.quant.is_float else "student")
     restored = restore(experiment, which, config.weights, config.checkpoint, device)
-    return which, restored, painter(experiment, restored, device)
+    return which, restored, image_sampler(experiment, restored, device)
 
 
-def painter(experiment: Experiment, restored: Restored, device: torch.device) -> Painter:
-    """A painter with a restored network, by the experiment's sampler. Raises ValueError for more steps than T."""
+def image_sampler(experiment: Experiment, restored: Restored, device: torch.device) -> ImageSampler:
+    """A image_sampler with a restored network, by the experiment's sampler. Raises ValueError for more steps than T."""
     timesteps(experiment.sampler, experiment.diffusion)
     unet: Any = restored.network.unet
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    return Painter(
+    return ImageSampler(
         network=restored.network,
         sampler=experiment.sampler,
         diffusion=experiment.diffusion,
@@ -69,13 +69,13 @@ def painter(experiment: Experiment, restored: Restored, device: torch.device) ->
 
 def plan_evaluation(experiment: Experiment, config: EvaluationConfig) -> Plan:
     """Restore the network and divide the seeds. Raises FileNotFoundError, ValueError where run or settings forbid it."""
-    which, restored, drawn_by = restored_painter(experiment, config)
+    which, restored, drawn_by = restored_sampler(experiment, config)
     if config.seeds is not None:
         seeds = parse_seeds(config.seeds)
     else:
         seed = experiment.seed if config.seed is None else config.seed
         seeds = image_seeds(seed, config.num_samples or experiment.num_samples)
-    size = config.images_per_file(experiment.sampler.micro_batch)
+    size = config.images_per_file(experiment.sampler.batch_size)
     chunks = [seeds[first : first + size] for first in range(0, len(seeds), size)]
     known = identity(experiment, which, restored.origin, drawn_by.shape)
     return Plan(which, restored, drawn_by, seeds, chunks, known)

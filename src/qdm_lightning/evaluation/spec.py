@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from qdm_lightning.checks import at_least, one_of
+from qdm_lightning.base.checks import at_least, one_of
 
 NETWORKS = ("student", "teacher")
 WEIGHTS = ("ema", "raw")
@@ -130,7 +130,7 @@ class EvaluationConfig(RestoreConfig):
         shard: `k/n`: do the k-th of n shares, score nothing. The command without it does what is missing, then scores.
         merge: score what is there; an error where an image is missing.
         devices: processes that share the work, each with a device of its own.
-        chunk: images in one file, a multiple of `sampler.micro_batch`; None: the least one from 64 up.
+        chunk: images in one file, a multiple of `sampler.batch_size`; None: the least one from 64 up.
         keep_images: keep the images beside their features, so that other scores need no new images.
         scores: one or several of `SCORES`; None takes all that the images and the network allow.
         reference: statistics of the real images (.npz with `mu` and `sigma`) instead of the run's training images.
@@ -177,11 +177,11 @@ class EvaluationConfig(RestoreConfig):
         if self.reference is not None and not Path(self.reference).expanduser().is_file():
             raise FileNotFoundError(f"reference={self.reference}: no such file; an .npz with arrays mu and sigma is wanted")
 
-    def images_per_file(self, micro_batch: int) -> int:
-        """`chunk`, or its default. Raises ValueError unless it is a multiple of `micro_batch`."""
-        chunk = -(-64 // micro_batch) * micro_batch if self.chunk is None else self.chunk
-        if chunk < 1 or chunk % micro_batch:
-            raise ValueError(f"chunk={chunk} is not allowed: a multiple of sampler.micro_batch={micro_batch} is wanted")
+    def images_per_file(self, batch_size: int) -> int:
+        """`chunk`, or its default. Raises ValueError unless it is a multiple of `batch_size`."""
+        chunk = -(-64 // batch_size) * batch_size if self.chunk is None else self.chunk
+        if chunk < 1 or chunk % batch_size:
+            raise ValueError(f"chunk={chunk} is not allowed: a multiple of sampler.batch_size={batch_size} is wanted")
         return chunk
 
 

@@ -11,7 +11,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 
 from qdm_lightning.metrics.frechet import PUBLISHED
 from qdm_lightning.metrics.spec import InceptionMetric
-from qdm_lightning.metrics.weights import colour, file_hash
+from qdm_lightning.metrics.weights import color, file_hash
 
 WEIGHTS = URL_INCEPTION_V3.rpartition("/")[2]
 
@@ -56,7 +56,7 @@ class InceptionFeatures(nn.Module):
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled features (N, 2048) and logits without bias (N, 1008), float32, of uint8 `images` (N, 1 | 3, H, W)."""
-        features, logits = self.extractor(colour(images, "metrics=inception"))
+        features, logits = self.extractor(color(images, "metrics=inception"))
         return features, logits
 
     def forward(self, images: Tensor) -> Tensor:

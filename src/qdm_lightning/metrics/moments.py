@@ -84,8 +84,8 @@ class MomentsStream:
         gathered, self._gathered = self._gathered, []
         rows = (torch.cat(gathered) if len(gathered) > 1 else gathered[0]).to(torch.float64, copy=True)
         mean = rows.mean(0)
-        centred = rows.sub_(mean).numpy()
-        scatter = torch.from_numpy(centred.T @ centred)  # numpy's product knows that it is symmetric: half the work
+        centered = rows.sub_(mean).numpy()
+        scatter = torch.from_numpy(centered.T @ centered)  # numpy's product knows that it is symmetric: half the work
         shift, count = mean - self._mean, self.count + len(rows)
         if self.count:
             scatter += self._scatter

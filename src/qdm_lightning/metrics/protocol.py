@@ -114,7 +114,7 @@ def kernel_distance(generated: Tensor, real: Tensor) -> tuple[float, float]:
 
 
 def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), third nearest neighbours.
+    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), third nearest neighbors.
 
     Args:
         generated: features (N, dim), N >= 4.
@@ -126,7 +126,7 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
     Raises:
         ValueError: too few images, different widths, or features that are not finite.
     """
-    neighbours = PROTOCOL["prc_neighborhood"]
-    _check("precision and recall", neighbours + 1, generated=generated, real=real)
-    scores = prc_features_to_metric(generated, real, prc_neighborhood=neighbours, save_cpu_ram=True, verbose=False)
+    neighbors = PROTOCOL["prc_neighborhood"]
+    _check("precision and recall", neighbors + 1, generated=generated, real=real)
+    scores = prc_features_to_metric(generated, real, prc_neighborhood=neighbors, save_cpu_ram=True, verbose=False)
     return scores[KEY_METRIC_PRECISION], scores[KEY_METRIC_RECALL]

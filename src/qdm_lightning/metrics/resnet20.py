@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qdm_lightning.metrics.spec import ResNet20Metric
-from qdm_lightning.metrics.weights import colour, file_hash, read_state
+from qdm_lightning.metrics.weights import color, file_hash, read_state
 
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
-"""Of the RGB channels in [0, 1]: the weights were trained on inputs normalised by these."""
+"""Of the RGB channels in [0, 1]: the weights were trained on inputs normalized by these."""
 
 
 class BasicBlock(nn.Module):
@@ -48,19 +48,19 @@ class ResNet20(nn.Module):
         self.linear = nn.Linear(64, 10)
 
     def features(self, x: Tensor) -> Tensor:
-        """Normalised images (N, 3, 32, 32) to pooled features (N, 64)."""
+        """Normalized images (N, 3, 32, 32) to pooled features (N, 64)."""
         x = F.relu(self.bn1(self.conv1(x)))
         return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images (N, 3, 32, 32) to logits (N, 10)."""
+        """Normalized images (N, 3, 32, 32) to logits (N, 10)."""
         return self.linear(self.features(x))
 
 
 class ResNet20Features(nn.Module):
     """The feature network `resnet20`: uint8 images (N, 1 | 3, H, W) to 64 pooled features and 10 logits, frozen.
 
-    Images of another size are resampled to 32x32, as `resize` says; grey ones get three equal channels.
+    Images of another size are resampled to 32x32, as `resize` says; gray ones get three equal channels.
 
     Attributes:
         weights_sha256: of the weights file.
@@ -102,7 +102,7 @@ class ResNet20Features(nn.Module):
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled features (N, 64) and logits (N, 10), float32, of uint8 `images` (N, 1 | 3, H, W)."""
-        x = colour(images, "metrics=resnet20").float() / 255
+        x = color(images, "metrics=resnet20").float() / 255
         if x.shape[-2:] != (32, 32):
             x = F.interpolate(x, (32, 32), mode="bilinear", align_corners=False, antialias=True)
         features = self.network.features((x - self.mean) / self.deviation)

@@ -1,4 +1,4 @@
-"""Weights of feature networks: files in, hashes out, and the colour of the images that go in."""
+"""Weights of feature networks: files in, hashes out, and the color of the images that go in."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     raise ValueError(f"metrics.weights={path} cannot be read: an .npz or .safetensors file is wanted")
 
 
-def colour(images: Tensor, what: str) -> Tensor:
-    """`images` (N, 3, H, W), or (N, 1, H, W) with the grey channel three times.
+def color(images: Tensor, what: str) -> Tensor:
+    """`images` (N, 3, H, W), or (N, 1, H, W) with the gray channel three times.
 
     Raises:
         ValueError: no uint8 images of 1 or 3 channels; `what` names the network.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qdm_lightning.checks import at_least, between, one_of, positive
+from qdm_lightning.base.checks import at_least, between, one_of, positive
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "SkipDownBlock2D", "AttnSkipDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D", "SkipUpBlock2D", "AttnSkipUpBlock2D")
@@ -94,5 +94,5 @@ class UNetConfig:
 class PretrainedConfig:
     """`model=pretrained`: architecture and weights of a diffusers folder or hub id, `model.path=<folder>`."""
 
-    _target_: str = "qdm_lightning.models.pretrained.load_unet"
+    _target_: str = "qdm_lightning.models.diffusers_io.load_unet"
     path: str

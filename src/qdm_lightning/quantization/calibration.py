@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from qdm_lightning.checks import between
+from qdm_lightning.base.checks import between
 from qdm_lightning.quantization.layers import QuantizedLayer
+from qdm_lightning.quantization.observer import Observer
 from qdm_lightning.quantization.quantizer import ActivationQuantizer
-from qdm_lightning.quantization.timestep import current_timesteps
-
-SAMPLES_PER_ROW = 128
-"""Values drawn at random of each sample of a calibration batch. Its least and greatest are kept apart: as two of so few they
-would weigh a hundred times what they do in the activation, and widen the range of least squared error."""
 
 
 class Calibrator(Protocol):
@@ -28,50 +23,6 @@ class Calibrator(Protocol):
         With `symmetric` the zero point is 0.
         """
         ...
-
-
-@dataclass
-class Record:
-    """A bounded sample of one quantizer's inputs over the calibration batches.
-
-    `values` is (rows, SAMPLES_PER_ROW or fewer), one row for each sample that passed; `ends` (rows, 2) its least and greatest
-    value; `timesteps` (rows,) or empty where no timestep was given; memory is bounded whatever the size of the activations.
-    """
-
-    generator: torch.Generator
-    chunks: list[Tensor] = field(default_factory=list)
-    end_chunks: list[Tensor] = field(default_factory=list)
-    times: list[Tensor] = field(default_factory=list)
-
-    @torch.no_grad()
-    def add(self, x: Tensor) -> None:
-        """Keep some values of x, (B, ...)."""
-        rows = x.detach().flatten(1)
-        self.end_chunks.append(torch.stack(torch.aminmax(rows, dim=1), dim=1).float().cpu())
-        if rows.shape[1] > SAMPLES_PER_ROW:
-            rows = rows[:, torch.randint(rows.shape[1], (SAMPLES_PER_ROW,), generator=self.generator).to(rows.device)]
-        self.chunks.append(rows.float().cpu())
-        times = current_timesteps(x.shape[0])
-        if times is not None:
-            self.times.append(times.cpu())
-
-    @property
-    def values(self) -> Tensor:
-        return torch.cat(self.chunks)
-
-    @property
-    def ends(self) -> Tensor:
-        return torch.cat(self.end_chunks)
-
-    def pool(self, chosen: Tensor | None = None) -> Tensor:
-        """What a calibrator searches over, (1, M): the values of all rows, or of those in the mask `chosen` (rows,), and once
-        the least and the greatest value that passed in them."""
-        values, ends = (table if chosen is None else table[chosen] for table in (self.values, self.ends))
-        return torch.cat([values.flatten(), ends.min()[None], ends.max()[None]])[None]
-
-    @property
-    def timesteps(self) -> Tensor:
-        return torch.cat(self.times) if self.times else torch.empty(0, dtype=torch.int64)
 
 
 def _affine(low: Tensor, high: Tensor, qmin: int, qmax: int, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -166,24 +117,24 @@ def calibrate(model: nn.Module, run: Callable[[], None], calibrator: Calibrator,
         RuntimeError: a quantizer saw no input, so that it could not be started.
     """
     quantizers = {n: m for n, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
-    records = {name: Record(torch.Generator().manual_seed(seed)) for name in quantizers}
+    observers = {name: Observer(torch.Generator().manual_seed(seed)) for name in quantizers}
     layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
     try:
         for name, quantizer in quantizers.items():
-            quantizer.record = records[name]
+            quantizer.observer = observers[name]
         for layer in layers:
             layer.calibrating = True
         with torch.no_grad():
             run()
     finally:
         for quantizer in quantizers.values():
-            quantizer.record = None
+            quantizer.observer = None
         for layer in layers:
             layer.calibrating = False
-    silent = [name for name, record in records.items() if not record.chunks]
+    silent = [name for name, observer in observers.items() if not observer.chunks]
     if silent:
         raise RuntimeError(f"calibration reached no input of {', '.join(silent)}: run the whole model in calibration")
     for name, quantizer in quantizers.items():
-        quantizer.initialise(records[name], calibrator)
+        quantizer.initialize(observers[name], calibrator)
     for layer in layers:
-        layer.initialise_weight(calibrator)
+        layer.initialize_weight(calibrator)

@@ -17,8 +17,8 @@ from qdm_lightning.quantization.attention import QuantizedAttention
 from qdm_lightning.quantization.cost_report import FLOAT, CostReport, LayerCost
 from qdm_lightning.quantization.layers import QuantizedLayer
 from qdm_lightning.quantization.preparation import Quantizers, prepare
-from qdm_lightning.quantization.report import LayerRow, QuantizationReport
 from qdm_lightning.quantization.spec import QuantConfig
+from qdm_lightning.quantization.summary import LayerRow, QuantizationReport
 
 FLOAT_BYTES = 4
 

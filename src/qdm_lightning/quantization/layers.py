@@ -64,10 +64,10 @@ class QuantizedLayer(nn.Module):
         """x_hat, of x's shape."""
         return x if self.input_quantizer is None else cast(Tensor, self.input_quantizer(x))
 
-    def initialise_weight(self, calibrator: Calibrator) -> None:
+    def initialize_weight(self, calibrator: Calibrator) -> None:
         """Start the weight's scales from the weight."""
         if self.weight_quantizer is not None:
-            self.weight_quantizer.initialise(self.weight, calibrator)
+            self.weight_quantizer.initialize(self.weight, calibrator)
 
     def train(self, mode: bool = True) -> QuantizedLayer:
         self._cached = None

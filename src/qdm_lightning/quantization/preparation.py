@@ -9,13 +9,13 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from qdm_lightning.quantization.attention import QuantizedAttention, is_attention, unsupported
-from qdm_lightning.quantization.folding import fold_silu
+from qdm_lightning.quantization.fusion import fuse_silu
 from qdm_lightning.quantization.layers import SWAPS, QuantizedLayer, swap
 from qdm_lightning.quantization.quantizer import ActivationQuantizer, LSQActivation, LSQProbability, LSQWeight, WeightQuantizer
-from qdm_lightning.quantization.report import LayerRow, QuantizationReport
 from qdm_lightning.quantization.spec import QuantConfig
+from qdm_lightning.quantization.summary import LayerRow, QuantizationReport
 
-UNET_EDGES = ("conv_in", "conv_out", "time_embedding.*", "*time_emb_proj")
+UNET_FIRST_LAST = ("conv_in", "conv_out", "time_embedding.*", "*time_emb_proj")
 """Names of the edges in diffusers' U-Nets: first and last convolution and the layers of the time embedding."""
 
 _WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -51,8 +51,8 @@ def prepare(
         model: any module, not prepared before.
         config: bit-widths and rules.
         quantizers: factories; the LSQ+ baseline where None.
-        edges: name patterns of the layers with `config.edge_bits`; None: `UNET_EDGES` for diffusers' U-Nets, else the first
-            and the last layer in order of registration.
+        edges: name patterns of the layers with `config.first_last_bits`; None: `UNET_FIRST_LAST` for diffusers'
+            U-Nets, else the first and the last layer in order of registration.
 
     Returns:
         what got how many bits and what stayed in float.
@@ -74,7 +74,7 @@ def prepare(
             rows.append(_prepare_layer(model, name, module, bits, quantizers))
         elif (own := sum(p.numel() for p in module.parameters(recurse=False))) > 0:
             rows.append(LayerRow(name, type(module).__name__, own, 32, 32))
-    fold_silu(model)
+    fuse_silu(model)
     return QuantizationReport(rows)
 
 
@@ -95,7 +95,9 @@ class _Bits:
         self.config = config
         if edges is None:
             found = {"conv_in", "conv_out"} <= set(names)
-            edges = [p for p in UNET_EDGES if any(fnmatchcase(n, p) for n in names)] if found else [*names[:1], *names[-1:]]
+            edges = (
+                [p for p in UNET_FIRST_LAST if any(fnmatchcase(n, p) for n in names)] if found else [*names[:1], *names[-1:]]
+            )
         self.edges = edges
         for kind, patterns in (("quant.rules", config.rules), ("edges", edges)):
             for pattern in patterns:
@@ -113,7 +115,7 @@ class _Bits:
         if rule is not None:
             return rule, rule
         if any(fnmatchcase(name, pattern) for pattern in self.edges):
-            return self.config.edge_bits, self.config.edge_bits
+            return self.config.first_last_bits, self.config.first_last_bits
         return self.config.weight_bits, self.config.act_bits
 
     def attention(self, name: str) -> tuple[int, int]:

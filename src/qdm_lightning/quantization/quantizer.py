@@ -2,7 +2,7 @@
 
 A quantizer is an `nn.Module` that maps a float tensor to its fake-quantized value of the same shape. An activation quantizer is
 built as `factory(bits=..., padded=...)`, a weight quantizer as `factory(bits=..., weight=...)`; both start from data by
-`initialise`. See "Your own quantizer" in the README for one of twenty lines.
+`initialize`. See "Your own quantizer" in the README for one of twenty lines.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qdm_lightning.quantization import ste
-from qdm_lightning.quantization.kernels import gradient_factor
+from qdm_lightning.quantization import functional
+from qdm_lightning.quantization.compiled import gradient_factor
 
 if TYPE_CHECKING:
-    from qdm_lightning.quantization.calibration import Calibrator, Record
+    from qdm_lightning.quantization.calibration import Calibrator
+    from qdm_lightning.quantization.observer import Observer
 
 
 class ActivationQuantizer(nn.Module):
@@ -28,7 +29,7 @@ class ActivationQuantizer(nn.Module):
         bits: b, 2..8.
         padded: True where zeros are padded to the input, so that zero must lie on the grid (every convolution).
 
-    A subclass writes `quantize(x)` and `initialise(record, calibrator)`. While `record` is set, inputs are recorded and pass
+    A subclass writes `quantize(x)` and `initialize(record, calibrator)`. While `record` is set, inputs are recorded and pass
     unchanged. Where `prepare` has folded the SiLU before the layer into it, `silu` is True and what is quantized is silu(x).
     """
 
@@ -42,13 +43,13 @@ class ActivationQuantizer(nn.Module):
         self.bits = bits
         self.padded = padded
         self.qmin, self.qmax = 0, 2**bits - 1
-        self.record: Record | None = None
+        self.observer: Observer | None = None
         self.silu = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.record is not None:
+        if self.observer is not None:
             x = self.operand(x)
-            self.record.add(self.observe(x))
+            self.observer.add(self.observe(x))
             return x
         return self.quantize_silu(x) if self.silu else self.quantize(x)
 
@@ -68,9 +69,9 @@ class ActivationQuantizer(nn.Module):
         """What calibration sees of x, (B, ...): x itself, or x in the units of the scale."""
         return x
 
-    def initialise(self, record: Record, calibrator: Calibrator) -> None:
+    def initialize(self, observer: Observer, calibrator: Calibrator) -> None:
         """Set scales and zero points from recorded inputs."""
-        raise NotImplementedError(f"{type(self).__name__} must define initialise(record, calibrator)")
+        raise NotImplementedError(f"{type(self).__name__} must define initialize(record, calibrator)")
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, padded={self.padded}" + (", silu=True" if self.silu else "")
@@ -106,7 +107,9 @@ class LSQActivation(ActivationQuantizer):
     def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and integer zero point for x (B, ...), each of 1 or B elements: what integer arithmetic uses."""
         scale, zero_point = self.learned_grid(x)
-        return scale, ste.integer_zero_point(zero_point, self.qmin, self.qmax) if self.holds_zero else ste.round_ste(zero_point)
+        return scale, functional.integer_zero_point(
+            zero_point, self.qmin, self.qmax
+        ) if self.holds_zero else functional.round_ste(zero_point)
 
     def quantize(self, x: Tensor) -> Tensor:
         return self._fake_quantize(x, silu=False)
@@ -119,10 +122,12 @@ class LSQActivation(ActivationQuantizer):
         log = type(self).scale is LSQActivation.scale and type(self).learned_grid is LSQActivation.learned_grid
         scale, zero_point = (self.log_scale, self.zero_point) if log else self.learned_grid(x)
         factor = gradient_factor(x.shape, self.qmax)
-        return ste.fake_quantize(x, scale, zero_point, self.qmin, self.qmax, factor, hold=self.holds_zero, silu=silu, log=log)
+        return functional.fake_quantize(
+            x, scale, zero_point, self.qmin, self.qmax, factor, hold=self.holds_zero, silu=silu, log=log
+        )
 
-    def initialise(self, record: Record, calibrator: Calibrator) -> None:
-        scale, zero_point = calibrator.search(record.pool(), self.qmin, self.qmax, symmetric=False)
+    def initialize(self, observer: Observer, calibrator: Calibrator) -> None:
+        scale, zero_point = calibrator.search(observer.pool(), self.qmin, self.qmax, symmetric=False)
         self.set_grid(scale, zero_point)
 
     @torch.no_grad()
@@ -150,11 +155,11 @@ class LSQProbability(ActivationQuantizer):
     def quantize(self, x: Tensor) -> Tensor:
         log = type(self).scale is LSQProbability.scale
         scale, factor = self.log_scale if log else self.scale, gradient_factor(x.shape, self.qmax)
-        return ste.fake_quantize(x, scale, self.zero_point, self.qmin, self.qmax, factor, log=log)
+        return functional.fake_quantize(x, scale, self.zero_point, self.qmin, self.qmax, factor, log=log)
 
     @torch.no_grad()
-    def initialise(self, record: Record, calibrator: Calibrator) -> None:
-        scale, _ = calibrator.search(record.pool(), self.qmin, self.qmax, symmetric=True)
+    def initialize(self, observer: Observer, calibrator: Calibrator) -> None:
+        scale, _ = calibrator.search(observer.pool(), self.qmin, self.qmax, symmetric=True)
         self.log_scale.copy_(scale.log())
 
 
@@ -165,7 +170,7 @@ class WeightQuantizer(nn.Module):
         bits: b, 2..8.
         weight: the layer's weight, (O, ...), whose first axis is the output channel.
 
-    A subclass writes `forward(weight)` and `initialise(weight, calibrator)`.
+    A subclass writes `forward(weight)` and `initialize(weight, calibrator)`.
     """
 
     def __init__(self, *, bits: int, weight: Tensor) -> None:
@@ -173,9 +178,9 @@ class WeightQuantizer(nn.Module):
         self.bits = bits
         self.qmin, self.qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
-    def initialise(self, weight: Tensor, calibrator: Calibrator) -> None:
+    def initialize(self, weight: Tensor, calibrator: Calibrator) -> None:
         """Set the scales from the weight."""
-        raise NotImplementedError(f"{type(self).__name__} must define initialise(weight, calibrator)")
+        raise NotImplementedError(f"{type(self).__name__} must define initialize(weight, calibrator)")
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
@@ -200,9 +205,9 @@ class LSQWeight(WeightQuantizer):
     def forward(self, weight: Tensor) -> Tensor:
         log = type(self).scale is LSQWeight.scale
         scale = self.log_scale if log else self.scale
-        return ste.fake_quantize(weight, scale, self.zero_point, self.qmin, self.qmax, self.factor, log=log)
+        return functional.fake_quantize(weight, scale, self.zero_point, self.qmin, self.qmax, self.factor, log=log)
 
     @torch.no_grad()
-    def initialise(self, weight: Tensor, calibrator: Calibrator) -> None:
+    def initialize(self, weight: Tensor, calibrator: Calibrator) -> None:
         scale, _ = calibrator.search(weight.detach().flatten(1), self.qmin, self.qmax, symmetric=True)
         self.log_scale.copy_(scale.log())

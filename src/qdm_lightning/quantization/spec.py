@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qdm_lightning.checks import at_least, between, one_of, positive
+from qdm_lightning.base.checks import at_least, between, one_of, positive
 
 BITS = (2, 3, 4, 5, 6, 7, 8, 32)
 """Allowed bit-widths; 32 leaves a tensor in floating point."""
@@ -23,7 +23,7 @@ class QuantConfig:
         act_bits: bits of every layer input that is not at an edge.
         qkv_bits: bits of the attention operands q, k, v; None follows `act_bits`.
         probs_bits: bits of the attention probabilities (unsigned, zero point 0).
-        edge_bits: bits (weights and inputs) of the first and last convolution and of the time embedding's layers.
+        first_last_bits: bits (weights and inputs) of the first and last convolution and of the time embedding's layers.
         rules: module-name patterns (`fnmatch`) to bits, applied in order over everything above; a pattern that matches
             nothing is an error. `{"down_blocks.0.*": 8}`.
         mode: `qat` trains the student; `ptq` only calibrates it.
@@ -40,7 +40,7 @@ class QuantConfig:
     act_bits: int = 4
     qkv_bits: int | None = None
     probs_bits: int = 8
-    edge_bits: int = 8
+    first_last_bits: int = 8
     rules: dict[str, int] = field(default_factory=dict)
     mode: str = "qat"
     weight_quantizer: Any = field(default_factory=lambda: {"_target_": "qdm_lightning.quantization.quantizer.LSQWeight"})
@@ -50,7 +50,7 @@ class QuantConfig:
     calibration_timesteps: str = "uniform"
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "act_bits", "probs_bits", "edge_bits"):
+        for name in ("weight_bits", "act_bits", "probs_bits", "first_last_bits"):
             one_of(f"quant.{name}", getattr(self, name), BITS)
         if self.qkv_bits is not None:
             one_of("quant.qkv_bits", self.qkv_bits, BITS)
@@ -68,7 +68,14 @@ class QuantConfig:
     @property
     def is_float(self) -> bool:
         """True where nothing is quantized: the run is a full-precision teacher."""
-        widths = (self.weight_bits, self.act_bits, self.attention_bits, self.probs_bits, self.edge_bits, *self.rules.values())
+        widths = (
+            self.weight_bits,
+            self.act_bits,
+            self.attention_bits,
+            self.probs_bits,
+            self.first_last_bits,
+            *self.rules.values(),
+        )
         return all(bits == 32 for bits in widths)
 
 

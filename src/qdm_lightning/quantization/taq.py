@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from qdm_lightning.quantization import kernels
+from qdm_lightning.quantization import compiled
 from qdm_lightning.quantization.quantizer import LSQActivation
 from qdm_lightning.quantization.timestep import current_timesteps
 
 if TYPE_CHECKING:
-    from qdm_lightning.quantization.calibration import Calibrator, Record
+    from qdm_lightning.quantization.calibration import Calibrator
+    from qdm_lightning.quantization.observer import Observer
 
 
 class NormalizedActivation(LSQActivation):
@@ -25,7 +26,7 @@ class NormalizedActivation(LSQActivation):
 
     s_n = s sigma_n; z_n = round(z - mu_n / s_n), held to the grid where zeros are padded;
     x_hat = s_n (clip(round(x / s_n) + z_n, 0, 2^b - 1) - z_n). mu_n and sigma_n are taken over all axes but the first, in
-    float32 and without gradient. s and z are learned in units of the normalised activation (x - mu_n) / sigma_n.
+    float32 and without gradient. s and z are learned in units of the normalized activation (x - mu_n) / sigma_n.
     """
 
     def __init__(self, *, bits: int, padded: bool = False, psi: float = 1e-5) -> None:
@@ -35,7 +36,7 @@ class NormalizedActivation(LSQActivation):
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mu_n and sigma_n of x (B, ...), each (B,), float32, no gradient."""
         with torch.no_grad():
-            return kernels.row_moments(x, self.psi)
+            return compiled.row_moments(x, self.psi)
 
     @property
     def holds_zero(self) -> bool:
@@ -44,7 +45,7 @@ class NormalizedActivation(LSQActivation):
     def learned_grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, deviation = self.moments(x)
         # s acts through z_n too: LSQ's factor belongs on that path of its gradient as well.
-        factor = kernels.gradient_factor(x.shape, self.qmax)
+        factor = compiled.gradient_factor(x.shape, self.qmax)
         return _SampleGrid.apply(self.scale, self.zero_point, mean, deviation, factor)
 
     def observe(self, x: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ class EMANormalizedActivation(NormalizedActivation, _Grouped):
     @torch.no_grad()
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         group = self.group(x.shape[0])
-        if self.training or self.record is not None:
+        if self.training or self.observer is not None:
             self._update(group, *super().moments(x))
         self.check_seen(group)
         return self.mean[group], self.deviation[group]
@@ -195,14 +196,14 @@ class GroupedActivation(LSQActivation, _Grouped):
         return x
 
     @torch.no_grad()
-    def initialise(self, record: Record, calibrator: Calibrator) -> None:
+    def initialize(self, observer: Observer, calibrator: Calibrator) -> None:
         """Each group from its own samples; groups without any start from all of them, and stay unseen."""
-        group = timestep_group(record.timesteps, self.groups, self.num_train_timesteps)
+        group = timestep_group(observer.timesteps, self.groups, self.num_train_timesteps)
         found = group.unique()
-        pools = [record.pool(group == g)[0] for g in found]
+        pools = [observer.pool(group == g)[0] for g in found]
         width = max(pool.numel() for pool in pools)
         equal = torch.stack([pool.repeat(-(-width // pool.numel()))[:width] for pool in pools])
-        rest, own = (calibrator.search(values, self.qmin, self.qmax, symmetric=False) for values in (record.pool(), equal))
+        rest, own = (calibrator.search(values, self.qmin, self.qmax, symmetric=False) for values in (observer.pool(), equal))
         scale, zero_point = (result.repeat(self.groups) for result in rest)
         scale[found], zero_point[found] = own
         self.seen[found] = True

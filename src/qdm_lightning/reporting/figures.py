@@ -16,7 +16,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from qdm_lightning.reporting.plots import COLOURS
+from qdm_lightning.display.plots import COLORS
 
 INK = "#010203"
 """Stands for `currentColor` while matplotlib draws."""
@@ -32,7 +32,7 @@ class Line:
         name: as in the legend; the same name has the same look in every figure.
         x, y: of the points; a point that is not finite is left out.
         error: half widths of intervals, NaN for none: such a point gets a ring. None draws no markers.
-        ink: drawn dashed in the colour of the text instead: a bound, not a series.
+        ink: drawn dashed in the color of the text instead: a bound, not a series.
     """
 
     name: str
@@ -107,30 +107,30 @@ def _style(salt: str) -> Iterator[None]:
 
 
 def _look(name: str, names: Sequence[str]) -> tuple[str, str, str]:
-    """Colour, marker and dash; the second six series differ from the first in their dash."""
+    """Color, marker and dash; the second six series differ from the first in their dash."""
     index = list(names).index(name)
     return (
-        COLOURS[index % len(COLOURS)],
+        COLORS[index % len(COLORS)],
         MARKERS[index % len(MARKERS)],
-        DASHES[index // len(COLOURS) % len(DASHES)],
+        DASHES[index // len(COLORS) % len(DASHES)],
     )
 
 
 def _panel(ax: Any, panel: Panel, names: Sequence[str], handles: dict[str, Any]) -> None:
     for line in panel.lines:
-        colour, marker, dash = (INK, "", "--") if line.ink else _look(line.name, names)
+        color, marker, dash = (INK, "", "--") if line.ink else _look(line.name, names)
         points = [k for k, (x, y) in enumerate(zip(line.x, line.y, strict=True)) if math.isfinite(x) and math.isfinite(y)]
         x, y = [line.x[k] for k in points], [line.y[k] for k in points]
-        style = {"color": colour, "linestyle": dash if panel.joined else "none"}
+        style = {"color": color, "linestyle": dash if panel.joined else "none"}
         if line.error is None:
             (handle,) = ax.plot(x, y, linewidth=1.0, alpha=0.8, **style)
         else:
             (handle,) = ax.plot(x, y, linewidth=1.3, marker=marker, markersize=5.5, **style)
             for k, px, py in zip(points, x, y, strict=True):
                 if math.isfinite(line.error[k]):
-                    ax.errorbar(px, py, yerr=line.error[k], color=colour, capsize=3, linewidth=1.3)
+                    ax.errorbar(px, py, yerr=line.error[k], color=color, capsize=3, linewidth=1.3)
                 else:
-                    ax.plot(px, py, marker=marker, markersize=9, color=colour, fillstyle="none", linestyle="none")
+                    ax.plot(px, py, marker=marker, markersize=9, color=color, fillstyle="none", linestyle="none")
         handles.setdefault(line.name, handle)
     for dashes, (name, value) in zip(("--", ":", "-."), (panel.bounds or {}).items(), strict=False):
         handles.setdefault(name, ax.axhline(value, color=INK, linestyle=dashes, linewidth=1))
@@ -167,15 +167,15 @@ def _axes(ax: Any, panel: Panel) -> None:
 
 
 def _inline(svg: str, description: str) -> str:
-    """Matplotlib's file as an element: no prologue, no metadata, ids only where they are pointed at, colours of the page."""
+    """Matplotlib's file as an element: no prologue, no metadata, ids only where they are pointed at, colors of the page."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.S)
     body = re.sub(r"<!--.*?-->", "", body, flags=re.S)
     used = set(re.findall(r"(?:url\(#|href=\"#)([\w-]+)", body))
     body = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", body)
     body = body.replace(INK, "currentColor")
-    for index, colour in enumerate(COLOURS):
-        body = body.replace(colour, f"var(--series-{index})")
+    for index, color in enumerate(COLORS):
+        body = body.replace(color, f"var(--series-{index})")
     width = re.search(r'viewBox="0 0 ([\d.]+)', body)
     assert width is not None
     points = float(width[1])

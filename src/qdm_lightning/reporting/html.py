@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
+from qdm_lightning.display.image_grids import png, read_rows
 from qdm_lightning.reporting import tables
 from qdm_lightning.reporting.collect import Found
 from qdm_lightning.reporting.figures import draw
@@ -25,7 +26,6 @@ from qdm_lightning.reporting.panels import (
     steps_sketches,
     trajectory_sketches,
 )
-from qdm_lightning.reporting.pictures import png, read_rows
 from qdm_lightning.reporting.summary import Cell, Group
 
 WIDEST = 1600

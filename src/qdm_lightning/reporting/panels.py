@@ -184,7 +184,7 @@ def loss_sketch(groups: Sequence[Group]) -> tuple[Sketch | None, list[str]]:
     if len(bits) == 1:
         panels = [[row[0] for row in panels]]  # beside one another
     caption = (
-        "A line a run, seeds alike in colour. The trained loss is L_simple or L_NeM, whichever the method trains: "
+        "A line a run, seeds alike in color. The trained loss is L_simple or L_NeM, whichever the method trains: "
         "compare methods on the held-out losses. A teacher's curve is there where this run trained it."
     )
     return (Sketch("Loss curves", caption, panels) if any(panels) else None), notes
@@ -200,8 +200,8 @@ def nem_sketch(cells: Sequence[Cell]) -> Sketch | None:
             if cell.bits == bits and errors and len({len(error) for error in errors}) == 1:
                 settings = next(iter(cell.results.values())).run.settings
                 width = settings.get("diffusion.num_train_timesteps", 1000) / len(errors[0])
-                centres = [width * (k + 0.5) for k in range(len(errors[0]))]
-                lines.append(Line(_name(cell), centres, [float(value) for value in np.mean(errors, axis=0)]))
+                centers = [width * (k + 0.5) for k in range(len(errors[0]))]
+                lines.append(Line(_name(cell), centers, [float(value) for value in np.mean(errors, axis=0)]))
         if lines:
             panels.append(
                 Panel(

@@ -170,7 +170,7 @@ def gap_closed(cell: Cell, baseline: Cell, distance: str) -> float | None:
     return 100 * closed / gap if gap > 0 else None
 
 
-def summarise(
+def summarize(
     results: Sequence[Result], variants: Mapping[str, str], baseline: str | None = None
 ) -> tuple[list[Group], list[str]]:
     """Results as groups of one protocol, their cells, and the baseline of each.

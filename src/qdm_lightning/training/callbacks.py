@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from qdm_lightning.loggers.media import log_values
 from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from qdm_lightning.training.histograms import layer_label
-from qdm_lightning.training.loggers.media import log_values
 
 
 class StageProgress(Callback):

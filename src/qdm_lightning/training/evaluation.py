@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdm_lightning.diffusion.losses import squared_errors
+from qdm_lightning.diffusion.images import to_uint8
+from qdm_lightning.diffusion.losses import per_sample_mse
 from qdm_lightning.diffusion.process import add_noise, noise_scheduler
-from qdm_lightning.diffusion.sampling import image_seeds, sample, timesteps, to_uint8
+from qdm_lightning.diffusion.sampling import image_seeds, sample, timesteps
 from qdm_lightning.metrics.frechet import features, frechet_distance, frechet_key, halves_distance
 from qdm_lightning.training.experiment import Experiment
-from qdm_lightning.training.held_out import HeldOut
+from qdm_lightning.training.validation_set import ValidationSet
 
 
 class Measurer:
@@ -42,7 +43,7 @@ class Measurer:
     def draw(self, network: Callable[[Tensor, Tensor], Tensor], progress: Any, name: str) -> Tensor:
         """Images of the experiment's seeds, (num_samples, C, H, W) float32 in [-1, 1] on the CPU."""
         e, seeds = self.experiment, self.seeds
-        rounds = -(-len(seeds) // e.sampler.micro_batch) * len(timesteps(e.sampler, e.diffusion))
+        rounds = -(-len(seeds) // e.sampler.batch_size) * len(timesteps(e.sampler, e.diffusion))
         device = next(network.parameters()).device  # type: ignore[attr-defined]
         with progress.stage(name, rounds, "steps") as stage:
             return sample(
@@ -58,14 +59,14 @@ class Measurer:
 def nem_error(
     student: Callable[[Tensor, Tensor], Tensor],
     teacher: Callable[[Tensor, Tensor], Tensor],
-    held_out: HeldOut,
+    validation_set: ValidationSet,
     experiment: Experiment,
     device: torch.device,
 ) -> list[float]:
     """L_NeM on the held-out set by bucket of t, from t = 0 up."""
     scheduler = noise_scheduler(experiment.diffusion)
     errors = []
-    for x0, t, eps in held_out.batches(experiment.sampler.micro_batch):
+    for x0, t, eps in validation_set.batches(experiment.sampler.batch_size):
         x = add_noise(scheduler, x0, eps, t).to(device, memory_format=torch.channels_last)
-        errors.append(squared_errors(teacher(x, t.to(device)), student(x, t.to(device))).cpu())
-    return held_out.by_bucket(torch.cat(errors))
+        errors.append(per_sample_mse(teacher(x, t.to(device)), student(x, t.to(device))).cpu())
+    return validation_set.by_bucket(torch.cat(errors))

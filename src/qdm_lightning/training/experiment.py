@@ -26,7 +26,7 @@ class Experiment:
         run_dir: where the run leaves its files.
         num_samples: images behind each distance.
         data: the data module, not yet set up.
-        build_model: a fresh U-Net, randomly initialised.
+        build_model: a fresh U-Net, randomly initialized.
         quantizers: factories `weight`, `activation`, `attention` (q, k, v) and `calibrator`.
         taq_scope: `attention` or `all`: with `all` the attention's factory also serves the layers' inputs.
         feature_network: of the distance.

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from qdm_lightning.diffusion.process import add_noise, noise_scheduler
 from qdm_lightning.diffusion.spec import DiffusionConfig
+from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.quantization.quantizer import ActivationQuantizer
-from qdm_lightning.training.denoiser import Denoiser
-from qdm_lightning.training.held_out import BUCKETS, HeldOut
+from qdm_lightning.training.validation_set import BUCKETS, ValidationSet
 
 SAMPLES = 12
 """Held-out samples of a bucket, at least."""
@@ -34,7 +34,7 @@ def bucket_middle(bucket: int, num_train_timesteps: int) -> int:
 
 @torch.no_grad()
 def activations_by_bucket(
-    network: Denoiser, patterns: Sequence[str], held_out: HeldOut, diffusion: DiffusionConfig, batch_size: int
+    network: Denoiser, patterns: Sequence[str], validation_set: ValidationSet, diffusion: DiffusionConfig, batch_size: int
 ) -> dict[str, list[Tensor]]:
     """Inputs of the activation quantizers whose label matches a pattern, a tensor (N,) on the CPU for each bucket of t.
 
@@ -59,14 +59,14 @@ def activations_by_bucket(
 
     device = next(network.parameters()).device
     scheduler = noise_scheduler(diffusion)
-    order = held_out.t.argsort()
+    order = validation_set.t.argsort()
     count = min(-(-SAMPLES * BUCKETS // batch_size) * batch_size, len(order))
     picked = order[torch.arange(count) * len(order) // count]
     hooks = [module.register_forward_pre_hook(partial(see, name)) for name, module in chosen.items()]
     try:
         for part in picked.split(batch_size):
-            x0, t, eps = held_out.x0[part], held_out.t[part], held_out.eps[part]
-            bucket = t * BUCKETS // held_out.num_train_timesteps
+            x0, t, eps = validation_set.x0[part], validation_set.t[part], validation_set.eps[part]
+            bucket = t * BUCKETS // validation_set.num_train_timesteps
             x = add_noise(scheduler, x0, eps, t).to(device, memory_format=torch.channels_last)
             network(x, t.to(device))
     finally:

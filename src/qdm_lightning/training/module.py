@@ -11,11 +11,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from qdm_lightning.diffusion.losses import squared_errors, student_errors
+from qdm_lightning.diffusion.images import to_float
+from qdm_lightning.diffusion.losses import per_sample_mse, student_errors
 from qdm_lightning.diffusion.process import add_noise, noise_scheduler
 from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig
-from qdm_lightning.training.denoiser import Denoiser
-from qdm_lightning.training.held_out import to_float
+from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.training.on_policy import TrajectoryBuffer
 from qdm_lightning.training.optimizer import build_optimizer, ema_with_warmup, learning_rate_factor, split_parameters
 from qdm_lightning.training.spec import OptimizerConfig
@@ -117,9 +117,9 @@ class DiffusionModule(LightningModule):
         with torch.no_grad():
             eps_q = self.ema_student(x, t)
             eps_fp = None if self.teacher is None else self.teacher(x, t)
-        values = {"val/loss": student_errors(self.nem, eps, eps_fp, eps_q), "val/simple": squared_errors(eps, eps_q)}
+        values = {"val/loss": student_errors(self.nem, eps, eps_fp, eps_q), "val/simple": per_sample_mse(eps, eps_q)}
         if eps_fp is not None:
-            values["val/nem"] = squared_errors(eps_fp, eps_q)
+            values["val/nem"] = per_sample_mse(eps_fp, eps_q)
         means = {f"{self.prefix}{name}": value.mean() for name, value in values.items()}
         self.log_dict(means, batch_size=len(x0), sync_dist=True)
 

@@ -51,7 +51,7 @@ class TrajectoryBuffer:
 
         steps = min(STEPS, self.diffusion.num_train_timesteps)
         images = max(1, self.nem.on_policy_buffer // steps)
-        sampler = SamplerConfig(kind="ddim", steps=steps, micro_batch=min(images, 64))
+        sampler = SamplerConfig(kind="ddim", steps=steps, batch_size=min(images, 64))
         seeds = image_seeds(self.seed, images, start=FIRST_SEED + step * images)
         sample(network, sampler, self.diffusion, shape=shape, seeds=seeds, device=device, on_state=keep)  # type: ignore[arg-type]
         self.x, self.t = torch.cat(states)[: self.nem.on_policy_buffer], torch.cat(times)[: self.nem.on_policy_buffer]

@@ -6,15 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qdm_lightning.quantization.cost_report import CostReport
-from qdm_lightning.quantization.report import QuantizationReport
-from qdm_lightning.training.denoiser import Denoiser
-from qdm_lightning.training.experiment import Experiment
-from qdm_lightning.training.held_out import BUCKETS, HeldOut
-from qdm_lightning.training.histograms import activations_by_bucket, bucket_middle
-from qdm_lightning.training.labels import labels
-from qdm_lightning.training.loggers import CSVMetrics
-from qdm_lightning.training.loggers.media import (
+from qdm_lightning.loggers import CSVMetrics
+from qdm_lightning.loggers.media import (
     TIMESTEP,
     cosmetic,
     log_files,
@@ -23,7 +16,14 @@ from qdm_lightning.training.loggers.media import (
     log_table,
     log_values,
 )
+from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.quantization.cost_report import CostReport
+from qdm_lightning.quantization.summary import QuantizationReport
+from qdm_lightning.runs.naming import labels
+from qdm_lightning.training.experiment import Experiment
+from qdm_lightning.training.histograms import activations_by_bucket, bucket_middle
 from qdm_lightning.training.restore import run_loggers
+from qdm_lightning.training.validation_set import BUCKETS, ValidationSet
 
 
 def log_layers(loggers: Sequence[Any], report: QuantizationReport, cost: CostReport) -> None:
@@ -58,7 +58,7 @@ def log_results(
     metrics: Mapping[str, Any],
     picture: Path,
     student: Denoiser | None,
-    held_out: HeldOut,
+    validation_set: ValidationSet,
 ) -> None:
     """What a finished run comes to: scalars to every logger, the rest to W&B and TensorBoard.
 
@@ -78,7 +78,7 @@ def log_results(
     cell = labels(experiment.resolved)
     log_summary(loggers, {**cell, "seed": experiment.seed}, values, {name: metrics[name] for name in ("kernels", "git")})
     if student is not None:
-        _log_by_timestep(loggers, experiment, metrics["student"]["nem_error"], student, held_out)
+        _log_by_timestep(loggers, experiment, metrics["student"]["nem_error"], student, validation_set)
     with cosmetic("the networks' files", "artifacts"):
         folder = experiment.run_dir / ("teacher" if student is None else "student")
         best = experiment.run_dir / "checkpoints" / "best.ckpt"
@@ -86,7 +86,7 @@ def log_results(
 
 
 def _log_by_timestep(
-    loggers: Sequence[Any], experiment: Experiment, errors: Sequence[float], student: Denoiser, held_out: HeldOut
+    loggers: Sequence[Any], experiment: Experiment, errors: Sequence[float], student: Denoiser, validation_set: ValidationSet
 ) -> None:
     """L_NeM and histograms of activations, a point for each bucket of t; the errors as a table too."""
     total = experiment.diffusion.num_train_timesteps
@@ -95,7 +95,7 @@ def _log_by_timestep(
         rows = [[edges[b], edges[b + 1] - 1, error] for b, error in enumerate(errors)]
         log_table(loggers, "nem_error/table", ["first_t", "last_t", "nem_error"], rows)
         patterns = experiment.trainer.histograms
-        seen = activations_by_bucket(student, patterns, held_out, experiment.diffusion, experiment.sampler.micro_batch)
+        seen = activations_by_bucket(student, patterns, validation_set, experiment.diffusion, experiment.sampler.batch_size)
         for b, error in enumerate(errors):
             histograms = {f"activations/{name}": buckets[b] for name, buckets in seen.items() if buckets[b].numel()}
             log_values(loggers, {"nem_error/by_timestep": error, **histograms}, bucket_middle(b, total), TIMESTEP)

@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qdm_lightning.loggers import finish, named_loggers
 from qdm_lightning.metrics.weights import file_hash, state_hash
-from qdm_lightning.models.pretrained import load_unet
-from qdm_lightning.quantization import kernels
-from qdm_lightning.training.denoiser import Denoiser
+from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.models.diffusers_io import load_unet
+from qdm_lightning.quantization import compiled
+from qdm_lightning.training.checkpoint_io import load_checkpoint
 from qdm_lightning.training.experiment import Experiment
-from qdm_lightning.training.files import load_checkpoint
-from qdm_lightning.training.loggers import finish, named_loggers
 from qdm_lightning.training.spec import TrainerConfig
 from qdm_lightning.training.student import prepare_student
 from qdm_lightning.training.student_files import FOLDER, WEIGHTS
@@ -40,7 +40,7 @@ def set_up(trainer: TrainerConfig) -> None:
     """Threads and compilation as a run's settings say; before any network runs."""
     if trainer.threads:
         torch.set_num_threads(trainer.threads)
-    kernels.set_mode(trainer.compile)
+    compiled.set_mode(trainer.compile)
 
 
 def restore(experiment: Experiment, which: str, weights: str, checkpoint: str, device: torch.device) -> Restored:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qdm_lightning.checks import at_least, between, folder, one_of, positive
+from qdm_lightning.base.checks import at_least, between, folder, one_of, positive
 
 SCHEDULES = ("cosine", "constant")
 """Courses of the learning rate after its warm-up."""

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdm_lightning.diffusion.images import to_float
 from qdm_lightning.diffusion.process import add_noise, noise_scheduler
+from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.quantization.calibration import calibrate
 from qdm_lightning.quantization.preparation import prepare
-from qdm_lightning.quantization.report import QuantizationReport
-from qdm_lightning.training.denoiser import Denoiser
+from qdm_lightning.quantization.summary import QuantizationReport
 from qdm_lightning.training.experiment import Experiment
-from qdm_lightning.training.held_out import to_float
 
 CALIBRATION_BATCH = 64
 

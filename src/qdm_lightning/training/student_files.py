@@ -25,18 +25,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qdm_lightning.base.files import atomic_folder
+from qdm_lightning.base.trust import is_ours, targets
 from qdm_lightning.quantization.preparation import Quantizers, prepare
 from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from qdm_lightning.quantization.spec import QuantConfig
-from qdm_lightning.targets import is_ours, targets
 from qdm_lightning.training.experiment import Experiment
-from qdm_lightning.training.files import atomic_folder
 
 FORMAT = 1
 """Raised when a folder of an older version could no longer be read as it was meant."""
 
 FOLDER, CONFIG, WEIGHTS = "student", "config.json", "model.safetensors"
-BITS = ("weight_bits", "act_bits", "qkv_bits", "probs_bits", "edge_bits", "rules")
+BITS = ("weight_bits", "act_bits", "qkv_bits", "probs_bits", "first_last_bits", "rules")
 ROLES: dict[str, type[nn.Module]] = {
     "weight": WeightQuantizer,
     "activation": ActivationQuantizer,
@@ -88,7 +88,7 @@ def load_student(folder: str | Path, *, trusted: Collection[str] = ()) -> nn.Mod
     """The quantized student of a run: a `UNet2DModel` in eval mode, on the CPU, channels-last, as it was measured.
 
     Under `with quantization.timesteps(t):` its output `student(x, t).sample`, (B, C, H, W), is that of the run's student,
-    bit for bit: same machine, versions and threads, fake quantization compiled or eager as it was there (`kernels.set_mode`
+    bit for bit: same machine, versions and threads, fake quantization compiled or eager as it was there (`compiled.set_mode`
     takes `trainer.compile`; both say `auto` by themselves).
 
     Args:

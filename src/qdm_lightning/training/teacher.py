@@ -16,16 +16,17 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
+from qdm_lightning.base.files import atomic_path, write_json
 from qdm_lightning.diffusion.spec import NeMConfig
-from qdm_lightning.models.pretrained import load_diffusion, load_unet, save_pipeline
-from qdm_lightning.reporting.terminal import rank
+from qdm_lightning.display.progress import rank
+from qdm_lightning.models.diffusers_io import load_diffusion, load_unet, save_pipeline
 from qdm_lightning.training.callbacks import StageProgress
+from qdm_lightning.training.checkpoint_io import load_checkpoint
 from qdm_lightning.training.experiment import Experiment
-from qdm_lightning.training.files import atomic_path, load_checkpoint, write_json
-from qdm_lightning.training.fitting import fit
-from qdm_lightning.training.held_out import HeldOut
 from qdm_lightning.training.module import DiffusionModule
 from qdm_lightning.training.spec import OptimizerConfig
+from qdm_lightning.training.trainer import fit
+from qdm_lightning.training.validation_set import ValidationSet
 
 FORMAT = 1
 """Raised when the way of training changes, so that older cached teachers are not taken for new ones."""
@@ -50,7 +51,7 @@ def teacher_key(experiment: Experiment) -> tuple[str, dict[str, Any]]:
 
 
 def obtain_teacher(
-    experiment: Experiment, held_out: HeldOut, progress: Any, loggers: list[Any]
+    experiment: Experiment, validation: ValidationSet, progress: Any, loggers: list[Any]
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The teacher's U-Net, in eval mode, and a record of where it comes from. A copy is left in `<run>/teacher`.
 
@@ -64,7 +65,7 @@ def obtain_teacher(
         return load_unet(kept), json.loads(origin.read_text("utf-8")) if origin.is_file() else {"source": str(kept)}
     record: dict[str, Any]
     if config.source == "auto":
-        unet, record = _cached(experiment, held_out, progress, loggers)
+        unet, record = _cached(experiment, validation, progress, loggers)
     else:
         assert config.path is not None
         unet = (
@@ -79,19 +80,21 @@ def obtain_teacher(
     return unet.eval(), record
 
 
-def _cached(experiment: Experiment, held_out: HeldOut, progress: Any, loggers: list[Any]) -> tuple[nn.Module, dict[str, Any]]:
+def _cached(
+    experiment: Experiment, validation: ValidationSet, progress: Any, loggers: list[Any]
+) -> tuple[nn.Module, dict[str, Any]]:
     key, settings = teacher_key(experiment)
     root = Path(experiment.paths.cache).expanduser() / "teachers"
     root.mkdir(parents=True, exist_ok=True)
     folder, work, leader = root / key, root / f"{key}.work", root / f"{key}.leader"
     if rank():
-        _follow(experiment, folder, leader, lambda: _train(experiment, held_out, work / "checkpoints", progress, loggers))
+        _follow(experiment, folder, leader, lambda: _train(experiment, validation, work / "checkpoints", progress, loggers))
     with _locked(root / f"{key}.lock", progress):
         trained = not (folder / "teacher.json").is_file()
         if trained:
             with atomic_path(leader) as beside:
                 beside.write_text(str(experiment.run_dir), "utf-8")
-            fitted = _train(experiment, held_out, work / "checkpoints", progress, loggers)
+            fitted = _train(experiment, validation, work / "checkpoints", progress, loggers)
             staged = work / "publish"
             shutil.rmtree(staged, ignore_errors=True)
             save_pipeline(fitted.pop("unet"), asdict(experiment.diffusion), staged)
@@ -131,7 +134,9 @@ def _locked(file: Path, progress: Any) -> Iterator[None]:
         lock.release()
 
 
-def _train(experiment: Experiment, held_out: HeldOut, folder: Path, progress: Any, loggers: list[Any]) -> dict[str, Any]:
+def _train(
+    experiment: Experiment, validation: ValidationSet, folder: Path, progress: Any, loggers: list[Any]
+) -> dict[str, Any]:
     config = experiment.teacher
     torch.manual_seed(config.seed)
     module = DiffusionModule(
@@ -155,7 +160,7 @@ def _train(experiment: Experiment, held_out: HeldOut, folder: Path, progress: An
         fitted = fit(
             module,
             experiment.data,
-            held_out,
+            validation,
             experiment.trainer,
             folder=folder,
             max_steps=config.max_steps,

@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qdm_lightning.training.denoiser import Denoiser
+from qdm_lightning.base.files import atomic_path
+from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.runs.provenance import environment
 from qdm_lightning.training.evaluation import Measurer
-from qdm_lightning.training.files import atomic_path
-from qdm_lightning.training.record import environment
 
 
 def teacher_images(measurer: Measurer, teacher: Denoiser, progress: Any) -> Tensor:

@@ -30,5 +30,5 @@ def test_data_module():
 def test_bad_options_are_named():
     with pytest.raises(ValueError, match=r"data\.batch_size=0"):
         DigitsData(batch_size=0)
-    with pytest.raises(TypeError, match="colour"):
-        DigitsData(colour=True)
+    with pytest.raises(TypeError, match="color"):
+        DigitsData(color=True)

@@ -63,13 +63,13 @@ def test_area_filter_averages_the_central_square(tmp_path, rng):
     assert as_set(images[:, 0]) == as_set(expected)
 
 
-def test_colour_becomes_grey_and_grey_becomes_colour(tmp_path):
+def test_color_becomes_grey_and_grey_becomes_color(tmp_path):
     Image.new("RGB", (2, 2), (255, 0, 0)).save(tmp_path / "red.png")
-    Image.new("L", (2, 2), 9).save(tmp_path / "grey.png")
-    grey, _ = load(tmp_path, channels=1)
-    assert sorted(grey[:, 0, 0, 0].tolist()) == [9, 76]  # ITU-R 601: 0.299 * 255
-    colour, _ = load(tmp_path, channels=3)
-    assert sorted(colour[:, :, 0, 0].tolist()) == [[9, 9, 9], [255, 0, 0]]
+    Image.new("L", (2, 2), 9).save(tmp_path / "gray.png")
+    gray, _ = load(tmp_path, channels=1)
+    assert sorted(gray[:, 0, 0, 0].tolist()) == [9, 76]  # ITU-R 601: 0.299 * 255
+    color, _ = load(tmp_path, channels=3)
+    assert sorted(color[:, :, 0, 0].tolist()) == [[9, 9, 9], [255, 0, 0]]
 
 
 def test_transparent_pixels_are_white(tmp_path):

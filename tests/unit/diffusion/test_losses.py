@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qdm_lightning.diffusion.losses import nem_loss, simple_loss, squared_errors, student_errors, student_loss
+from qdm_lightning.diffusion.losses import nem_loss, per_sample_mse, simple_loss, student_errors, student_loss
 from qdm_lightning.diffusion.spec import NeMConfig
 
 
@@ -25,7 +25,7 @@ def test_errors_by_sample_average_to_the_loss(noises):
     errors = student_errors(NeMConfig(mode="add"), eps, eps_fp, eps_q)
     assert errors.shape == (4,)
     torch.testing.assert_close(errors.mean(), student_loss(NeMConfig(mode="add"), eps, eps_fp, eps_q))
-    torch.testing.assert_close(squared_errors(eps, eps_q)[2], (eps[2] - eps_q[2]).square().mean())
+    torch.testing.assert_close(per_sample_mse(eps, eps_q)[2], (eps[2] - eps_q[2]).square().mean())
 
 
 def test_gradient_reaches_the_student_alone(noises):

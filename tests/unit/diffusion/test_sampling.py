@@ -2,7 +2,8 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from qdm_lightning.diffusion.sampling import SEEDS, image_seeds, sample, sample_batches, timesteps, to_uint8
+from qdm_lightning.diffusion.images import to_uint8
+from qdm_lightning.diffusion.sampling import SEEDS, image_seeds, sample, sample_batches, timesteps
 from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
 
 DIFFUSION = DiffusionConfig()
@@ -57,10 +58,10 @@ def test_more_steps_than_timesteps_is_refused(network):
 
 
 SAMPLERS = {
-    "ddim": SamplerConfig(steps=4, micro_batch=4),
-    "ddim eta": SamplerConfig(steps=4, eta=0.7, micro_batch=4),
-    "quadratic eta": SamplerConfig(steps=6, eta=1.0, spacing="quadratic", micro_batch=4),
-    "ddpm": SamplerConfig(kind="ddpm", steps=5, micro_batch=4),
+    "ddim": SamplerConfig(steps=4, batch_size=4),
+    "ddim eta": SamplerConfig(steps=4, eta=0.7, batch_size=4),
+    "quadratic eta": SamplerConfig(steps=6, eta=1.0, spacing="quadratic", batch_size=4),
+    "ddpm": SamplerConfig(kind="ddpm", steps=5, batch_size=4),
 }
 
 
@@ -78,7 +79,7 @@ def test_image_depends_on_its_seed_alone(network, name):
 
 
 def test_images_are_clamped_float_and_without_graph(network):
-    images = sample(network, SamplerConfig(steps=2, clip_sample=False, micro_batch=2), DIFFUSION, shape=SHAPE, seeds=[7, 8, 9])
+    images = sample(network, SamplerConfig(steps=2, clip_sample=False, batch_size=2), DIFFUSION, shape=SHAPE, seeds=[7, 8, 9])
     assert images.shape == (3, *SHAPE)
     assert images.dtype == torch.float32
     assert images.abs().max() <= 1
@@ -87,7 +88,7 @@ def test_images_are_clamped_float_and_without_graph(network):
 
 
 def test_gradients_are_left_as_they_were(network):
-    for _ in sample_batches(network, SamplerConfig(steps=1, micro_batch=1), DIFFUSION, shape=SHAPE, seeds=[0, 1]):
+    for _ in sample_batches(network, SamplerConfig(steps=1, batch_size=1), DIFFUSION, shape=SHAPE, seeds=[0, 1]):
         assert torch.is_grad_enabled()
 
 
@@ -99,7 +100,7 @@ def test_network_sees_full_micro_batches_and_callbacks_real_images(network):
         batches.append((t.dtype, t.tolist(), x, eps))
         return eps
 
-    sampler = SamplerConfig(steps=3, micro_batch=2)
+    sampler = SamplerConfig(steps=3, batch_size=2)
     sample(
         spy,
         sampler,

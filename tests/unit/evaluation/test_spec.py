@@ -74,5 +74,5 @@ def test_bad_settings(schema, settings, message):
 def test_images_per_file():
     assert [EvaluationConfig().images_per_file(m) for m in (1, 16, 48, 64, 100)] == [64, 64, 96, 64, 100]
     assert EvaluationConfig(chunk=96).images_per_file(48) == 96
-    with pytest.raises(ValueError, match=r"chunk=100 is not allowed: a multiple of sampler.micro_batch=48"):
+    with pytest.raises(ValueError, match=r"chunk=100 is not allowed: a multiple of sampler.batch_size=48"):
         EvaluationConfig(chunk=100).images_per_file(48)

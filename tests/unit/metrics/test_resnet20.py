@@ -66,7 +66,7 @@ def test_network_is_the_papers(weights):
     assert not network.training
 
 
-def test_small_images_are_enlarged_bilinearly_and_grey_ones_coloured(weights):
+def test_small_images_are_enlarged_bilinearly_and_grey_ones_colored(weights):
     network = ResNet20Features(str(weights))
     flat = torch.full((2, 3, 16, 16), 77, dtype=torch.uint8)
     torch.testing.assert_close(network(flat), network(torch.full((2, 3, 32, 32), 77, dtype=torch.uint8)))
@@ -77,8 +77,8 @@ def test_small_images_are_enlarged_bilinearly_and_grey_ones_coloured(weights):
     shrunk = F.interpolate(pictures(2, size=80).float() / 255, (32, 32), mode="bilinear", antialias=True) * 255
     expected = by_hand(random_state(), shrunk)[0]
     torch.testing.assert_close(network(pictures(2, size=80)), expected, rtol=1e-4, atol=1e-4)
-    grey = pictures(2, channels=1)
-    assert torch.equal(network(grey), network(grey.repeat(1, 3, 1, 1)))
+    gray = pictures(2, channels=1)
+    assert torch.equal(network(gray), network(gray.repeat(1, 3, 1, 1)))
 
 
 def test_safetensors_and_npz_give_the_same_network(weights, tmp_path):

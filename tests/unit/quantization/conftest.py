@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qdm_lightning.quantization import kernels
+from qdm_lightning.quantization import compiled
 
 
 @pytest.fixture(autouse=True)
@@ -9,7 +9,7 @@ def _one_thread_eager():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    kernels.set_mode("off")
+    compiled.set_mode("off")
     yield
-    kernels.set_mode("auto")
+    compiled.set_mode("auto")
     torch.set_num_threads(threads)

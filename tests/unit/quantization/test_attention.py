@@ -10,7 +10,7 @@ from qdm_lightning.quantization.quantizer import LSQActivation, LSQProbability
 from qdm_lightning.quantization.spec import QuantConfig
 from qdm_lightning.quantization.taq import NormalizedActivation
 
-FLOAT = QuantConfig(weight_bits=32, act_bits=32, qkv_bits=8, probs_bits=8, edge_bits=32)
+FLOAT = QuantConfig(weight_bits=32, act_bits=32, qkv_bits=8, probs_bits=8, first_last_bits=32)
 
 
 def attention(**options):

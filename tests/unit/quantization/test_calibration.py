@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qdm_lightning.quantization.calibration import SAMPLES_PER_ROW, MinMax, MSESearch, Percentile, Record, calibrate
+from qdm_lightning.quantization.calibration import MinMax, MSESearch, Percentile, calibrate
+from qdm_lightning.quantization.observer import SAMPLES_PER_ROW, Observer
 from qdm_lightning.quantization.preparation import Quantizers, prepare
 from qdm_lightning.quantization.quantizer import LSQActivation
 from qdm_lightning.quantization.spec import QuantConfig
@@ -101,18 +102,18 @@ def test_a_model_of_zeros_computes_zeros():
 
 
 def test_the_record_is_bounded_and_its_ends_are_those_of_the_data():
-    record = Record(torch.Generator().manual_seed(0))
+    observer = Observer(torch.Generator().manual_seed(0))
     batches = [torch.randn(3, 40, 40) for _ in range(4)]
     for batch, t in zip(batches, range(0, 12, 3), strict=True):
         with timesteps(torch.arange(t, t + 3)):
-            record.add(batch)
+            observer.add(batch)
     everything = torch.cat(batches).flatten(1)
-    assert record.values.shape == (12, SAMPLES_PER_ROW)
-    assert record.timesteps.tolist() == list(range(12))
-    assert torch.equal(record.ends, torch.stack([everything.amin(1), everything.amax(1)], dim=1))
-    for kept, row in zip(record.values, everything, strict=True):
+    assert observer.values.shape == (12, SAMPLES_PER_ROW)
+    assert observer.timesteps.tolist() == list(range(12))
+    assert torch.equal(observer.ends, torch.stack([everything.amin(1), everything.amax(1)], dim=1))
+    for kept, row in zip(observer.values, everything, strict=True):
         assert set(kept.tolist()) <= set(row.tolist())
-    pool = record.pool(record.timesteps < 6)
+    pool = observer.pool(observer.timesteps < 6)
     assert pool.shape == (1, 6 * SAMPLES_PER_ROW + 2)
     assert (pool.min(), pool.max()) == (everything[:6].min(), everything[:6].max())
 
@@ -122,9 +123,9 @@ def test_a_record_leads_to_the_grid_of_least_error_of_all_the_data(bits):
     """The extremes of each sample must not weigh more in the record than they do in the data."""
     x = F.silu(torch.randn(64, 8192))
     quantizer = LSQActivation(bits=bits)
-    record = Record(torch.Generator().manual_seed(0))
-    record.add(x)
-    quantizer.initialise(record, MSESearch())
+    observer = Observer(torch.Generator().manual_seed(0))
+    observer.add(x)
+    quantizer.initialize(observer, MSESearch())
     sample = x.flatten()[:: len(x.flatten()) // 8000]
     assert error(x, *quantizer.grid(x), 0, 2**bits - 1) <= 1.1 * least_error(sample, 0, 2**bits - 1, symmetric=False)
 

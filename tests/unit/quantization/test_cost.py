@@ -14,7 +14,7 @@ from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuan
 from qdm_lightning.quantization.spec import QuantConfig
 from qdm_lightning.quantization.taq import EMANormalizedActivation
 
-FLOAT = {"weight_bits": 32, "act_bits": 32, "probs_bits": 32, "edge_bits": 32}
+FLOAT = {"weight_bits": 32, "act_bits": 32, "probs_bits": 32, "first_last_bits": 32}
 
 
 def preset(name):
@@ -81,7 +81,7 @@ def test_codes_are_packed_tensor_by_tensor():
     [
         ({"qkv_bits": 8, "probs_bits": 8}, "linear", 7.78),
         ({"qkv_bits": 4, "probs_bits": 4}, "linear", 7.99),
-        ({"probs_bits": 4, "edge_bits": 4, "rules": {"conv_in": 32, "conv_out": 32}}, "bops64", 3.99),
+        ({"probs_bits": 4, "first_last_bits": 4, "rules": {"conv_in": 32, "conv_out": 32}}, "bops64", 3.99),
     ],
 )
 def test_published_speedups(cifar10, settings, convention, published):
@@ -170,7 +170,7 @@ class Block(nn.Module):
 
 
 def test_products_without_a_layer_are_float_and_graphs_may_depend_on_values():
-    report = cost(nn.Sequential(Block()), QuantConfig(edge_bits=4), torch.zeros(3, 4))
+    report = cost(nn.Sequential(Block()), QuantConfig(first_last_bits=4), torch.zeros(3, 4))
     layers = {layer.name: layer for layer in report.layers}
     assert (layers["0"].macs, layers["0"].operands) == (2 * 3 * 16, (32, 32))
     assert (layers["0.inner"].macs, layers["0.inner"].operands) == (3 * 16, (4, 4))

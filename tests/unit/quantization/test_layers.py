@@ -131,7 +131,7 @@ CHANGES = {
     "one number": lambda model: model[0].weight[0, 0].add_(10),
     "by a view": lambda model: model[0].weight.t()[0].add_(10),
     "the scale": lambda model: model[0].weight_quantizer.log_scale.add_(1),
-    "initialised anew": lambda model: nn.init.normal_(model[0].weight),
+    "initialized anew": lambda model: nn.init.normal_(model[0].weight),
     "fused foreach": lambda model: torch._foreach_mul_(list(model.parameters()), -1.0),
     "replaced": lambda model: setattr(model[0], "weight", nn.Parameter(-model[0].weight)),
     "data replaced": replace_data_twice,

@@ -29,7 +29,7 @@ def bits(report):
 
 
 def test_first_and_last_layer_have_the_bits_of_the_edges():
-    report = prepare(network(), QuantConfig(weight_bits=3, act_bits=4, edge_bits=6))
+    report = prepare(network(), QuantConfig(weight_bits=3, act_bits=4, first_last_bits=6))
     assert bits(report) == {"0": (6, 6), "1": (32, 32), "2": (3, 4), "4": (3, 4), "5": (6, 6)}
     assert [row.name for row in report.left_float] == ["1"]
 

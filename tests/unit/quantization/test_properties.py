@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdm_lightning.quantization.ste import fake_quantize
+from qdm_lightning.quantization.functional import fake_quantize
 
 SETTINGS = settings(max_examples=150, deadline=None, derandomize=True)
 

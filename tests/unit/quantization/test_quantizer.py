@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from qdm_lightning.quantization.calibration import MinMax, Record
+from qdm_lightning.quantization.calibration import MinMax
+from qdm_lightning.quantization.functional import round_ste
+from qdm_lightning.quantization.observer import Observer
 from qdm_lightning.quantization.quantizer import (
     ActivationQuantizer,
     LSQActivation,
@@ -12,15 +14,14 @@ from qdm_lightning.quantization.quantizer import (
     LSQWeight,
     WeightQuantizer,
 )
-from qdm_lightning.quantization.ste import round_ste
 from qdm_lightning.quantization.taq import NormalizedActivation
 
 
 def record_of(*batches):
-    record = Record(torch.Generator().manual_seed(0))
+    observer = Observer(torch.Generator().manual_seed(0))
     for x in batches:
-        record.add(x)
-    return record
+        observer.add(x)
+    return observer
 
 
 def activation(scale=0.25, zero_point=3.0, bits=4):
@@ -64,7 +65,7 @@ def test_zero_point_is_an_integer_on_the_grid_whatever_the_parameter():
 def test_weight_has_a_scale_for_each_output_channel():
     weight = torch.randn(6, 4, 3, 3) * torch.logspace(-2, 1, 6).view(-1, 1, 1, 1)
     quantizer = LSQWeight(bits=4, weight=weight)
-    quantizer.initialise(weight, MinMax())
+    quantizer.initialize(weight, MinMax())
     torch.testing.assert_close(
         quantizer.scale.detach(),
         torch.maximum(weight.amax((1, 2, 3)) / 7, weight.amin((1, 2, 3)) / -8),
@@ -84,7 +85,7 @@ def test_probabilities_have_no_zero_point_to_learn():
     quantizer = LSQProbability(bits=8)
     assert [name for name, _ in quantizer.named_parameters()] == ["log_scale"]
     assert quantizer.scale.item() == pytest.approx(1 / 255)  # before calibration: all of [0, 1]
-    quantizer.initialise(record_of(torch.rand(4, 2, 9, 9) * 0.5), MinMax())
+    quantizer.initialize(record_of(torch.rand(4, 2, 9, 9) * 0.5), MinMax())
     assert quantizer.scale.item() == pytest.approx(0.5 / 255, rel=0.02)
     assert quantizer(torch.zeros(1, 2)).tolist() == [[0.0, 0.0]]
 
@@ -99,16 +100,16 @@ def test_state_dict_holds_what_is_learned():
 def test_while_recording_inputs_pass_unchanged():
     quantizer = activation()
     x = torch.randn(4, 9)
-    quantizer.record = record_of()
+    quantizer.observer = record_of()
     assert quantizer(x) is x
-    assert torch.equal(quantizer.record.values, x)
+    assert torch.equal(quantizer.observer.values, x)
 
 
 @pytest.mark.parametrize(("low", "high"), [(-0.3, 5.0), (0.0, 2.0), (-7.0, 1.0), (1.0, 2.0), (-2.0, -1.0)])
 def test_initial_grid_covers_the_data_and_zero(low, high):
     quantizer = LSQActivation(bits=8)
     x = torch.empty(8, 64).uniform_(low, high)
-    quantizer.initialise(record_of(x), MinMax())
+    quantizer.initialize(record_of(x), MinMax())
     scale, zero_point = (t.item() for t in quantizer.grid(x))
     assert scale == pytest.approx((max(high, 0) - min(low, 0)) / 255, rel=0.05)
     assert (quantizer(x) - x).abs().max() <= scale  # half a step, and as much again for the integer zero point
@@ -129,10 +130,10 @@ def test_a_user_derives_from_the_bases(bits):
     assert (plain.qmin, plain.qmax) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     with pytest.raises(NotImplementedError, match=r"Plain must define quantize\(x\)"):
         Plain(bits=bits)(torch.zeros(1))
-    with pytest.raises(NotImplementedError, match="Plain must define initialise"):
-        Plain(bits=bits).initialise(record_of(), MinMax())
-    with pytest.raises(NotImplementedError, match="PlainWeight must define initialise"):
-        plain.initialise(weight, MinMax())
+    with pytest.raises(NotImplementedError, match="Plain must define initialize"):
+        Plain(bits=bits).initialize(record_of(), MinMax())
+    with pytest.raises(NotImplementedError, match="PlainWeight must define initialize"):
+        plain.initialize(weight, MinMax())
 
 
 class PowersOfTwo:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from qdm_lightning.quantization.calibration import MinMax, MSESearch, Record
+from qdm_lightning.quantization.calibration import MinMax, MSESearch
+from qdm_lightning.quantization.observer import Observer
 from qdm_lightning.quantization.taq import EMANormalizedActivation, GroupedActivation, NormalizedActivation, timestep_group
 from qdm_lightning.quantization.timestep import timesteps
 from qdm_lightning.training.optimizer import QuantizerAdam
@@ -98,7 +99,7 @@ def test_t_is_required(kind):
     quantizer = kind(bits=4, groups=4)
     with pytest.raises(RuntimeError, match=f"{kind.__name__} needs the timesteps: run the model under `with timesteps"):
         quantizer(torch.randn(2, 3))
-    quantizer.record = Record(torch.Generator())
+    quantizer.observer = Observer(torch.Generator())
     with pytest.raises(RuntimeError, match=f"{kind.__name__} needs the timesteps"):
         quantizer(torch.randn(2, 3))
 
@@ -214,10 +215,10 @@ def test_absent_groups_are_not_moved_by_momentum(kind):
 
 
 def record_at(t, x):
-    record = Record(torch.Generator().manual_seed(0))
+    observer = Observer(torch.Generator().manual_seed(0))
     with timesteps(t):
-        record.add(x)
-    return record
+        observer.add(x)
+    return observer
 
 
 def test_each_group_starts_from_its_own_samples_however_few_the_others_have():
@@ -225,7 +226,7 @@ def test_each_group_starts_from_its_own_samples_however_few_the_others_have():
     t = torch.tensor([0] + [999] * 60)
     quantizer = GroupedActivation(bits=4, groups=3)
     calibrator = MSESearch()
-    quantizer.initialise(record_at(t, x), calibrator)
+    quantizer.initialize(record_at(t, x), calibrator)
     assert quantizer.seen.tolist() == [True, False, True]
     for g, values in ((0, x[:1]), (2, x[1:])):
         scale, zero_point = calibrator.search(values.flatten()[None], 0, 15, symmetric=False)
@@ -236,10 +237,10 @@ def test_each_group_starts_from_its_own_samples_however_few_the_others_have():
 def test_normalize_starts_in_units_of_the_deviation():
     x = samples(16, 500)
     quantizer = NormalizedActivation(bits=8, psi=PSI)
-    quantizer.record = Record(torch.Generator().manual_seed(0))
+    quantizer.observer = Observer(torch.Generator().manual_seed(0))
     quantizer(x)
-    quantizer.initialise(quantizer.record, MinMax())
-    quantizer.record = None
+    quantizer.initialize(quantizer.observer, MinMax())
+    quantizer.observer = None
     unit = torch.stack([(s - m) / d for s, (m, d) in zip(x, own_moments(x), strict=True)])
     assert quantizer.scale.item() == pytest.approx((unit.max() - unit.min()).item() / 255, rel=0.02)
     error = (quantizer(x) - x).std(dim=1) / x.std(dim=1)

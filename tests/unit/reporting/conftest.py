@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from qdm_lightning.reporting.pictures import save_grid
+from qdm_lightning.display.image_grids import save_grid
 
 TAQ = "qdm_lightning.quantization.taq.NormalizedActivation"
 METHODS = {"none": (None, "off"), "TaQ": (TAQ, "off"), "NeM": (None, "replace"), "TaQ+NeM": (TAQ, "replace")}
@@ -62,7 +62,7 @@ class Sweep:
             "quant": {"weight_bits": bits, "act_bits": bits, "qkv_bits": None, "mode": "qat", "rules": {}},
             "taq": taq,
             "nem": {"mode": mode, "weight": 1.0},
-            "sampler": {"kind": "ddim", "steps": 50, "eta": 0.0, "micro_batch": 128},
+            "sampler": {"kind": "ddim", "steps": 50, "eta": 0.0, "batch_size": 128},
             "teacher": {"source": "auto", "seed": 0},
             "trainer": {"max_steps": 600, "threads": 1},
             "metrics": {"_target_": "qdm_lightning.metrics.digits.DigitsFeatures"},

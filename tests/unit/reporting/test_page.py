@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from qdm_lightning.display.image_grids import read_rows
 from qdm_lightning.report import main, report
-from qdm_lightning.reporting.pictures import read_rows
 
 VOID = {"meta", "link", "img", "br", "input"}
 EVIL = "</script><script>console.error('evil')</script><img src=x onerror=console.error(1)>\"'&$x$"

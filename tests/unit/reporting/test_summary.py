@@ -12,13 +12,13 @@ from scipy import stats
 
 from qdm_lightning.report import _load, _variants
 from qdm_lightning.reporting.collect import collect
-from qdm_lightning.reporting.summary import Estimate, difference, gap_closed, summarise
+from qdm_lightning.reporting.summary import Estimate, difference, gap_closed, summarize
 from qdm_lightning.reporting.tables import csv_text, markdown, measure_table
 
 
 def read(*folders, baseline=None):
     found = collect(folders, _load)
-    groups, notes = summarise(found.results, _variants(), baseline)
+    groups, notes = summarize(found.results, _variants(), baseline)
     return found, groups, notes
 
 

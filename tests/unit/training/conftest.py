@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from qdm_lightning.reporting.terminal import Progress
-from qdm_lightning.schema import CONF_DIR
+from qdm_lightning.cli.schema import CONF_DIR
+from qdm_lightning.display.progress import Progress
 from qdm_lightning.train import train
 
 BOARD_RUN = [
@@ -23,7 +23,7 @@ BOARD_RUN = [
     "trainer.threads=1",
     "quant.calibration_batches=2",
     "sampler.steps=2",
-    "sampler.micro_batch=32",
+    "sampler.batch_size=32",
     "num_samples=24",
 ]
 

@@ -2,11 +2,12 @@
 
 import torch
 
+from qdm_lightning.diffusion.images import to_float
 from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig
 from qdm_lightning.models.unet import build_unet
-from qdm_lightning.training.held_out import BUCKETS, HeldOut, to_float
 from qdm_lightning.training.module import DiffusionModule, step_generator
 from qdm_lightning.training.spec import OptimizerConfig
+from qdm_lightning.training.validation_set import BUCKETS, ValidationSet
 
 TINY = {
     "sample_size": 8,
@@ -123,7 +124,7 @@ def test_on_policy_replaces_a_share_of_the_batch(monkeypatch):
 
 
 def test_the_held_out_set_is_fixed_and_covers_all_timesteps():
-    one, two = (HeldOut.from_images(images(10), 1000) for _ in range(2))
+    one, two = (ValidationSet.from_images(images(10), 1000) for _ in range(2))
     assert torch.equal(one.eps, two.eps)
     assert torch.equal(one.t, two.t)
     assert one.t.min() < 5

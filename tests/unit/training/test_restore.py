@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from qdm_lightning import load_student
+from qdm_lightning.cli.stored import compose, experiment
 from qdm_lightning.evaluate import EvaluateConfig
 from qdm_lightning.quantization.timestep import timesteps
-from qdm_lightning.runs import compose, experiment
-from qdm_lightning.training.files import load_checkpoint
+from qdm_lightning.training.checkpoint_io import load_checkpoint
 from qdm_lightning.training.restore import restore, restore_student, restore_teacher
 
 CPU = torch.device("cpu")

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qdm_lightning import load_student
+from qdm_lightning.base.files import atomic_folder
+from qdm_lightning.display.progress import Progress
 from qdm_lightning.quantization import timesteps
-from qdm_lightning.reporting.terminal import Progress
 from qdm_lightning.train import train
-from qdm_lightning.training.files import atomic_folder
 
 TINY = """
     model.block_out_channels=[8,16] model.norm_num_groups=4 model.dropout=0.1 data.batch_size=8 teacher.max_steps=2
@@ -98,7 +98,7 @@ def test_the_file_says_what_the_student_is(folder):
         "act_bits": 4,
         "qkv_bits": None,
         "probs_bits": 8,
-        "edge_bits": 8,
+        "first_last_bits": 8,
         "rules": {},
     }
     assert settings["quantizers"]["attention"]["_target_"].endswith("NormalizedActivation")
@@ -133,7 +133,7 @@ def edit(folder, **changes):
     ("target", "message"),
     [
         ("os.system", "which is not part of qdm_lightning"),
-        ("qdm_lightning.models.pretrained.load_unet", "is no WeightQuantizer"),
+        ("qdm_lightning.models.diffusers_io.load_unet", "is no WeightQuantizer"),
         ("qdm_lightning.quantization.quantizer.LSQActivation", "is no WeightQuantizer"),
         (["os.system"], "which is not part of qdm_lightning"),
     ],

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qdm_lightning.config import build
-from qdm_lightning.training.denoiser import Denoiser
+from qdm_lightning.cli.build import build
+from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.training.evaluation import Measurer
 from qdm_lightning.training.teacher_images import teacher_images
 
@@ -77,13 +77,13 @@ def test_drawn_once(drawn, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    ["seed=1", "num_samples=9", "sampler.steps=3", "sampler.micro_batch=4", "model.norm_num_groups=2", "model.norm_eps=0.1"],
+    ["seed=1", "num_samples=9", "sampler.steps=3", "sampler.batch_size=4", "model.norm_num_groups=2", "model.norm_eps=0.1"],
 )
 def test_drawn_again_for_other_settings(drawn, change):
     images, _ = drawn()
     other, told = drawn(change)
     assert told.drawn == 1
-    assert change == "sampler.micro_batch=4" or not torch.equal(images, other)
+    assert change == "sampler.batch_size=4" or not torch.equal(images, other)
 
 
 def test_drawn_again_for_other_weights(drawn):

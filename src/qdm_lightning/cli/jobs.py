@@ -1,0 +1,158 @@
+"""One job of a sweep, as a launcher calls it: a process of its own that goes on in the job's folder, `train run=<folder>`.
+
+So nothing passes from one job to the next (W&B run, compiled kernels, the ports and ranks that Lightning leaves in the
+environment), a job that is killed takes none with it, and a new job, a half-done one, and one with several devices are the
+same case.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from qdm_lightning.base.checks import one_line
+from qdm_lightning.cli.build import CONFIG_FILE, LOCK_FILE, METRICS_FILE, write_config
+from qdm_lightning.cli.compose import quoted
+from qdm_lightning.cli.schema import cores
+from qdm_lightning.display.progress import duration, rank
+
+OUTPUT_FILE = "output.log"
+"""What a job printed, where jobs run at once."""
+
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE")
+"""Where the processes of one job meet: never inherited, or the jobs of a sweep would meet one another."""
+
+
+def finished(folder: Path) -> bool:
+    """True where a run has left its results."""
+    return (folder / METRICS_FILE).is_file() and (folder / CONFIG_FILE).is_file()
+
+
+def run_job(cfg: DictConfig, config_dir: str | None, count: int) -> str:
+    """What a launcher calls for each job, in this process or another: start the job's own process and wait for it.
+
+    Args:
+        cfg: configuration of the job.
+        config_dir: of the user's own options.
+        count: jobs of the whole sweep.
+
+    Returns:
+        Why it failed; empty if it did not.
+    """
+    settings = HydraConfig.get()
+    folder = Path(settings.runtime.output_dir)
+    if not rank():
+        _wait_for(folder)
+    if finished(folder):
+        return ""
+    if not (folder / CONFIG_FILE).is_file():  # a half-done job keeps its threads: they change the last bits
+        cfg.trainer.threads = cfg.trainer.threads or _threads(settings, count, cfg.trainer.devices)
+        write_config(cfg, folder / CONFIG_FILE)
+    begin = time.monotonic()
+    alone = str(settings.launcher._target_).endswith(".BasicLauncher")
+    log = None if alone else folder / (f"output_rank{rank()}.log" if rank() else OUTPUT_FILE)
+    if log:
+        print(f"started: {folder.name}", flush=True)
+    status = _run(_arguments(folder, config_dir, settings), _environment(folder), log)
+    reason = "" if status == 0 else _explained(status, log)
+    if log:
+        took = duration(time.monotonic() - begin)
+        print(f"{'failed' if reason else 'done'}: {folder.name}, {took}{', ' if reason else ''}{reason}", flush=True)
+    return reason
+
+
+def _wait_for(folder: Path) -> None:
+    """A process that an earlier, interrupted sweep left behind may still train here."""
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for the process that still runs {folder.name}", flush=True)
+        lock.acquire()
+    lock.release()
+
+
+def _threads(settings: Any, count: int, devices: int | str) -> int:
+    """Threads of each process of a job: its share of the cores where jobs run at once; 0 (torch's choice) where they do not."""
+    launcher, processes = settings.launcher, devices if isinstance(devices, int) else 1
+    if launcher.get("cpus_per_task"):
+        return max(1, launcher.cpus_per_task * launcher.tasks_per_node // processes)
+    if "n_jobs" in launcher:  # joblib: -1 is all cores, -2 all but one
+        at_once = launcher.n_jobs if launcher.n_jobs > 0 else cores() + 1 + launcher.n_jobs
+    elif str(launcher._target_).endswith(".LocalLauncher"):  # submitit starts all of them
+        at_once = settings.sweeper.max_batch_size or count
+    else:
+        return 0
+    return max(1, cores() // max(1, min(at_once, count)) // processes)
+
+
+def _arguments(folder: Path, config_dir: str | None, settings: Any) -> list[str]:
+    """`run=` and what may be given beside it: the user's own `_target_`s, which need trust, and the logger."""
+    given = [
+        word
+        for word in settings.overrides.task
+        if word.partition("=")[0].endswith("_target_") or word.lstrip("+~").startswith(("logger=", "logger."))
+    ]
+    flags = ["--config-dir", config_dir] if config_dir else []
+    return [sys.executable, "-m", "qdm_lightning.train", *flags, *given, f"run={quoted(folder)}"]
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    environment = dict(os.environ)
+    if "SLURM_JOB_ID" not in environment:  # there all processes of a job are started from without
+        for name in RENDEZVOUS:
+            environment.pop(name, None)
+    threads = OmegaConf.load(folder / CONFIG_FILE).trainer.threads
+    if threads:
+        environment |= {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
+    return environment
+
+
+def _run(command: list[str], environment: dict[str, str], log: Path | None) -> int:
+    """Run a job's process to its end, and return its status; what ends this process early ends that one first."""
+    with _slurm_signals_kept(), log.open("ab") if log else nullcontext() as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT if log else None)
+    try:
+        return process.wait()
+    except BaseException:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        raise
+
+
+@contextmanager
+def _slurm_signals_kept() -> Iterator[None]:
+    """SLURM tells every process of a job that the job is preempted. That is for submitit in this process, which requeues it;
+    a job's process that died of it would look like one that failed."""
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM})  # inherited
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _explained(status: int, log: Path | None) -> str:
+    if status < 0:
+        reason = f"killed by {signal.Signals(-status).name}"
+    else:
+        lines = log.read_text("utf-8", "replace").strip().splitlines() if log else []
+        reason = one_line(lines[-1])[:200] if lines else f"exit status {status}, see above"
+    return f"{reason} ({log})" if log else reason

@@ -1,0 +1,176 @@
+"""Hydra's and OmegaConf's errors in one line: what was given, what is allowed, what to type."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from qdm_lightning.base.checks import one_line
+
+TYPES = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
+
+
+def is_bad_input(error: BaseException) -> bool:
+    """True for errors that composing, checking and building raise at bad input; everything else is a fault of ours."""
+    if isinstance(error, InstantiationException):
+        return _instantiation_cause(error) is not None
+    return isinstance(error, ValueError | FileNotFoundError | HydraException | OmegaConfBaseException)
+
+
+def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
+    """One line for the user about an error for which `is_bad_input` holds.
+
+    Args:
+        error: raised while composing, checking or building.
+        overrides: as typed, to name the culprit where the error does not.
+    """
+    if isinstance(error, InstantiationException):
+        return one_line(_instantiation_cause(error))
+    if isinstance(error, MissingConfigException):
+        return _unknown_option(error)
+    if isinstance(error, OverrideParseException):
+        detail = one_line(error).removeprefix(f"Error parsing override '{error.override}' ").partition(" See http")[0]
+        return f"{error.override!r} is not understood ({detail}): write name=value, for example sampler.steps=20"
+    if isinstance(error, ConfigCompositionException):
+        return _composition(error)
+    if isinstance(error, OmegaConfBaseException):
+        return _omegaconf(error, "")
+    if "Config group override must be a string" in str(error):
+        return _not_an_option(error, overrides)
+    return one_line(error)
+
+
+def unknown_setting(key: str, known: Iterable[str]) -> str:
+    """One line about a setting that does not exist. `known`: dotted names of all settings, and of the groups above them."""
+    known = list(known)
+    parent, _, name = key.rpartition(".")
+    leaves = get_close_matches(name, {k.rpartition(".")[2] for k in known}, n=1, cutoff=0.8)
+    close = get_close_matches(key, known, n=1, cutoff=0.8) or [k for k in known if k.rpartition(".")[2] in leaves]
+    siblings = sorted(k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"{key} is not a setting: {hint}{parent or 'the root'} has {', '.join(siblings)}"
+
+
+def setting_names(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all settings in `cfg`, and of the nodes above them; Hydra's own are left out."""
+    for key in map(str, cfg):
+        name = f"{prefix}{key}"
+        if name == "hydra":
+            continue
+        yield name
+        if not OmegaConf.is_missing(cfg, key) and not OmegaConf.is_interpolation(cfg, key) and isinstance(cfg[key], DictConfig):
+            yield from setting_names(cfg[key], f"{name}.")
+
+
+def _unknown_option(error: MissingConfigException) -> str:
+    group, _, name = str(error.missing_cfg_file).rpartition("/")
+    if not group:
+        return f"--config-name={name}: there is no {name}.yaml in the configuration folders"
+    allowed = [option for option in error.options or () if not option.startswith("base_")]
+    close = get_close_matches(name, allowed, n=1)
+    example = close[0] if close else next(iter(allowed), "<option>")
+    return f"{group}={name} is not an option: choose one of {', '.join(allowed)}, for example {group}={example}"
+
+
+def _not_an_option(error: BaseException, overrides: Sequence[str]) -> str:
+    """A group was given a number, null or a list: Hydra does not say which, so the shape of the value must."""
+    value = re.compile(r"(null|true|false|[\d.]+)$", re.IGNORECASE)
+    culprit = next((o for o in overrides if "." not in o.partition("=")[0] and value.match(o.partition("=")[2])), "")
+    return f"{culprit or one_line(error)}: a group takes the name of an option, --help lists them; leave it out for the default"
+
+
+def _composition(error: ConfigCompositionException) -> str:
+    text = one_line(error)
+    cause = error.__cause__ or error.__context__
+    if match := re.match(r"Ambiguous value for argument '(.*?)' 1\.", text):
+        name = match[1].partition("=")[0]
+        return f"{match[1]} gives several values: add -m to run each of them, or type '{name}=[...]' if it is one list"
+    if match := re.match(r"Error merging override (.*)", text):
+        return _omegaconf(cause, match[1]) if isinstance(cause, OmegaConfBaseException) else text
+    if match := re.match(r"Could not override '([^']*)'", text):
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+            return _unknown_key(cause, match[1])
+        return f"{match[1]} is not a group that can be chosen here: --help lists the groups"
+    if match := re.match(r"In '([^']*)': \w+ raised while composing config: (.*)", text):
+        return _in_file(match[1], match[2])
+    return re.sub(r" ?To append to your (config|default list) use \S+", "", text) or one_line(cause)
+
+
+def _in_file(file: str, text: str) -> str:
+    if file == "teacher/pretrained":
+        return (
+            "teacher=pretrained brings its own network: leave out the other model; beside an experiment, type model=pretrained"
+        )
+    return f"{file}.yaml: {text}"
+
+
+def _unknown_key(cause: OmegaConfBaseException, key: str) -> str:
+    node: Any = cause.parent_node
+    root = node._get_root() if node is not None else None
+    full = str(cause.full_key or key)
+    if isinstance(root, DictConfig) and not full.startswith("hydra"):
+        return unknown_setting(full, setting_names(root))
+    return f"{full} is not a setting" + (
+        f": there are {', '.join(sorted(map(str, node)))}" if isinstance(node, DictConfig) else ""
+    )
+
+
+def _omegaconf(error: OmegaConfBaseException, override: str) -> str:
+    key = str(error.full_key or error.key or "")
+    what = one_line(error.msg or error).split(" full_key:")[0]
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} is missing: type {key}=<value>"
+    if isinstance(error, InterpolationKeyError | InterpolationResolutionError):
+        return f"{key}: {what}"
+    if isinstance(error, ConfigAttributeError | ConfigKeyError):
+        return _unknown_key(error, key)
+    if isinstance(error, ValidationError):
+        given = override or f"{key}={error.value}"
+        if match := re.search(r"could not be converted to (\w+)", what):
+            return f"{given} is not allowed: {key} must be {TYPES.get(match[1], match[1])}"
+        if match := re.search(r"incompatible with type hint '(?:Optional|Union)?\[?([^]']*)", what):
+            return f"{given} is not allowed: {key} must be {' or '.join(match[1].split(', '))}"
+        if "is not Optional" in what:
+            return f"{given} is not allowed: {key} needs a value"
+        return f"{given} is not allowed: {what[0].lower()}{what[1:]}"
+    return f"{override}: {what}" if override else what
+
+
+def _instantiation_cause(error: InstantiationException) -> str | None:
+    """What bad input made a `_target_` fail: a path that leads nowhere, arguments that it does not take, or a value it refuses.
+
+    None where the cause is another error, which is then a fault of the code that the `_target_` names.
+    """
+    text = one_line(error)
+    key = text.rpartition("full_key: ")[2] if "full_key: " in text else ""
+    cause = error.__cause__
+    if isinstance(cause, InstantiationException):
+        return _instantiation_cause(cause)
+    if text.startswith(("Error locating target", "Expected a callable")):
+        reason = one_line(cause).partition(" Are you sure")[0] if cause is not None else text
+        return f"{key}._target_ cannot be imported: {reason}"
+    if isinstance(cause, ValueError | FileNotFoundError):
+        return one_line(cause)
+    if isinstance(cause, TypeError) and re.search(r"unexpected keyword|required (positional|keyword)", str(cause)):
+        return f"{key}: {one_line(cause)}"
+    return None if cause is not None else text

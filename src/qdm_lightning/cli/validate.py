@@ -1,0 +1,95 @@
+"""Checks across config groups: what each setting allows by itself may still contradict another one."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from qdm_lightning.base.checks import UserError, at_least, one_of
+from qdm_lightning.cli.schema import TrainConfig
+from qdm_lightning.data.spec import DigitsConfig, ImagesConfig
+from qdm_lightning.models.spec import PretrainedConfig, UNetConfig
+from qdm_lightning.quantization.spec import SCOPES, TaQOff
+
+
+def check_combinations(s: TrainConfig) -> None:
+    """Raise UserError (or FileNotFoundError) where settings of different groups contradict one another."""
+    _check_shape(s)
+    steps = s.diffusion.num_train_timesteps
+    for name, value in (("sampler.steps", s.sampler.steps), ("taq.groups", getattr(s.taq, "groups", 0))):
+        if value > steps:
+            raise UserError(f"{name}={value} is not allowed: at most {steps}, which is diffusion.num_train_timesteps")
+    one_of("taq.scope", taq_scope(s.taq), SCOPES)
+    if s.quant.mode == "ptq" and s.nem.on_policy_fraction:
+        raise UserError(
+            "quant.mode=ptq takes no training steps, nem=on_policy is about them: type nem=replace or quant.mode=qat"
+        )
+    if s.teacher.source == "checkpoint" and not Path(str(s.teacher.path)).expanduser().exists():
+        raise FileNotFoundError(
+            f"teacher.path={s.teacher.path}: nothing there; give the folder of a quant=fp32 run, or a checkpoint"
+        )
+    if s.quant.is_float:
+        _check_float(s)
+    devices = s.trainer.devices
+    if isinstance(devices, int):
+        at_least("trainer.devices", devices, 1)
+        batch, processes = getattr(s.data, "batch_size", 0), devices * s.trainer.num_nodes
+        if batch % processes:
+            raise UserError(
+                f"data.batch_size={batch} cannot be shared among {processes} processes: type a multiple of {processes}"
+            )
+
+
+def _check_shape(s: TrainConfig) -> None:
+    """Images and network must agree, as far as the settings tell (a folder's own sizes are known once it is read)."""
+    network = _network_shape(s.model)
+    if network is None or isinstance(s.data, dict):
+        return
+    digits, fixed = isinstance(s.data, DigitsConfig), isinstance(s.model, PretrainedConfig)
+    size, channels = (8, 1) if digits else (s.data.image_size, getattr(s.data, "channels", 3))
+    if size not in (None, network[0]):
+        ways = [] if digits else [f"data.image_size={network[0]}"]
+        ways += ["other data="] if fixed else [f"model.sample_size={size}", "another model="]
+        raise UserError(f"the images are {size} pixels wide, the network takes {network[0]}: type {' or '.join(ways)}")
+    if channels != network[1]:
+        ways = [f"data.channels={network[1]}"] if isinstance(s.data, ImagesConfig) and network[1] in (1, 3) else []
+        ways += ["other data="] if fixed else [f"model.in_channels={channels} model.out_channels={channels}", "another model="]
+        raise UserError(f"the images have {channels} channel(s), the network takes {network[1]}: type {' or '.join(ways)}")
+
+
+def _network_shape(model: Any) -> tuple[int, int] | None:
+    """(edge in pixels, channels) that a network takes; None where its settings do not say."""
+    if isinstance(model, UNetConfig):
+        return model.sample_size, model.in_channels
+    if not isinstance(model, PretrainedConfig):
+        return None
+    folder = Path(model.path).expanduser()
+    for file in (folder / "unet" / "config.json", folder / "config.json"):
+        if file.is_file():
+            stored = json.loads(file.read_text("utf-8"))
+            return stored.get("sample_size"), stored.get("in_channels")
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model.path):
+        raise FileNotFoundError(
+            f"{model.path} has no config.json of a network: give a diffusers folder, or a hub id such as google/ddpm-cifar10-32"
+        )
+    return None
+
+
+def _check_float(s: TrainConfig) -> None:
+    """A run at 32 bits is a teacher: nothing in it is quantized or distilled."""
+    say = "a run with quant=fp32 trains a teacher"
+    if type(s.taq) is not TaQOff:
+        raise UserError(f"{say}, TaQ would have nothing to quantize: type taq=off")
+    if s.nem.mode != "off":
+        raise UserError(f"{say}, nem.mode={s.nem.mode} would need another one: type nem=off")
+    if s.quant.mode == "ptq":
+        raise UserError(f"{say}, quant.mode=ptq would have nothing to calibrate: type quant.mode=qat")
+    if s.teacher.source != "auto":
+        raise UserError(f"{say} and takes none: leave out teacher={s.teacher.source}")
+
+
+def taq_scope(taq: Any) -> str:
+    """Scope of TaQ's settings, which are a plain dict where they are the user's own."""
+    return taq.get("scope", SCOPES[0]) if isinstance(taq, dict) else taq.scope

@@ -1,0 +1,1 @@
+"""What is looked at: progress in the terminal, image grids, plots."""

@@ -1,0 +1,105 @@
+"""Grids of sample images as PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from qdm_lightning.base.files import write_whole
+
+if TYPE_CHECKING:  # the report reads pictures and waits for no torch
+    from torch import Tensor
+
+TILE = 64
+"""Smallest edge of an image in a grid, in pixels: smaller images are enlarged by a whole factor, each pixel a square."""
+
+GAP, MARGIN, COLUMNS = 4, 18, 16
+
+
+def enlargement(height: int, width: int) -> int:
+    """Whole factor that brings the longer edge to `TILE` pixels or more.
+
+    >>> enlargement(8, 8), enlargement(24, 24), enlargement(256, 256)
+    (8, 3, 1)
+    """
+    return max(1, -(-TILE // max(height, width)))
+
+
+def save_grid(path: Path, rows: Sequence[Tensor], labels: Sequence[str], columns: int = COLUMNS) -> None:
+    """Write rows of images above one another, so that a column shows one seed: teacher above student.
+
+    More than `columns` images a row continue in further blocks below. The file is written beside and renamed.
+
+    Args:
+        path: PNG to write; its folder is created.
+        rows: each (N, C, H, W) uint8, C 1 or 3, all of one shape.
+        labels: one a row, drawn above it.
+        columns: images side by side, at most.
+
+    Raises:
+        ValueError: no image, rows of different shape, not uint8, or not as many labels as rows.
+    """
+    from torch import uint8
+
+    if not rows or len(rows) != len(labels):
+        raise ValueError(f"a grid needs rows and a label for each: got {len(rows)} rows, {len(labels)} labels")
+    shape = rows[0].shape
+    for row in rows:
+        if row.shape != shape or row.dtype is not uint8 or row.dim() != 4 or shape[0] == 0 or shape[1] not in (1, 3):
+            raise ValueError(f"a grid needs uint8 rows (N, 1 or 3, H, W) of one shape: got {tuple(row.shape)} {row.dtype}")
+    factor = enlargement(shape[2], shape[3])
+    strips = [
+        _strip(row[start : start + columns], label, factor, min(columns, shape[0]))
+        for start in range(0, shape[0], columns)
+        for row, label in zip(rows, labels, strict=True)
+    ]
+    _write(path, Image.fromarray(np.concatenate(strips)))
+
+
+def _strip(images: Tensor, label: str, factor: int, columns: int) -> np.ndarray:
+    """One row of the grid below its label: (MARGIN + H' + GAP, width, 3) uint8."""
+    pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
+    height, width = pixels.shape[1:3]
+    canvas = Image.new("RGB", (GAP + columns * (width + GAP), MARGIN + height + GAP), "white")
+    ImageDraw.Draw(canvas).text((GAP, 3), label, fill="black", font=ImageFont.load_default(12))
+    strip = np.array(canvas)
+    for index, picture in enumerate(pixels):
+        left = GAP + index * (width + GAP)
+        strip[MARGIN : MARGIN + height, left : left + width] = picture
+    return strip
+
+
+def _write(path: Path, image: Image.Image) -> None:
+    write_whole(path, png(image))
+
+
+def png(image: Image.Image) -> bytes:
+    """The file's content."""
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def read_rows(path: Path, count: int) -> list[Image.Image]:
+    """The rows of a grid by `save_grid` without their labels, where each is one strip (at most `COLUMNS` images a row).
+
+    Args:
+        path: the PNG.
+        count: rows that it holds, such as 2 for teacher above student.
+
+    Raises:
+        OSError: no file, or none that can be read as a picture.
+        ValueError: its height does not divide into `count` rows.
+    """
+    with Image.open(path) as opened:
+        grid = opened.convert("RGB")
+    height, rest = divmod(grid.height, count)
+    if rest or height <= MARGIN + GAP:
+        raise ValueError(f"{path} is no grid of {count} rows: it is {grid.height} pixels high")
+    return [grid.crop((0, k * height + MARGIN, grid.width, (k + 1) * height - GAP)) for k in range(count)]

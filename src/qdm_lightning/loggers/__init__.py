@@ -1,0 +1,115 @@
+"""Loggers: metrics.csv of every run, W&B, TensorBoard, and whatever of Lightning's or the user's a configuration names."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from qdm_lightning.base.files import atomic_path
+from qdm_lightning.loggers.csv_metrics import CSVMetrics
+from qdm_lightning.loggers.tensorboard import TensorBoardRun
+from qdm_lightning.loggers.wandb_run import AXES, WandbRun, logged_in, start_run, sweep_name
+from qdm_lightning.runs.naming import labels
+from qdm_lightning.training.experiment import Experiment
+
+__all__ = ["CSVMetrics", "finish", "named_loggers", "tensorboard_logger", "wandb_logger"]
+
+TAG_LENGTH = 64
+"""W&B refuses longer tags."""
+
+
+def wandb_logger(
+    *,
+    run_dir: Path,
+    config: Mapping[str, Any],
+    project: str,
+    entity: str | None = None,
+    name: str | None = None,
+    group: str | None = None,
+    tags: Sequence[str] = (),
+    mode: str | None = None,
+    artifacts: bool = True,
+    run_tags: Sequence[str] = (),
+) -> Logger:
+    """A W&B logger with a run of its own, also for the second job of a process. Its files lie in `run_dir`.
+
+    Job type, some tags and the config's `cell` come from `labels(config)`. Under `wandb agent` project, entity and id are the
+    sweep's.
+
+    Args:
+        run_dir: the run folder; its name names the W&B run where `name` is None, and a resumed run takes its id up again.
+        config: resolved configuration, logged as the run's.
+        group: None takes the multirun's folder, if there is one.
+        mode: `online`, `offline`, or None: WANDB_MODE if set, else online only where the user is logged in, and offline after
+            a warning where W&B does not answer.
+        artifacts: log the networks and evaluations as artifacts.
+        tags, run_tags: joined.
+
+    Raises:
+        ValueError: W&B refuses the run, or does not answer with `mode="online"`.
+    """
+    asked = mode or os.environ.get("WANDB_MODE")
+    identity = run_dir / "wandb_id"
+    cell = labels(config)
+    known = [*tags, *run_tags, *(f"{key}:{value}" for key, value in cell.items() if key != "job")]
+    run = start_run(
+        asked or ("online" if logged_in() else "offline"),
+        otherwise=None if asked else "offline",
+        project=project,
+        entity=entity,
+        name=name or run_dir.name,
+        group=group or sweep_name(run_dir),
+        job_type=cell.get("job"),
+        id=identity.read_text("utf-8").strip() if identity.is_file() else secrets.token_hex(4),
+        dir=run_dir,
+        tags=list(dict.fromkeys(tag[:TAG_LENGTH] for tag in known if tag)) or None,
+        config={**config, "cell": {**cell, "name": " ".join(value for key, value in cell.items() if key != "job")}},
+    )
+    with atomic_path(identity) as beside:
+        beside.write_text(f"{run.id}\n", "utf-8")
+    for axis, patterns in AXES.items():
+        run.define_metric(axis)
+        for pattern in patterns:
+            run.define_metric(pattern, step_metric=axis)
+    return WandbRun(run, artifacts)
+
+
+def tensorboard_logger(*, run_dir: Path, folder: str = "tensorboard") -> Logger:
+    """A logger that writes into `<run_dir>/<folder>`: `tensorboard --logdir outputs` shows every run below it.
+
+    Raises:
+        ModuleNotFoundError: tensorboard is not installed.
+    """
+    return TensorBoardRun(save_dir=run_dir, name=folder, version="", default_hp_metric=False)
+
+
+def named_loggers(experiment: Experiment) -> list[Any]:
+    """The loggers that the configuration names. A factory gets what it takes of `run_dir`, `config` and `run_tags`."""
+    ours: dict[str, Any] = {
+        "run_dir": experiment.run_dir,
+        "config": experiment.resolved,
+        "run_tags": experiment.resolved.get("tags", ()),
+    }
+    loggers: list[Any] = []
+    try:
+        for make in experiment.loggers:
+            taken = inspect.signature(make).parameters
+            loggers.append(make(**{name: value for name, value in ours.items() if name in taken}))
+    except BaseException:
+        finish(loggers)
+        raise
+    return loggers
+
+
+def finish(loggers: list[Any]) -> None:
+    """Close them; a W&B run ends, so that the next job of this process begins another."""
+    for logger in loggers:
+        logger.finalize("finished")
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()

@@ -1,0 +1,75 @@
+"""metrics.csv in the run folder, which every run writes."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from qdm_lightning.base.files import atomic_path
+
+
+class CSVMetrics(Logger):
+    """Scalars as rows of one file, `step` and a column for each name. A resumed run goes on in the same file.
+
+    Args:
+        path: of the file.
+        resume_step: the student's rows of this step and later are dropped from an existing file, as it trains them anew; the
+            teacher's stay, whose training has steps of its own. None begins a new file.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        super().__init__()
+        self.path = path
+        self.rows: dict[tuple[bool, int], dict[str, Any]] = {}  # by (of the teacher, step)
+        self.columns = ["step"]
+        if resume_step is not None and path.is_file():
+            with path.open(newline="", encoding="utf-8") as stream:
+                reader = csv.DictReader(stream)
+                for row in reader:
+                    values = {name: value for name, value in row.items() if value}
+                    key = _key(values, int(row["step"]))
+                    if key[0] or key[1] < resume_step:
+                        self.rows[key] = values
+                self.columns = list(reader.fieldnames or self.columns)
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return "0"
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        row: dict[str, Any] = {"step": step or 0, **{k: v for k, v in metrics.items() if k != "epoch"}}
+        if len(row) == 1:
+            return
+        self.rows.setdefault(_key(row, row["step"]), {}).update(row)
+        self.columns += [name for name in row if name not in self.columns]
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The resolved configuration is a file of its own."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        if not self.rows:
+            return
+        with atomic_path(self.path) as beside, beside.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, self.columns, restval="")
+            writer.writeheader()
+            writer.writerows(self.rows.values())
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.save()
+
+
+def _key(row: Mapping[str, Any], step: int) -> tuple[bool, int]:
+    return all(name == "step" or name.startswith("teacher/") for name in row), step

@@ -1,0 +1,156 @@
+"""Whole runs, tiny: what they leave, that resume loses nothing, that a teacher is trained once, what W&B gets."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from qdm_lightning.cli.build import stored
+from qdm_lightning.cli.schema import CONF_DIR
+from qdm_lightning.display.progress import Progress
+from qdm_lightning.train import train
+from qdm_lightning.training.callbacks import StageProgress
+from qdm_lightning.training.checkpoint_io import load_checkpoint
+
+TINY = [
+    "model.block_out_channels=[8,16]",
+    "model.norm_num_groups=4",
+    "data.batch_size=16",
+    "teacher.max_steps=6",
+    "trainer.max_steps=6",
+    "trainer.val_every=2",
+    "trainer.log_every=2",
+    "trainer.compile=off",
+    "trainer.accelerator=cpu",
+    "quant.calibration_batches=2",
+    "sampler.steps=3",
+    "num_samples=24",
+]
+
+
+def run(tmp_path: Path, *overrides: str, name: str = "runs", logger: str = "none"):
+    places = [f"paths.cache={tmp_path / 'cache'}", f"paths.output={tmp_path / name}", f"logger={logger}"]
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose("train", overrides=[*TINY, *places, *overrides])
+    return train(cfg, Progress("silent"))
+
+
+def assert_same_weights(folder: Path, other: Path) -> None:
+    one, two = (load_checkpoint(f / "checkpoints" / "last.ckpt")["state_dict"] for f in (folder, other))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def learning(folder: Path) -> list[dict[str, str]]:
+    """The rows of teacher and student without what is measured at the end."""
+    rows = [{k: v for k, v in row.items() if v and not k.startswith("final/")} for row in read_csv(folder / "metrics.csv")]
+    rows = [row for row in rows if row.keys() > {"step"}]
+    assert {"teacher/train/loss", "train/loss", "val/loss"} <= {name for row in rows for name in row}
+    return rows
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return root, run(root)
+
+
+def test_a_run_leaves_its_record(first):
+    _, result = first
+    metrics = json.loads((result.run_dir / "metrics.json").read_text())
+    assert metrics["floor"]["fd_digits"] > 0
+    assert metrics["teacher"]["fd_digits"] > 0
+    assert {"fd_digits", "image_mse", "nem_error"} <= set(metrics["student"])
+    assert len(metrics["student"]["nem_error"]) == 10
+    assert {"teacher", "calibration", "student", "sampling_teacher", "sampling_student"} <= set(metrics["seconds"])
+    assert metrics["seed"] == 0
+    assert metrics["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert metrics["kernels"]["fake_quantization"] == "eager"
+    names = (
+        "config.yaml",
+        "samples.png",
+        "quantization.txt",
+        "metrics.csv",
+        "checkpoints/best.ckpt",
+        "teacher/unet/config.json",
+    )
+    assert all((result.run_dir / name).is_file() for name in names)
+    rows = read_csv(result.run_dir / "metrics.csv")
+    assert {"train/loss", "val/loss", "teacher/val/loss", "final/student/fd_digits"} <= set(rows[0])
+
+
+def test_the_teacher_is_trained_once_for_all_seeds(first):
+    root, result = first
+    other = run(root, "seed=1", "trainer.max_steps=2")
+    assert result.metrics["teacher_origin"]["trained_now"]
+    assert not other.metrics["teacher_origin"]["trained_now"]
+    assert result.metrics["teacher_origin"]["key"] == other.metrics["teacher_origin"]["key"]
+    changed = run(root, "teacher.seed=1", "trainer.max_steps=2")
+    assert changed.metrics["teacher_origin"]["key"] != result.metrics["teacher_origin"]["key"]
+
+
+def test_the_same_run_twice_gives_the_same_weights_and_images(first):
+    root, result = first
+    again = run(root, name="again")
+    assert_same_weights(again.run_dir, result.run_dir)
+    assert again.metrics["student"]["image_mse"] == result.metrics["student"]["image_mse"]
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(first, monkeypatch):
+    """A kill after step 5: the last checkpoint is of step 4; optimizer, schedule, EMA, order and noise go on exactly."""
+    root, result = first
+
+    def killed(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == 5 and not module.prefix:
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageProgress, "on_train_batch_end", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(root / "killed")  # with a cache of its own, so that it trains its teacher
+    (folder,) = (root / "killed" / "runs").iterdir()
+    assert load_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == 4
+    resumed = train(stored(folder), Progress("silent"))
+    assert resumed.run_dir == folder
+    assert resumed.metrics["student"]["resumed_from"] == 4
+    assert resumed.metrics["teacher_origin"]["key"] == result.metrics["teacher_origin"]["key"]
+    assert_same_weights(folder, result.run_dir)
+    for measure in ("fd_digits", "image_mse", "nem_error"):
+        assert resumed.metrics["student"][measure] == result.metrics["student"][measure]
+    assert learning(folder) == learning(result.run_dir)
+
+
+def test_a_full_precision_run_is_the_teacher_that_auto_takes(first):
+    root, result = first
+    alone = run(root, "quant=fp32", name="fp32")
+    assert alone.metrics["teacher_origin"]["key"] == result.metrics["teacher_origin"]["key"]
+    assert "student" not in alone.metrics
+    assert alone.metrics["teacher"] == result.metrics["teacher"]
+    taken = run(root, "teacher=checkpoint", f"teacher.path={alone.run_dir}", "trainer.max_steps=2", name="taken")
+    assert taken.metrics["teacher"] == result.metrics["teacher"]
+
+
+@pytest.mark.parametrize("taq", ["ema", "scale"])
+def test_every_taq_variant_trains_everywhere(first, taq):
+    result = run(first[0], f"taq={taq}", "taq.scope=all", "taq.groups=5", "trainer.max_steps=2", name=taq)
+    assert result.metrics["student"]["fd_digits"] > 0
+
+
+def test_post_training_quantization_takes_no_step(first):
+    result = run(
+        first[0], "quant.mode=ptq", "quant.calibrator._target_=qdm_lightning.quantization.calibration.MinMax", name="ptq"
+    )
+    assert result.metrics["student"]["steps"] == 0
+    assert result.metrics["student"]["image_mse"] > 0
+
+
+def test_on_policy_runs_and_resumes(first):
+    result = run(first[0], "nem=on_policy", "nem.on_policy_buffer=40", "nem.on_policy_refresh=2", name="on_policy")
+    assert "trajectory_buffer" in load_checkpoint(result.run_dir / "checkpoints" / "last.ckpt")
