@@ -75,7 +75,7 @@ def _alone(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process does.
     """
-    from qdm_lightning.display.progress import rank
+    from qdm_lightning.base.ranks import rank
 
     if rank():
         yield

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 from collections.abc import Callable, Collection
 from dataclasses import fields, is_dataclass, replace
 from datetime import datetime
@@ -20,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qdm_lightning.base.checks import UserError, one_of
 from qdm_lightning.base.files import write_whole
+from qdm_lightning.base.ranks import started_apart
 from qdm_lightning.base.trust import check_targets
 from qdm_lightning.cli.messages import unknown_setting
 from qdm_lightning.cli.schema import SCHEMAS, TrainConfig, run_name, schema_of
@@ -165,17 +165,11 @@ def run_folder(cfg: DictConfig) -> Path:
         return Path(cfg.run).expanduser().resolve()
     if HydraConfig.initialized() and not OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir"):
         named = any(word.startswith("hydra.run.dir=") for word in HydraConfig.get().overrides.hydra)
-        if not named and (cfg.trainer.num_nodes > 1 or _started_apart()):
+        if not named and (cfg.trainer.num_nodes > 1 or started_apart()):
             raise UserError("the processes of one run need one folder: type hydra.run.dir=<folder>, the same for each of them")
         return Path(HydraConfig.get().runtime.output_dir)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}_{run_name(cfg)}"
     return Path(cfg.paths.output).expanduser().resolve() / name
-
-
-def _started_apart() -> bool:
-    """True where srun or torchrun started this process as one of several."""
-    several = (("SLURM_PROCID", "SLURM_NTASKS"), ("RANK", "WORLD_SIZE"))
-    return any(number in os.environ and int(os.environ.get(count, "1")) > 1 for number, count in several)
 
 
 def write_config(cfg: DictConfig, file: Path) -> None:

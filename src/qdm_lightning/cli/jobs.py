@@ -22,16 +22,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from qdm_lightning.base.checks import one_line
+from qdm_lightning.base.ranks import RENDEZVOUS, rank
 from qdm_lightning.cli.build import CONFIG_FILE, LOCK_FILE, METRICS_FILE, write_config
 from qdm_lightning.cli.compose import quoted
 from qdm_lightning.cli.schema import cores
-from qdm_lightning.display.progress import duration, rank
+from qdm_lightning.display.progress import duration
 
 OUTPUT_FILE = "output.log"
 """What a job printed, where jobs run at once."""
-
-RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE")
-"""Where the processes of one job meet: never inherited, or the jobs of a sweep would meet one another."""
 
 
 def finished(folder: Path) -> bool:

@@ -15,12 +15,12 @@ from qdm_lightning.diagnosis.activations import Distribution, activation_distrib
 from qdm_lightning.diagnosis.trajectory_error import TrajectoryError, trajectory_error
 from qdm_lightning.diffusion.sampling import image_seeds
 from qdm_lightning.display.plots import BoxPanel, CurvePanel, save_boxes, save_curves
-from qdm_lightning.evaluation.feature_cache import ImageSampler
 from qdm_lightning.evaluation.plan import image_sampler, restored_sampler
 from qdm_lightning.evaluation.protocol import run_label
 from qdm_lightning.evaluation.sample import spread
 from qdm_lightning.evaluation.spec import DiagnosisConfig, listed
 from qdm_lightning.loggers.media import log_pictures
+from qdm_lightning.models.image_sampler import ImageSampler
 from qdm_lightning.runs.provenance import environment, git_commit, versions
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.restore import restore_teacher, run_loggers
@@ -127,7 +127,7 @@ def _images(images: Tensor, count: int) -> Tensor:
 def _trajectory_error(subject: _Subject, config: DiagnosisConfig, progress: Any) -> TrajectoryError:
     assert subject.teacher is not None
     seeds = image_seeds(0, config.num_images)
-    with progress.stage("trajectories", 2 * subject.image_sampler.rounds(len(seeds)), "steps") as stage:
+    with progress.stage("trajectories", 2 * subject.image_sampler.steps(len(seeds)), "steps") as stage:
         return trajectory_error(subject.teacher, subject.image_sampler, seeds, config.points, lambda: stage.advance(1))
 
 

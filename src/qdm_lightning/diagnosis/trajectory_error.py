@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qdm_lightning.diffusion.sampling import sample, timesteps
-from qdm_lightning.evaluation.feature_cache import ImageSampler
 from qdm_lightning.evaluation.sample import spread
+from qdm_lightning.models.image_sampler import ImageSampler
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 from rich.table import Table
+
+from qdm_lightning.base.ranks import rank
 
 PLAIN_LINES = 10
 """Lines that a stage prints where there is no terminal to redraw."""
@@ -181,16 +182,6 @@ class _Plain:
         )
         parts = [_rate(new, spent, self._unit), left, _shown(self._fields)]
         self._say(f"{self._name}: {self._done}/{self._total} {self._unit}, " + ", ".join(part for part in parts if part))
-
-
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK")
-"""Environment variables by which launchers number their processes; all of them are 0, or not set, in the first alone."""
-
-
-def rank() -> int:
-    """0 in the first of the processes that train together, a positive number in the others."""
-    numbers = [int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()]
-    return next((number for number in numbers if number), 0)
 
 
 def _number(value: Any) -> str:

@@ -133,14 +133,14 @@ def _fill(
     if missing and config.devices > 1:
         share(_Share(feature_cache, missing, experiment.trainer, progress.mode), config.accelerator, config.devices)
     elif missing:
-        before = sum(feature_cache.image_sampler.rounds(len(seeds)) for seeds in chunks)
-        before -= sum(feature_cache.image_sampler.rounds(len(seeds)) for seeds in missing)
+        before = sum(feature_cache.image_sampler.steps(len(seeds)) for seeds in chunks)
+        before -= sum(feature_cache.image_sampler.steps(len(seeds)) for seeds in missing)
         _make(feature_cache, missing, "sampling", before, progress)
 
 
 def _make(feature_cache: FeatureCache, chunks: Sequence[Sequence[int]], name: str, before: int, progress: Any) -> None:
     """Make chunks under a stage, in which `before` steps were done already."""
-    total = before + sum(feature_cache.image_sampler.rounds(len(seeds)) for seeds in chunks)
+    total = before + sum(feature_cache.image_sampler.steps(len(seeds)) for seeds in chunks)
     with progress.stage(name, total, "steps") as stage:
         if before:
             stage.skip(before)

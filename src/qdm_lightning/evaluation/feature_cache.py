@@ -9,47 +9,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qdm_lightning.diffusion.images import to_uint8
-from qdm_lightning.diffusion.sampling import sample, timesteps
-from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
 from qdm_lightning.evaluation.chunks import Chunk, ChunkFolder, DamagedChunk
 from qdm_lightning.metrics.frechet import feature_batches
-from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.models.image_sampler import ImageSampler
 from qdm_lightning.runs.provenance import environment
 
 Step = Callable[[], None]
 Say = Callable[[str], None]
-
-
-@dataclass(kw_only=True)
-class ImageSampler:
-    """Draws images by their seeds.
-
-    Args:
-        network: noise estimator in eval mode.
-        sampler, diffusion: how.
-        shape: (C, H, W).
-        device: where the network runs.
-    """
-
-    network: Denoiser
-    sampler: SamplerConfig
-    diffusion: DiffusionConfig
-    shape: tuple[int, int, int]
-    device: torch.device
-
-    def rounds(self, count: int) -> int:
-        """Calls of the network for `count` images that are drawn together."""
-        return -(-count // self.sampler.batch_size) * len(timesteps(self.sampler, self.diffusion))
-
-    def draw(self, seeds: Sequence[int], on_step: Step | None = None) -> Tensor:
-        """Images (len(seeds), C, H, W) uint8 on the CPU."""
-        drawn = sample(
-            self.network, self.sampler, self.diffusion, shape=self.shape, seeds=seeds, device=self.device, on_step=on_step
-        )
-        return to_uint8(drawn)
 
 
 @dataclass(kw_only=True)
@@ -78,7 +47,7 @@ class FeatureCache:
         if drawn is None:
             drawn = self._draw(seeds, on_step)
         else:
-            for _ in range(self.image_sampler.rounds(len(seeds))):
+            for _ in range(self.image_sampler.steps(len(seeds))):
                 on_step()
         begin = time.perf_counter()
         pixels = torch.from_numpy(drawn.arrays["images"])
@@ -91,7 +60,7 @@ class FeatureCache:
 
     def _draw(self, seeds: Sequence[int], on_step: Step) -> Chunk:
         begin = time.perf_counter()
-        images = self.image_sampler.draw(seeds, on_step).numpy()
+        images = to_uint8(self.image_sampler.draw(seeds, on_step)).numpy()
         meta = {
             "seconds": {"sampling": time.perf_counter() - begin},
             "environment": environment(self.image_sampler.device),

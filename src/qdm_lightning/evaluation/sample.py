@@ -19,10 +19,10 @@ from qdm_lightning.diffusion.process import alphas_cumprod
 from qdm_lightning.diffusion.sampling import sample, timesteps
 from qdm_lightning.display.image_grids import save_grid
 from qdm_lightning.evaluation.chunks import data_hash
-from qdm_lightning.evaluation.feature_cache import ImageSampler
 from qdm_lightning.evaluation.plan import identity, image_sampler, restored_sampler
 from qdm_lightning.evaluation.protocol import sampler_name
 from qdm_lightning.evaluation.spec import SampleConfig, parse_seeds, parse_shard
+from qdm_lightning.models.image_sampler import ImageSampler
 from qdm_lightning.runs.provenance import environment
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.restore import restore_teacher
@@ -87,10 +87,10 @@ def draw_pictures(experiment: Experiment, config: SampleConfig, progress: Any) -
     missing = [seed for seed in mine if not _there(folder / f"{seed}.png", key)]
     record = {"identity": key, "run": experiment.run_dir.name, "origin": restored.origin, **known}
     if missing:
-        with progress.stage("sampling", drawn_by.rounds(len(missing)), "steps") as stage:
+        with progress.stage("sampling", drawn_by.steps(len(missing)), "steps") as stage:
             size = experiment.sampler.batch_size
             for chunk in (missing[first : first + size] for first in range(0, len(missing), size)):
-                images = drawn_by.draw(chunk, lambda: stage.advance(1))
+                images = to_uint8(drawn_by.draw(chunk, lambda: stage.advance(1)))
                 told = {**record, "environment": environment(drawn_by.device)}
                 for seed, image in zip(chunk, images, strict=True):
                     save_picture(folder / f"{seed}.png", image, {"seed": seed, **told})
@@ -177,7 +177,7 @@ def _trajectories(
     if which == "student":
         teacher = image_sampler(experiment, restore_teacher(experiment, drawn_by.device), drawn_by.device)
         image_samplers = {"teacher": teacher, "student": drawn_by}
-    with progress.stage("trajectories", len(image_samplers) * drawn_by.rounds(len(seeds)), "steps") as stage:
+    with progress.stage("trajectories", len(image_samplers) * drawn_by.steps(len(seeds)), "steps") as stage:
         ways = {
             who: trajectory(each, seeds, TRAJECTORY_STEPS, lambda: stage.advance(1)) for who, each in image_samplers.items()
         }

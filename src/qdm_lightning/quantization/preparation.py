@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -35,7 +35,19 @@ class Quantizers:
     weight: Callable[..., WeightQuantizer] = LSQWeight
     activation: Callable[..., ActivationQuantizer] = LSQActivation
     attention: Callable[..., ActivationQuantizer] = LSQActivation
-    probabilities: Callable[..., ActivationQuantizer] = field(default=LSQProbability)
+    probabilities: Callable[..., ActivationQuantizer] = LSQProbability
+
+    @classmethod
+    def with_taq(
+        cls,
+        weight: Callable[..., WeightQuantizer],
+        activation: Callable[..., ActivationQuantizer],
+        taq: Callable[..., ActivationQuantizer] | None,
+        scope: str,
+    ) -> Quantizers:
+        """The factories of a run: TaQ's (None: no TaQ) serves q, k, v, and with `scope="all"` the inputs of layers too."""
+        attention = taq or activation
+        return cls(weight=weight, activation=attention if scope == "all" else activation, attention=attention)
 
 
 def prepare(

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from qdm_lightning.base.files import atomic_path, write_json
+from qdm_lightning.base.ranks import rank
 from qdm_lightning.diffusion.images import to_uint8
 from qdm_lightning.display.image_grids import save_grid
-from qdm_lightning.display.progress import rank
 from qdm_lightning.loggers import CSVMetrics, finish, named_loggers
 from qdm_lightning.loggers.media import log_pictures
 from qdm_lightning.metrics.frechet import features

@@ -17,8 +17,8 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from qdm_lightning.base.files import atomic_path, write_json
+from qdm_lightning.base.ranks import rank
 from qdm_lightning.diffusion.spec import NeMConfig
-from qdm_lightning.display.progress import rank
 from qdm_lightning.models.diffusers_io import load_diffusion, load_unet, save_pipeline
 from qdm_lightning.training.callbacks import StageProgress
 from qdm_lightning.training.checkpoint_io import load_checkpoint

@@ -5,7 +5,7 @@ from torch import nn
 from qdm_lightning.diagnosis.trajectory_error import trajectory_error
 from qdm_lightning.diffusion.process import alphas_cumprod
 from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
-from qdm_lightning.evaluation.feature_cache import ImageSampler
+from qdm_lightning.models.image_sampler import ImageSampler
 
 SHAPE = (1, 2, 2)
 

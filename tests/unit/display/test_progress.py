@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from qdm_lightning.display.progress import Progress, closing_table, print_closing, rank
+from qdm_lightning.base.ranks import rank
+from qdm_lightning.display.progress import Progress, closing_table, print_closing
 
 
 class Clock:

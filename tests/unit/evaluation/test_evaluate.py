@@ -11,7 +11,7 @@ import torch
 from qdm_lightning.base.checks import UserError
 from qdm_lightning.display.progress import Progress
 from qdm_lightning.evaluate import evaluate
-from qdm_lightning.evaluation.feature_cache import ImageSampler
+from qdm_lightning.models.image_sampler import ImageSampler
 
 SETTINGS = ["num_samples=88", "chunk=16"]
 TIMES = {"finished", "seconds", "git", "run", "name"}

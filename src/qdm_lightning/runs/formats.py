@@ -1,0 +1,29 @@
+"""Settings that an older version stored, as this one names them: where a `_target_` moved to, what a setting is called now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MOVED = {
+    "qdm_lightning.training.loggers.wandb_logger": "qdm_lightning.loggers.wandb_logger",
+    "qdm_lightning.training.loggers.tensorboard_logger": "qdm_lightning.loggers.tensorboard_logger",
+    "qdm_lightning.models.pretrained.load_unet": "qdm_lightning.models.diffusers_io.load_unet",
+}
+"""A `_target_` of version 0.1 to its place now."""
+
+RENAMED = {"edge_bits": "first_last_bits", "micro_batch": "batch_size"}
+"""A setting of version 0.1 (of `quant`, of `sampler`) to its name now."""
+
+
+def upgraded(plain: Any) -> Any:
+    """Plain settings of any version as this version writes them, to any depth; what is of this version stays as it is.
+
+    >>> upgraded({"sampler": {"micro_batch": 16}, "model": {"_target_": "qdm_lightning.models.pretrained.load_unet"}})
+    {'sampler': {'batch_size': 16}, 'model': {'_target_': 'qdm_lightning.models.diffusers_io.load_unet'}}
+    """
+    if isinstance(plain, dict):
+        return {
+            RENAMED.get(name, name): MOVED.get(value, value) if name == "_target_" else upgraded(value)
+            for name, value in plain.items()
+        }
+    return [upgraded(value) for value in plain] if isinstance(plain, list) else plain
