@@ -6,21 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from qdm_lightning.cli import app as cli
-from qdm_lightning.cli import build as config
-from qdm_lightning.cli.build import build
-from qdm_lightning.train import train
+from qdm_lightning.base.checks import UserError
+from qdm_lightning.cli import build as building
+from qdm_lightning.cli import training
+from qdm_lightning.cli.schema import plain
+from qdm_lightning.runs.folder import write_config
 
 HERE = Path(__file__).parent
 
 CASES = {
     # names
     "quant=w5": "quant=w5 is not an option: choose one of fp32, w2a2, w3a3, w4a4, w4a8, w8a8",
-    "taq=normalize": "for example taq=normalize",
+    "taq=normalised": "for example taq=normalize",
     "quant=5": "quant=5: a group takes the name of an option",
     "experiment=null": "experiment=null: a group takes the name of an option",
     "qunat=w4a4": "did you mean quant?",
     "sampler.step=5": "did you mean sampler.steps?",
+    "quant.edge_bits=8": "quant.edge_bits is not a setting: it is called quant.first_last_bits",
+    "sampler.micro_batch=8": "sampler.micro_batch is not a setting: it is called sampler.batch_size",
     "max_steps=5": "did you mean teacher.max_steps or trainer.max_steps?",
     "+unknown=1": "unknown is not a setting",
     "++unknown=1": "unknown is not a setting",
@@ -92,67 +95,91 @@ CASES = {
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(config, "accelerators", set)
+    monkeypatch.setattr(building, "accelerators", set)
     return tmp_path
 
 
-def refuse(argv: list[str], capsys, task=None) -> str:
-    """Run the command in this process; returns its one line."""
-    with pytest.raises(SystemExit) as end:
-        cli.run("train", task or pytest.fail, check=build, examples=(), argv=argv)
-    out, err = capsys.readouterr()
-    assert end.value.code == 2
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
+@pytest.fixture
+def refused(typed, capsys, monkeypatch):
+    """`refused(words, work=None)`: the one line that `train` answers; `work(experiment, progress)` stands for the training."""
+
+    def refuse(words: list[str], work=None) -> str:
+        monkeypatch.setattr(training, "_run", work or (lambda *_: pytest.fail("it began")))
+        with pytest.raises(SystemExit) as end:
+            typed(training.Training(pytest.fail, ()).command, *words)
+        out, err = capsys.readouterr()
+        assert end.value.code == 2
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err
+
+    return refuse
 
 
-@pytest.mark.parametrize("typed", CASES)
-def test_one_line_and_nothing_written(typed, folder, capsys):
-    assert CASES[typed] in refuse(typed.split(), capsys)
+@pytest.mark.parametrize("words", CASES)
+def test_one_line_and_nothing_written(words, folder, refused):
+    assert CASES[words] in refused(words.split())
     assert list(folder.iterdir()) == []
 
 
-def test_beside_run_only_the_logger_may_be_given(folder, capsys):
+def test_beside_run_only_the_logger_may_be_given(folder, refused):
     (folder / "config.yaml").write_text("seed: 0\n")
-    assert "seed=3 cannot be given with run=" in refuse(["run=.", "seed=3"], capsys)
-    assert "leave out -m" in refuse(["-m", "run=."], capsys)
+    assert "seed=3 cannot be given with run=" in refused(["run=.", "seed=3"])
+    assert "leave out -m" in refused(["-m", "run=."])
 
 
-def test_bad_input_found_by_the_task_removes_its_folder(folder, capsys):
-    def task(cfg):
-        raise cli.UserError("picture 3\nis damaged")
+def test_bad_input_found_by_the_work_removes_its_folder(folder, refused):
+    def work(experiment, progress):
+        raise UserError("picture 3\nis damaged")
 
-    assert "error: picture 3 is damaged" in refuse([], capsys, task)
+    assert "error: picture 3 is damaged" in refused([], work)
     assert list(folder.iterdir()) == []
 
 
-def test_bad_input_found_by_the_task_leaves_what_others_wrote(folder, capsys):
-    def task(cfg):
+def test_bad_input_found_by_the_work_leaves_what_others_wrote(folder, refused):
+    def work(experiment, progress):
         Path("outputs/valuable").mkdir()
-        raise cli.UserError("no")
+        raise UserError("no")
 
-    refuse([], capsys, task)
+    refused([], work)
     assert [p.name for p in (folder / "outputs").iterdir()] == ["valuable"]
 
 
-def test_nodes_need_one_folder(folder, capsys):
-    assert "type hydra.run.dir=<folder>" in refuse(["trainer.num_nodes=2", "trainer.devices=1"], capsys, train)
+def test_a_folder_that_was_there_keeps_what_it_holds(folder, refused, composed):
+    """Of another run: refused before anything is touched. Of this run: bad input found late takes nothing away."""
+
+    def work(experiment, progress):
+        raise UserError("no")
+
+    mine = folder / "mine"
+    write_config(mine, plain(composed("seed=1")))
+    before = {path: path.read_bytes() for path in mine.rglob("*")}
+    assert "holds a run with another configuration (seed=1, not 0)" in refused(["hydra.run.dir=mine"])
+    assert "(quant.weight_bits=4, not 8)" in refused(["hydra.run.dir=mine", "seed=1", "quant=w8a8"])
+    assert {path: path.read_bytes() for path in mine.rglob("*")} == before
+    refused(["hydra.run.dir=mine", "seed=1"], work)
+    assert (mine / "config.yaml").read_bytes() == before[mine / "config.yaml"]
+
+
+def test_nodes_need_one_folder(folder, refused):
+    assert "type hydra.run.dir=<folder>" in refused(["trainer.num_nodes=2", "trainer.devices=1"])
     assert list(folder.iterdir()) == []
 
 
-def test_a_fault_of_ours_keeps_its_traceback(folder, capsys):
-    def task(cfg):
+def test_a_fault_of_ours_keeps_its_traceback(folder, typed, monkeypatch):
+    def work(experiment, progress):
+        progress.started = True
         raise ValueError("in the middle of training")
 
+    monkeypatch.setattr(training, "_run", work)
     with pytest.raises(ValueError, match="in the middle"):
-        cli.run("train", task, check=build, examples=(), argv=[])
+        typed(training.Training(pytest.fail, ()).command)
 
 
-@pytest.mark.parametrize("typed", ["quant=w5", "+unknown=1"])
-def test_as_a_command(typed, tmp_path):
-    ran = subprocess.run([sys.executable, "-m", "qdm_lightning.train", typed], cwd=tmp_path, capture_output=True, text=True)
+@pytest.mark.parametrize("word", ["quant=w5", "+unknown=1"])
+def test_as_a_command(word, tmp_path):
+    ran = subprocess.run([sys.executable, "-m", "qdm_lightning.train", word], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 2
     assert ran.stdout == ""
     assert len(ran.stderr.splitlines()) == 1

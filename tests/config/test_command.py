@@ -1,5 +1,6 @@
 """What a command does around its task: help, folders, resuming, sweeps, Ctrl-C."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,10 +8,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from qdm_lightning.cli import app as cli
-from qdm_lightning.cli.build import plain, run_folder, stored, validate
+from qdm_lightning.cli.compose import stored
 from qdm_lightning.cli.help import COMMANDS, defaults, options, overview
-from qdm_lightning.cli.schema import CONF_DIR, run_name
+from qdm_lightning.cli.schema import CONF_DIR, plain, run_name
 
 
 @pytest.fixture
@@ -19,19 +19,8 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(*argv: str, task=None) -> list[tuple[dict, Path]]:
-    """Run the command in this process; returns (settings, run folder) of each job."""
-    jobs = []
-
-    def keep(cfg):
-        jobs.append((plain(cfg), run_folder(cfg)))
-
-    cli.run("train", task or keep, check=validate, examples=[("quant=w3a3", "fewer bits")], argv=argv)
-    return jobs
-
-
-def test_a_job_gets_its_settings_and_a_folder_of_its_own(folder):
-    [(first, one)], [(_, other)] = run("quant=w3a3", "seed=7"), run("quant=w3a3", "seed=7")
+def test_a_job_gets_its_settings_and_a_folder_of_its_own(folder, train):
+    [(first, one)], [(_, other)] = train("quant=w3a3", "seed=7"), train("quant=w3a3", "seed=7")
     assert (first["quant"]["weight_bits"], first["seed"]) == (3, 7)
     assert one.parent == folder / "outputs"
     assert one.name.endswith("_w3a3_normalize_replace_ddim50_seed7")
@@ -39,15 +28,17 @@ def test_a_job_gets_its_settings_and_a_folder_of_its_own(folder):
     assert (one / ".hydra" / "overrides.yaml").is_file()
 
 
-def test_flags_and_overrides_may_come_in_any_order(folder):
+def test_what_hydra_would_not_read_is_read(folder):
+    """Flags between the overrides, and a home folder that the shell has left."""
     (folder / "mine").mkdir()
-    [(settings, _)] = run("seed=1", "--config-dir", "mine", "quant=w3a3")
-    assert (settings["seed"], settings["quant"]["weight_bits"]) == (1, 3)
-
-
-def test_tilde_in_paths_output_is_the_home(folder, monkeypatch):
-    monkeypatch.setenv("HOME", str(folder / "home"))
-    assert run("paths.output=~/runs")[0][1].parent == folder / "home" / "runs"
+    code = "from qdm_lightning.cli import training; training.Training(print, []).main()"
+    words = ["seed=1", "--config-dir", "mine", "paths.output=~/runs", "--cfg", "job"]
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=folder, env={**os.environ, "HOME": "/ours"}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    settings = OmegaConf.create(ran.stdout)
+    assert (settings.seed, settings.paths.output) == (1, "/ours/runs")
 
 
 @pytest.mark.parametrize(
@@ -66,89 +57,67 @@ def test_names_say_what_a_run_does(overrides, name, composed):
     assert run_name(composed(*overrides)) == name
 
 
-def test_a_sweep_has_a_named_folder_for_each_job(folder):
-    jobs = run("-m", "quant=w4a4,w3a3", "seed=0,1")
-    names = [path.name.rpartition("_")[0] for _, path in jobs]
-    assert names == [f"w{b}a{b}_normalize_replace_ddim50_seed{s}" for b, s in [(4, 0), (4, 1), (3, 0), (3, 1)]]
-    assert len({path.name for _, path in jobs}) == 4
-    assert len({path.parent for _, path in jobs}) == 1
-
-
-def test_a_bad_job_of_a_sweep_does_not_stop_the_others(folder, capsys):
-    seen = []
-
-    def task(cfg):
-        seen.append(cfg.seed)
-        if cfg.seed == 0:
-            raise cli.UserError("no such picture")
-
-    with pytest.raises(SystemExit, match="2"):
-        run("-m", "seed=0,1", task=task)
-    assert seen == [0, 1]
-    assert capsys.readouterr().err.endswith("error: no such picture\n")
-
-
 def leave_a_run(folder: Path, composed, *overrides: str) -> Path:
     OmegaConf.save(composed(*overrides), folder / "config.yaml", resolve=True)
     return folder
 
 
-def test_run_goes_on_in_its_folder_with_its_own_settings(folder, composed):
+def test_run_goes_on_in_its_folder_with_its_own_settings(folder, composed, train):
     left = leave_a_run(folder, composed, "quant=w3a3", "seed=5", "taq=off")
     before = (left / "config.yaml").read_bytes()
-    [(settings, where)] = run(f"run={left}")
+    [(settings, where)] = train(f"run={left}")
     assert where == left
     assert settings == plain(composed("quant=w3a3", "seed=5", "taq=off")) | {"run": str(left)}
     assert (left / "config.yaml").read_bytes() == before
     assert not (left / ".hydra").exists()
 
 
-def test_a_folder_with_odd_characters(tmp_path, monkeypatch, composed):
+def test_a_folder_with_odd_characters(tmp_path, monkeypatch, composed, train):
     odd = tmp_path / "it's [one], a=b {c}"
     odd.mkdir()
     monkeypatch.chdir(odd)
     leave_a_run(odd, composed)
-    assert run("run=.")[0][1] == odd
+    assert train("run=.")[0][1] == odd
 
 
-def test_the_logger_may_change_on_the_way(folder, composed):
+def test_the_logger_may_change_on_the_way(folder, composed, train):
     leave_a_run(folder, composed, "seed=5")
-    [(settings, _)] = run("run=.", "logger=none")
+    [(settings, _)] = train("run=.", "logger=none")
     assert (settings["logger"], settings["seed"]) == ({}, 5)
 
 
-def test_a_stored_run_may_not_bring_code(folder, composed, capsys):
+def test_a_stored_run_may_not_bring_code(folder, composed, capsys, train):
     leave_a_run(folder, composed, "quant.act_quantizer._target_=os.system")
     with pytest.raises(SystemExit, match="2"):
-        run("run=.")
+        train("run=.")
     assert "would run os.system (quant.act_quantizer._target_)" in capsys.readouterr().err
 
 
-def test_code_of_the_users_own_is_trusted_by_name_or_folder(folder, composed):
+def test_code_of_the_users_own_is_trusted_by_name_or_folder(folder, composed, train):
     leave_a_run(folder, composed, "quant.act_quantizer._target_=my.own.Quantizer")
-    assert run("run=.", "quant.act_quantizer._target_=my.own.Quantizer")[0][0]["quant"]["act_quantizer"] == {
+    assert train("run=.", "quant.act_quantizer._target_=my.own.Quantizer")[0][0]["quant"]["act_quantizer"] == {
         "_target_": "my.own.Quantizer"
     }
     mine = folder / "mine" / "quant"
     mine.mkdir(parents=True)
     (mine / "own.yaml").write_text("act_quantizer:\n  _target_: my.own.Quantizer\n")
-    assert len(run("run=.", f"--config-dir={folder / 'mine'}")) == 1
+    assert len(train("run=.", f"--config-dir={folder / 'mine'}")) == 1
 
 
-def test_options_of_the_users_own_folder(folder, capsys):
+def test_options_of_the_users_own_folder(folder, capsys, train):
     mine = folder / "mine" / "taq"
     mine.mkdir(parents=True)
     (mine / "own.yaml").write_text("# Mine.\n_target_: my.own.Quantizer\nwidth: 3\n")
-    [(settings, _)] = run(f"--config-dir={folder / 'mine'}", "taq=own", "taq.width=4")
+    [(settings, _)] = train(f"--config-dir={folder / 'mine'}", "taq=own", "taq.width=4")
     assert settings["taq"] == {"_target_": "my.own.Quantizer", "width": 4}
-    run(f"--config-dir={folder / 'mine'}", "--help")
+    train(f"--config-dir={folder / 'mine'}", "--help")
     assert "own        Mine." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("by_lightning", [False, True])
-def test_ctrl_c_says_how_to_go_on(by_lightning, folder, capsys):
-    def task(cfg):
-        (run_folder(cfg) / "config.yaml").touch()
+def test_ctrl_c_says_how_to_go_on(by_lightning, folder, capsys, train):
+    def work(experiment, progress):
+        (experiment.run_dir / "config.yaml").touch()
         try:
             raise KeyboardInterrupt
         except KeyboardInterrupt:
@@ -157,13 +126,13 @@ def test_ctrl_c_says_how_to_go_on(by_lightning, folder, capsys):
             raise
 
     with pytest.raises(SystemExit, match="130"):
-        run(task=task)
+        train(work=work)
     [left] = (folder / "outputs").iterdir()
     assert capsys.readouterr().err == f"interrupted; to go on: python -m qdm_lightning.train run={left}\n"
 
 
-def test_help_lists_every_group_and_option(capsys):
-    run("--help")
+def test_help_lists_every_group_and_option(capsys, train):
+    train("--help")
     out = capsys.readouterr().out
     for group in defaults("train"):
         for option in options(group) if group != "hydra" else ():
@@ -173,8 +142,8 @@ def test_help_lists_every_group_and_option(capsys):
     assert "quant=w3a3  fewer bits" in out
 
 
-def test_cfg_job_prints_and_writes_nothing(folder, capsys):
-    run("--cfg", "job", "seed=3", "data=images")  # data.path is missing still: printing is no run
+def test_cfg_job_prints_and_writes_nothing(folder, capsys, train):
+    train("--cfg", "job", "seed=3", "data=images")  # data.path is missing still: printing is no run
     assert OmegaConf.create(capsys.readouterr().out).seed == 3
     assert list(folder.iterdir()) == []
 
@@ -201,7 +170,7 @@ def test_stored_needs_a_folder_of_a_run(tmp_path):
 
 def test_overview_is_complete():
     """Every module that can be run is a command, and every experiment, nested ones too, has its line."""
-    package = Path(cli.__file__).parent
+    package = CONF_DIR.parent / "src" / "qdm_lightning"
     runnable = {f.stem for f in package.glob("*.py") if '__name__ == "__main__"' in f.read_text("utf-8")} - {"__main__"}
     assert runnable == set(COMMANDS)
     text = overview()

@@ -1,13 +1,14 @@
-"""What every command does around its task: help, checks before anything is written, one line and status 2 for bad input.
+"""What every command does around its work: help, checks before anything is written, one line and status 2 for bad input.
 
-Hydra creates a run folder before it calls the task, ends its own errors with status 1, and swallows exceptions in its
-callbacks. So each job, also every job of a sweep, is composed and checked here first, and only then handed to Hydra.
+    compose -> validate -> build -> Hydra makes the folder -> run(folder)
+
+Hydra creates a run folder before it calls the task. So each job, also every job of a sweep, is composed and built here first
+(`Command.check`), and what was built is handed to the work itself once Hydra has made the folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,285 +18,191 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from qdm_lightning import __version__
 from qdm_lightning.base.checks import UserError, one_line
 from qdm_lightning.base.checks import folder as check_folder
-from qdm_lightning.base.trust import targets
-from qdm_lightning.cli.build import CONFIG_FILE, LOCK_FILE, refuse_unknown, stored, stored_folder
-from qdm_lightning.cli.compose import (
-    VERSION_BASE,
-    compose_master,
-    hydra_over,
-    job_overrides,
-    quoted,
-    sweep_params,
-    typed_overrides,
-    without_hydra,
-)
+from qdm_lightning.cli.compose import VERSION_BASE, composed, explained, parse, parsed, without_hydra
 from qdm_lightning.cli.help import help_text
-from qdm_lightning.cli.messages import explain, is_bad_input
 from qdm_lightning.cli.schema import CONF_DIR
-from qdm_lightning.cli.sweep import Sweep, launch, plan
+from qdm_lightning.cli.validate import refuse_unknown
+from qdm_lightning.runs.folder import CONFIG, LOCK
 
 BAD_INPUT, INTERRUPTED = 2, 130
-"""Exit statuses; 1 is left to faults of ours, which come with a traceback."""
-
-Task = Callable[[DictConfig], Any]
+"""Exit statuses; 1 is left to faults of ours, which come with a traceback, and to sweeps with jobs that failed."""
 
 
-def run(
-    config_name: str,
-    task: Task,
-    check: Task,
-    examples: Sequence[tuple[str, str]],
-    argv: Sequence[str] | None = None,
-    adopt: Callable[[argparse.Namespace, list[str]], list[str]] | None = None,
-    sweeps: bool = False,
-) -> None:
-    """Run a command: parse and check what was typed, then let Hydra call `task` once a job.
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """An entry point, `python -m qdm_lightning.<name>`.
 
     Args:
-        config_name: root configuration `conf/<config_name>.yaml`, and name of the module that is run.
-        task: takes the composed configuration; imports what is heavy inside itself. Raises UserError at bad input.
-        check: is called with every job's configuration before anything is written, and raises at bad input.
+        name: root configuration `conf/<name>.yaml`, and the module that is run.
         examples: (arguments, what they do) for `--help`.
-        argv: arguments instead of `sys.argv[1:]`.
-        adopt: prepares the composition from the parsed and the typed arguments and returns those to compose; `run=` is then
-            a setting like others, and goes on with nothing.
-        sweeps: jobs of a sweep are training runs, each a process of its own (see `sweep`); `task` is not called for them.
+        check: is given each job's configuration before anything is written, raises at bad input, and returns what `work` takes.
+        work: does the job, from what `check` returned and the folder that Hydra made. Raises UserError at bad input.
+        adopt: is given what was typed before anything is composed; a command about an earlier run reads its configuration here.
+            None where `run=` itself says what is composed.
+        processes: jobs of a sweep are training runs, each a process of its own (see `sweep`).
+    """
+
+    name: str
+    examples: Sequence[tuple[str, str]]
+    check: Callable[[DictConfig], Any]
+    work: Callable[[Any, Path], Any]
+    adopt: Callable[[argparse.Namespace], None] | None = None
+    processes: bool = False
+
+
+def main(command: Command) -> None:
+    """Run a command as it was typed, `sys.argv`.
 
     Raises:
         SystemExit: 1 where jobs of a sweep failed, 2 after one line on stderr at bad input, 130 at Ctrl-C; any other error
             passes through.
     """
-    typed = [_home(word) for word in (sys.argv[1:] if argv is None else argv)]
-    folder: list[Path] = []  # of the job that runs, for the line after Ctrl-C
+    job = Job(command)
     try:
-        args = _parse(typed)
-        if args.help:
-            folders = [CONF_DIR, *([Path(args.config_dir)] if args.config_dir else [])]
-            print(help_text(config_name, examples, folders))
-            return
-        if adopt is not None:
-            args, typed = _adopted(adopt, args, typed)
-        arguments, resume, sweep = _checked(config_name, check, args, typed, resumes=adopt is None)
-        if sweeps and sweep is not None:
-            launch(config_name, args, typed, sweep)
-        else:
-            _hand_over(config_name, task, arguments, resume, folder)
+        _main(job, sys.argv[1:])
     except KeyboardInterrupt:
-        _interrupted(config_name, folder)
+        job.interrupted()
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
-            _interrupted(config_name, folder)
+            job.interrupted()
         raise
     except UserError as error:
-        _fail(one_line(error))
+        fail(error)
 
 
-def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+def fail(error: object) -> NoReturn:
+    """Say what was wrong with the input in one line, and end."""
+    print(f"error: {one_line(error)}", file=sys.stderr)
     raise SystemExit(BAD_INPUT) from None
 
 
-def _interrupted(config_name: str, folder: list[Path]) -> NoReturn:
-    resumable = folder and (folder[-1] / CONFIG_FILE).is_file()
-    hint = f"; to go on: python -m qdm_lightning.{config_name} run={folder[-1]}" if resumable else ""
-    print(f"interrupted{hint}", file=sys.stderr)
-    raise SystemExit(INTERRUPTED) from None
+def _main(job: Job, words: Sequence[str]) -> None:
+    name = job.command.name
+    if "--version" in words:
+        print(f"qdm_lightning {__version__}")
+        return
+    args = job.args = parse(words)
+    _as_hydra_reads_it(words, args.overrides)
+    if args.help:
+        folders = [CONF_DIR, *([Path(args.config_dir)] if args.config_dir else [])]
+        print(help_text(name, job.command.examples, folders))
+        return
+    if not (args.hydra_help or args.shell_completion or args.info):
+        with explained(args.overrides):
+            job.check_typed(args.config_name or name)
+    try:
+        with _errors_pass():
+            hydra.main(version_base=VERSION_BASE, config_path=str(CONF_DIR), config_name=name)(job)()
+    except Exception:
+        if job.folder is not None:  # it began: what went wrong is no bad input
+            raise
+        with explained(args.overrides):
+            raise
+
+
+def _as_hydra_reads_it(words: Sequence[str], overrides: Sequence[str]) -> None:
+    """Start again where Hydra would not read what was typed: `paths.output=~/runs`, where the shell has left the `~`, which
+    Hydra's grammar has not, and flags between the overrides."""
+    rest = list(overrides)
+    flags = [word for word in words if not (rest and word == rest[0] and rest.pop(0))]
+    readable = [_home(word) for word in overrides]
+    apart = not any(list(words[k : k + len(overrides)]) == list(overrides) for k in range(len(words) + 1))
+    if apart or readable != overrides:
+        before = sys.orig_argv[: len(sys.orig_argv) - len(words)]
+        os.execv(sys.executable, [*before, *flags, *readable])
 
 
 def _home(word: str) -> str:
-    """`paths.output=~/runs` with the home folder spelt out: shells leave it, Hydra's grammar has no `~` there."""
     name, _, value = word.partition("=")
     return f"{name}={Path(value).expanduser()}" if value == "~" or value.startswith("~/") else word
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{one_line(message)}: --help lists what there is")
-
-
-def _parse(typed: Sequence[str]) -> argparse.Namespace:
-    """Hydra's own flags, with errors of one line."""
-    parser = get_args_parser()
-    parser.__class__ = _Parser
-    if "--version" in typed:
-        print(f"qdm_lightning {__version__}")
-        raise SystemExit(0)
-    args = parser.parse_intermixed_args(list(typed))
-    if args.config_path is not None:
-        raise UserError("--config-path would hide our options: name the folder of your own with --config-dir")
-    if args.config_dir is not None and not Path(args.config_dir).is_dir():
-        raise UserError(f"--config-dir={args.config_dir} is not a folder: give the one that holds your <group>/<option>.yaml")
-    if args.experimental_rerun is not None:
-        raise UserError("--experimental-rerun is not supported: type run=<folder of the run>")
-    return args
-
-
-@dataclass(frozen=True)
-class _Resume:
-    """What `run=` asks for: the run's folder, the foreign `_target_`s that the user trusts, and whether a logger was typed."""
-
-    folder: Path
-    trusted: frozenset[str]
-    new_logger: bool
-
-    def config(self, composed: DictConfig) -> DictConfig:
-        cfg = stored(self.folder, self.trusted)
-        if self.new_logger:
-            cfg.logger = composed.logger
-        return cfg
-
-
-def _adopted(
-    adopt: Callable[[argparse.Namespace, list[str]], list[str]], args: argparse.Namespace, typed: list[str]
-) -> tuple[argparse.Namespace, list[str]]:
-    try:
-        typed = adopt(args, typed)
-    except Exception as error:
-        if is_bad_input(error):
-            raise UserError(explain(error, args.overrides)) from error
-        raise
-    return _parse(typed), typed
-
-
-def _checked(
-    config_name: str, check: Task, args: argparse.Namespace, typed: list[str], resumes: bool
-) -> tuple[list[str], _Resume | None, Sweep | None]:
-    """Compose and check every job. Returns the arguments for Hydra, what `run=` asks for if it was typed, and the sweep."""
-    if args.hydra_help or args.shell_completion or args.info:
-        return typed, None, None
-    try:
-        parsed = OverridesParser.create().parse_overrides(args.overrides)
-        resuming = [str(o.value()) for o in parsed if resumes and o.key_or_group == "run" and o.value() is not None]
-        with hydra_over(config_name, args.config_dir) as engine:
-            sweep = _check_jobs(
-                engine, args.config_name or config_name, refuse_unknown if args.cfg or resuming else check, args
-            )
-        arguments = [*_flags(typed, args.overrides), *args.overrides]  # in this order: Lightning appends overrides of its own
-        if not resuming:
-            return arguments, None, None if args.cfg else sweep
-        resume = _resume(resuming[-1], parsed, args)
-        check(stored(resume.folder, resume.trusted))
-        folder = quoted(resume.folder)
-        return [*arguments, f"run={folder}", f"hydra.run.dir={folder}", "hydra.output_subdir=null"], resume, None
-    except Exception as error:
-        if is_bad_input(error):
-            raise UserError(explain(error, args.overrides)) from error
-        raise
-
-
-def _flags(typed: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """What of `typed` is not an override."""
-    rest = list(overrides)
-    return [word for word in typed if not (rest and word == rest[0] and rest.pop(0))]
-
-
-def _check_jobs(engine: Hydra, config_name: str, check: Task, args: argparse.Namespace) -> Sweep | None:
-    """Check the one job, or each job of a sweep, which is returned."""
-    master = compose_master(engine, config_name, args.overrides, multirun=args.multirun)
-    if not (args.multirun or master.hydra.mode == RunMode.MULTIRUN):
-        params = sweep_params(master)
-        if params and not args.cfg:
-            name = master.hydra.runtime.choices.get("experiment")
-            raise UserError(f"experiment={name} is a sweep over {', '.join(params)}: add -m to run it")
-        check(without_hydra(cfg := engine.compose_config(config_name, args.overrides, RunMode.RUN)))
-        check_folder("hydra.run.dir", cfg.hydra.run.dir)
-        return None
-    check_folder("hydra.sweep.dir", master.hydra.sweep.dir)
-    jobs = job_overrides(engine, master)
-    if jobs is None:
-        return None
-    composed = []
-    for number, overrides in enumerate(jobs):
-        try:
-            cfg = engine.compose_config(config_name, [*typed_overrides(master)["hydra"], *overrides], RunMode.RUN)
-            check(without_hydra(cfg))
-        except Exception as error:
-            if is_bad_input(error):
-                raise UserError(f"job {number} ({' '.join(overrides)}): {explain(error, overrides)}") from error
-            raise
-        composed.append((overrides, cfg))
-    return plan(master, composed)
-
-
-def _resume(run: str, parsed: list[Override], args: argparse.Namespace) -> _Resume:
-    """A run goes on with the configuration in its own folder: beside `run=` only the logger may change, and trust be given."""
-    if args.multirun:
-        raise UserError("run= goes on with one run: leave out -m")
-    trusted, new_logger = set(), False
-    for override in parsed:
-        group, _, rest = override.get_key_element().lstrip("+~").partition(".")
-        if rest.endswith("_target_"):
-            trusted.add(str(override.value()))
-        elif group == "logger":
-            new_logger = True
-        elif group != "run" and not override.is_hydra_override():
-            raise UserError(
-                f"{override.input_line} cannot be given with run=, which goes on as the run's own {CONFIG_FILE} says"
-            )
-    if args.config_dir is not None:
-        for file in Path(args.config_dir).rglob("*.yaml"):
-            trusted |= {str(target) for _, target in targets(OmegaConf.to_container(OmegaConf.load(file)))}
-    return _Resume(stored_folder(run), frozenset(trusted), new_logger)
-
-
-def _hand_over(config_name: str, task: Task, arguments: list[str], resume: _Resume | None, folder: list[Path]) -> None:
-    """Let `hydra.main` run the job(s). Its own errors, rare after our checks, get one line too."""
-
-    @functools.wraps(task)
-    def job(cfg: DictConfig) -> Any:
-        folder.append(Path(HydraConfig.get().runtime.output_dir))
-        try:
-            return task(resume.config(cfg) if resume else cfg)
-        except UserError as error:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise  # the launcher goes on with the other jobs, then reports it
-            if resume is None:
-                _discard(folder[-1], Path(cfg.paths.output).expanduser())
-            _fail(one_line(error))
-
-    main = hydra.main(version_base=VERSION_BASE, config_path=str(CONF_DIR), config_name=config_name)(job)
-    try:
-        with _environment(arguments):
-            main()
-    except UserError:
-        raise
-    except Exception as error:
-        if not folder and is_bad_input(error):
-            raise UserError(explain(error, arguments)) from error
-        raise
-
-
 @contextmanager
-def _environment(arguments: list[str]) -> Iterator[None]:
-    """Hydra reads `sys.argv` (as do the processes that Lightning starts), and lets errors through only if told so."""
-    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [argv[0], *arguments]
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+def _errors_pass() -> Iterator[None]:
+    """Within the block Hydra lets errors through instead of printing them its own way: by the variable that it documents."""
+    name = "HYDRA_FULL_ERROR"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
     try:
         yield
     finally:
-        sys.argv = argv
-        if full_error is None:
-            os.environ.pop("HYDRA_FULL_ERROR", None)
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+class Job:
+    """What Hydra calls once a job. It keeps what was built when the job was checked, so that nothing is built twice."""
+
+    def __init__(self, command: Command) -> None:
+        self.command = command
+        self.args = argparse.Namespace()
+        self.built: dict[int, Any] = {}  # by the job's number in its sweep; 0 of a job alone
+        self.folder: Path | None = None  # of the job that runs, for the line after Ctrl-C
+        self.new_folder = True
+        self.__module__ = f"qdm_lightning.{command.name}"  # Hydra names the job, and its log file, by it
+
+    def check_typed(self, config_name: str) -> None:
+        """Compose and check the one job that was typed; a sweep's jobs are checked by the sweep."""
+        args, command = self.args, self.command
+        overrides = parsed(args.overrides)
+        if command.adopt is not None:
+            command.adopt(args)
+        if args.multirun or any(o.key_or_group == "hydra.mode" and o.value() == "MULTIRUN" for o in overrides):
+            return
+        cfg = composed(config_name, args.overrides, args.config_dir)
+        settings, params = without_hydra(cfg), OmegaConf.to_container(cfg.hydra.sweeper).get("params")  # type: ignore[union-attr]
+        if args.cfg:
+            refuse_unknown(settings)
+        elif params:
+            name = cfg.hydra.runtime.choices.get("experiment")
+            raise UserError(f"experiment={name} is a sweep over {', '.join(params)}: add -m to run it")
         else:
-            os.environ["HYDRA_FULL_ERROR"] = full_error
+            self.check(settings)
+            check_folder("hydra.run.dir", cfg.hydra.run.dir)
+            self.new_folder = not Path(cfg.hydra.run.dir).exists()
+
+    def check(self, cfg: DictConfig, number: int = 0) -> None:
+        """Check a job, and keep what was built. Raises whatever the command's check raises at bad input."""
+        self.built[number] = self.command.check(cfg)
+
+    def __call__(self, cfg: DictConfig) -> Any:
+        """Do a job in the folder that Hydra made."""
+        settings = HydraConfig.get()
+        self.folder = Path(settings.runtime.output_dir)
+        alone = settings.mode is None or settings.mode.name == "RUN"
+        try:
+            number = 0 if alone else int(settings.job.num)
+            built = self.built.pop(number) if number in self.built else self.command.check(cfg)
+            return self.command.work(built, self.folder)
+        except UserError as error:
+            if not alone:
+                raise  # the launcher goes on with the other jobs, then reports it
+            if self.new_folder:
+                _discard(self.folder)
+            fail(error)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "built": {}}  # a launcher's other process builds its own
+
+    def interrupted(self) -> NoReturn:
+        """Say how to go on, and end."""
+        resumable = self.folder is not None and (self.folder / CONFIG).is_file()
+        hint = f"; to go on: python -m qdm_lightning.{self.command.name} run={self.folder}" if resumable else ""
+        print(f"interrupted{hint}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
 
 
-def _discard(folder: Path, output: Path) -> None:
-    """Remove what Hydra and we wrote for a job that never began, and its folder, and `paths.output`, if they are empty then."""
-    for file in [*(folder / ".hydra").glob("*.yaml"), *folder.glob("*.log"), folder / CONFIG_FILE, folder / LOCK_FILE]:
+def _discard(folder: Path) -> None:
+    """Remove what Hydra and we wrote for a job that never began, and its folder, and the one above, if they are empty then."""
+    for file in [*(folder / ".hydra").glob("*.yaml"), *folder.glob("*.log"), folder / CONFIG, folder / LOCK]:
         file.unlink(missing_ok=True)
-    for empty in (folder / ".hydra", folder, output):
+    for empty in (folder / ".hydra", folder, folder.parent):
         with suppress(OSError):  # it holds something else, which stays
             empty.rmdir()

@@ -1,24 +1,24 @@
-"""Hydra over our folders: composing a command's configuration, and the jobs of a sweep."""
+"""Configurations by `hydra.compose`, for the checks before a job begins; and those that earlier runs left in their folders."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import argparse
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
-from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import MissingConfigException
-from hydra.types import RunMode
-from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf
 
-from qdm_lightning.base.checks import UserError
-from qdm_lightning.cli.schema import CONF_DIR
+from qdm_lightning.base.checks import UserError, one_line
+from qdm_lightning.base.trust import check_targets, targets
+from qdm_lightning.cli.messages import explain, is_bad_input
+from qdm_lightning.cli.schema import CONF_DIR, TrainConfig
+from qdm_lightning.runs.folder import read_config, run_folder
 
 VERSION_BASE = "1.3"
 
@@ -30,6 +30,35 @@ LAUNCHERS = {
 """Launchers that the extra `sweeps` brings, with their packages."""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{one_line(message)}: --help lists what there is")
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """What was typed: Hydra's flags, and the overrides.
+
+    Raises:
+        UserError: a flag that there is not, or one that would take our options away.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    for names in ("--help -h", "--hydra-help", "--version", "--resolve", "--run -r", "--multirun -m", "--shell-completion -sc"):
+        parser.add_argument(*names.split(), action="store_true")
+    for names in ("--package -p", "--config-path -cp", "--config-name -cn", "--config-dir -cd", "--experimental-rerun"):
+        parser.add_argument(*names.split())
+    parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
+    parser.add_argument("--info", "-i", nargs="?", const="all")
+    args = parser.parse_intermixed_args(words)
+    if args.config_path is not None:
+        raise UserError("--config-path would hide our options: name the folder of your own with --config-dir")
+    if args.config_dir is not None and not Path(args.config_dir).is_dir():
+        raise UserError(f"--config-dir={args.config_dir} is not a folder: give the one that holds your <group>/<option>.yaml")
+    if args.experimental_rerun is not None:
+        raise UserError("--experimental-rerun is not supported: type run=<folder of the run>")
+    return args
+
+
 def quoted(value: object) -> str:
     """A path or name as a value in Hydra's grammar."""
     text = str(value).replace("\\", "\\\\").replace("'", "\\'")
@@ -37,28 +66,53 @@ def quoted(value: object) -> str:
 
 
 @contextmanager
-def hydra_over(task_name: str, config_dir: str | None) -> Iterator[Hydra]:
-    """Hydra over our folder and the user's, as `hydra.main` would set it up."""
-    setbase(VERSION_BASE)
-    search_path = create_config_search_path(str(CONF_DIR))
-    if config_dir is not None:
-        anchor = SearchPathQuery(provider="schema")
-        search_path.prepend(provider="command-line", path=f"file://{Path(config_dir).resolve()}", anchor=anchor)
-    try:
-        yield Hydra.create_main_hydra2(task_name=task_name, config_search_path=search_path)
-    finally:
-        GlobalHydra.instance().clear()
+def explained(overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Within the block bad input becomes a UserError of one line; faults of ours pass.
 
-
-def compose_master(engine: Hydra, config_name: str, overrides: list[str], multirun: bool, log: bool = False) -> DictConfig:
-    """The configuration of the whole command: of its one job, or of a sweep without what is swept."""
+    Args:
+        overrides: as typed, to name the culprit where the error does not.
+    """
     try:
-        return engine.compose_config(
-            config_name, overrides, RunMode.MULTIRUN, validate_sweep_overrides=multirun, with_log_configuration=log
-        )
-    except MissingConfigException as error:
-        _check_launcher(str(error.missing_cfg_file))
+        yield
+    except UserError:
         raise
+    except Exception as error:
+        if isinstance(error, MissingConfigException):
+            _check_launcher(str(error.missing_cfg_file))
+        if not is_bad_input(error):
+            raise
+        raise UserError(explain(error, overrides)) from error
+
+
+@contextmanager
+def before_it_began(progress: Any) -> Iterator[None]:
+    """Within the block bad input that is found before the first stage of `progress` becomes a UserError of one line."""
+    try:
+        yield
+    except Exception as error:
+        if progress.started or isinstance(error, UserError):
+            raise
+        with explained():
+            raise
+
+
+def _check_launcher(missing: str) -> None:
+    """Raise UserError where an option that Hydra does not find is a launcher that comes with a package of its own."""
+    group, _, name = missing.rpartition("/")
+    if group == "hydra/launcher" and name in LAUNCHERS:
+        raise UserError(f"hydra/launcher needs {LAUNCHERS[name]} for {name}: pip install 'qdm-lightning[sweeps]'")
+
+
+def parsed(overrides: Sequence[str]) -> list[Override]:
+    """Overrides as Hydra understands them."""
+    return OverridesParser.create().parse_overrides(list(overrides))
+
+
+def composed(config_name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> DictConfig:
+    """The configuration of one job, Hydra's own node in it, from our folder and the user's `config_dir`."""
+    search = [] if config_dir is None else [f"hydra.searchpath=[{quoted(f'file://{Path(config_dir).resolve()}')}]"]
+    with initialize_config_dir(str(CONF_DIR), version_base=VERSION_BASE):
+        return compose(config_name, [*overrides, *search], return_hydra_config=True)
 
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
@@ -70,35 +124,35 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def sweep_params(master: DictConfig) -> dict[str, str]:
-    """What the configuration itself sweeps over (`hydra.sweeper.params`), by setting: what is typed wins over it."""
-    params = OmegaConf.to_container(master.hydra.sweeper).get("params")  # type: ignore[union-attr]
-    return {str(key): str(value) for key, value in (params or {}).items()}
+def trusted(overrides: Sequence[Override], config_dir: str | None) -> set[str]:
+    """The `_target_`s that the user names: typed, or in the files of `config_dir`."""
+    named = {str(o.value()) for o in overrides if o.get_key_element().endswith("_target_")}
+    files = Path(config_dir).rglob("*.yaml") if config_dir is not None else ()
+    contents = (OmegaConf.to_container(OmegaConf.load(file)) for file in files)
+    return named | {str(target) for content in contents for _, target in targets(content)}
 
 
-def typed_overrides(master: DictConfig) -> dict[str, list[str]]:
-    """What was typed, as `task` and `hydra`, without filling in its `${...}`: each job does that for itself."""
-    return OmegaConf.to_container(master.hydra.overrides, resolve=False)  # type: ignore[return-value]
+def stored(run: str | Path, trust: Collection[str] = ()) -> DictConfig:
+    """The resolved configuration that a run left in its folder, with `run` set to that folder: `train` goes on with it.
 
+    Args:
+        run: folder of a run.
+        trust: `_target_`s outside this package that it may name (see `trust.check_targets`).
 
-def job_overrides(engine: Hydra, master: DictConfig) -> list[list[str]] | None:
-    """Overrides of each job of a sweep, Hydra's own left out; None where another sweeper invents its jobs as it goes.
-
-    An experiment that sweeps over experiments stands for them: its own name is none of its jobs'.
+    Raises:
+        FileNotFoundError: no such folder, or no configuration in it.
+        ValueError: no configuration of ours, or it names code that is not trusted.
     """
-    if master.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}":
-        return None
-    params = sweep_params(master)
-    parser = OverridesParser.create(config_loader=engine.config_loader)
-    task = parser.parse_overrides(typed_overrides(master)["task"])
-    if "experiment" in params:
-        task = [o for o in task if o.key_or_group != "experiment"]
-    swept = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
-    return BasicSweeper.split_arguments([*swept, *task], None)[0]
+    folder = run_folder(run)
+    values = read_config(folder)
+    check_targets(values, trust)
+    cfg = settings(values)
+    cfg.run = str(folder)
+    return cfg
 
 
-def _check_launcher(missing: str) -> None:
-    """Raise UserError where an option that Hydra does not find is a launcher that comes with a package of its own."""
-    group, _, name = missing.rpartition("/")
-    if group == "hydra/launcher" and name in LAUNCHERS:
-        raise UserError(f"hydra/launcher needs {LAUNCHERS[name]} for {name}: pip install 'qdm-lightning[sweeps]'")
+def settings(values: dict[str, Any]) -> DictConfig:
+    """Plain data as a configuration of the schema: names and types are checked. Raises OmegaConfBaseException."""
+    cfg = OmegaConf.merge(OmegaConf.structured(TrainConfig), values)
+    assert isinstance(cfg, DictConfig)
+    return cfg

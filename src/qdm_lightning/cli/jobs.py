@@ -19,44 +19,45 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from qdm_lightning.base.checks import one_line
 from qdm_lightning.base.ranks import RENDEZVOUS, rank
-from qdm_lightning.cli.build import CONFIG_FILE, LOCK_FILE, METRICS_FILE, write_config
 from qdm_lightning.cli.compose import quoted
-from qdm_lightning.cli.schema import cores
+from qdm_lightning.cli.schema import cores, plain
 from qdm_lightning.display.progress import duration
+from qdm_lightning.runs.folder import CONFIG, LOCK, is_finished, read_config, write_config
 
 OUTPUT_FILE = "output.log"
 """What a job printed, where jobs run at once."""
 
 
-def finished(folder: Path) -> bool:
-    """True where a run has left its results."""
-    return (folder / METRICS_FILE).is_file() and (folder / CONFIG_FILE).is_file()
+def launched(cfg: DictConfig, config_dir: str | None, count: int) -> str:
+    """What a launcher calls for each job, in this process or another; arguments and result as of `run_job`."""
+    settings = HydraConfig.get()
+    return run_job(Path(settings.runtime.output_dir), cfg, settings, config_dir=config_dir, count=count)
 
 
-def run_job(cfg: DictConfig, config_dir: str | None, count: int) -> str:
-    """What a launcher calls for each job, in this process or another: start the job's own process and wait for it.
+def run_job(folder: Path, cfg: DictConfig, settings: Any, *, config_dir: str | None, count: int) -> str:
+    """Start the job's own process, and wait for it.
 
     Args:
+        folder: where the job runs.
         cfg: configuration of the job.
-        config_dir: of the user's own options.
+        settings: Hydra's node: launcher, sweeper and what was typed.
+        config_dir: folder of the user's own options.
         count: jobs of the whole sweep.
 
     Returns:
         Why it failed; empty if it did not.
     """
-    settings = HydraConfig.get()
-    folder = Path(settings.runtime.output_dir)
     if not rank():
         _wait_for(folder)
-    if finished(folder):
+    if is_finished(folder):
         return ""
-    if not (folder / CONFIG_FILE).is_file():  # a half-done job keeps its threads: they change the last bits
+    if not (folder / CONFIG).is_file():  # a half-done job keeps its threads: they change the last bits
         cfg.trainer.threads = cfg.trainer.threads or _threads(settings, count, cfg.trainer.devices)
-        write_config(cfg, folder / CONFIG_FILE)
+        write_config(folder, plain(cfg))
     begin = time.monotonic()
     alone = str(settings.launcher._target_).endswith(".BasicLauncher")
     log = None if alone else folder / (f"output_rank{rank()}.log" if rank() else OUTPUT_FILE)
@@ -72,7 +73,8 @@ def run_job(cfg: DictConfig, config_dir: str | None, count: int) -> str:
 
 def _wait_for(folder: Path) -> None:
     """A process that an earlier, interrupted sweep left behind may still train here."""
-    lock = FileLock(folder / LOCK_FILE)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -111,7 +113,7 @@ def _environment(folder: Path) -> dict[str, str]:
     if "SLURM_JOB_ID" not in environment:  # there all processes of a job are started from without
         for name in RENDEZVOUS:
             environment.pop(name, None)
-    threads = OmegaConf.load(folder / CONFIG_FILE).trainer.threads
+    threads = read_config(folder)["trainer"]["threads"]
     if threads:
         environment |= {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
     return environment

@@ -26,6 +26,7 @@ from omegaconf.errors import (
 )
 
 from qdm_lightning.base.checks import one_line
+from qdm_lightning.runs.formats import RENAMED
 
 TYPES = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
 
@@ -64,6 +65,8 @@ def unknown_setting(key: str, known: Iterable[str]) -> str:
     """One line about a setting that does not exist. `known`: dotted names of all settings, and of the groups above them."""
     known = list(known)
     parent, _, name = key.rpartition(".")
+    if name in RENAMED:
+        return f"{key} is not a setting: it is called {f'{parent}.' if parent else ''}{RENAMED[name]}"
     leaves = get_close_matches(name, {k.rpartition(".")[2] for k in known}, n=1, cutoff=0.8)
     close = get_close_matches(key, known, n=1, cutoff=0.8) or [k for k in known if k.rpartition(".")[2] in leaves]
     siblings = sorted(k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent)
@@ -141,7 +144,8 @@ def _omegaconf(error: OmegaConfBaseException, override: str) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{key} is missing: type {key}=<value>"
     if isinstance(error, InterpolationKeyError | InterpolationResolutionError):
-        return f"{key}: {what}"
+        cause = error.__cause__
+        return one_line(cause) if isinstance(cause, ValueError) else f"{key}: {what}"
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         return _unknown_key(error, key)
     if isinstance(error, ValidationError):

@@ -6,11 +6,14 @@ schema of its own (`base_<name>` in Hydra's ConfigStore). Imports no torch, so t
 
 from __future__ import annotations
 
-import hashlib
-import json
+import atexit
+import functools
 import os
-import re
-from dataclasses import dataclass, field, fields
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,17 +27,13 @@ from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig, SamplerConf
 from qdm_lightning.metrics.spec import CustomMetric, DigitsMetric, InceptionMetric, ResNet20Metric
 from qdm_lightning.models.spec import PretrainedConfig, UNetConfig
 from qdm_lightning.quantization.spec import TAQ, QuantConfig
+from qdm_lightning.runs import naming
+from qdm_lightning.runs.folder import MAY_CHANGE
 from qdm_lightning.training.spec import OptimizerConfig, PathsConfig, TeacherConfig, TrainerConfig
 
-
-def _conf_dir() -> Path:
-    """`conf/` inside the installed package, or at the top of a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    shipped = package / "conf"
-    return shipped if shipped.is_dir() else package.parents[1] / "conf"
-
-
-CONF_DIR = _conf_dir()
+PACKAGE = Path(__file__).resolve().parents[1]
+CONF_DIR = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parents[1] / "conf"
+"""`conf/` inside the installed package, or at the top of a checkout."""
 
 
 @dataclass(kw_only=True)
@@ -43,8 +42,8 @@ class WandbConfig:
 
     Args:
         project, entity, tags: of the W&B run; the root's `tags` and what the run does (`bits:w4a4`) are added.
-        name: of the W&B run; None takes the run folder's.
-        group: of W&B runs; None takes the multirun's folder, if there is one.
+        name: name of the W&B run; None takes the run folder's.
+        group: group of W&B runs; None takes the multirun's folder, if there is one.
         mode: `online`, `offline`, or None: online only if the user is logged in.
         artifacts: log the networks and evaluations as artifacts.
     """
@@ -84,16 +83,18 @@ class TrainConfig:
     """Root of `conf/train.yaml`.
 
     Args:
-        seed: of training, and of the images that are compared.
+        seed: seed of training, and of the images that are compared.
         run: folder of an earlier run to go on with; nothing else may be given with it.
         num_samples: images behind each distance.
         tags: labels of the run, for the records.
+        trial: the run only tries whether everything works (`debug=trial`); its record says so.
     """
 
     seed: int = 0
     run: str | None = None
     num_samples: int = 1024
     tags: list[str] = field(default_factory=list)
+    trial: bool = False
     data: Any = MISSING
     model: Any = MISSING
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -135,67 +136,75 @@ SCHEMAS: dict[str, dict[str, type]] = {
 """Schemas of our options in the open groups: a YAML file takes one with `defaults: [base_<name>, _self_]`."""
 
 
-def root_node(schema: type[TrainConfig]) -> DictConfig:
-    """A root configuration of `schema`; any name may be added to its open nodes: no `+` to type."""
+def register_root(name: str, schema: type) -> None:
+    """Tell Hydra's ConfigStore the root `base_<name>`; any name may be added to its open nodes: no `+` to type."""
     root = OmegaConf.structured(schema)
-    for node in (
-        root.callbacks,
-        root.quant.rules,
-        root.quant.weight_quantizer,
-        root.quant.act_quantizer,
-        root.quant.calibrator,
-    ):
-        OmegaConf.set_struct(node, False)
-    assert isinstance(root, DictConfig)
-    return root
+    if issubclass(schema, TrainConfig):
+        quant = root.quant
+        for node in (root.callbacks, quant.rules, quant.weight_quantizer, quant.act_quantizer, quant.calibrator):
+            OmegaConf.set_struct(node, False)
+    ConfigStore.instance().store(name=f"base_{name}", node=root)
 
 
-def register() -> None:
-    """Tell Hydra's ConfigStore the schemas and OmegaConf the resolvers; importing this module has done it."""
-    store = ConfigStore.instance()
-    store.store(name="base_train", node=root_node(TrainConfig))
-    for group, schemas in SCHEMAS.items():
-        for name, schema in schemas.items():
-            store.store(group=group, name=f"base_{name}", node=schema)
-    OmegaConf.register_new_resolver("qdm.run_name", lambda _root_: run_name(_root_), replace=True)
-    OmegaConf.register_new_resolver("qdm.job_name", lambda _root_: job_name(_root_), replace=True)
-    OmegaConf.register_new_resolver("qdm.cores", cores, replace=True)
-    OmegaConf.register_new_resolver(
-        "qdm.unless_float", lambda value, other, _root_: other if _is_float(_root_) else value, replace=True
-    )
-    OmegaConf.register_new_resolver(
-        "qdm.unless_trial", lambda value, other, _root_: other if _is_trial(_root_) else value, replace=True
-    )
-    OmegaConf.register_new_resolver("qdm.expanduser", lambda path: str(Path(path).expanduser()), replace=True)
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """`cfg` as dicts and lists, every interpolation resolved. Raises MissingMandatoryValue where a value is missing."""
+    return {str(k): v for k, v in OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True).items()}  # type: ignore[union-attr]
 
 
-TRIAL_STEPS = 1000
-"""A run of fewer training steps is a trial: `${qdm.unless_trial:50000,16}` does not ask it for 50,000 images."""
-
-
-def _is_trial(root: DictConfig) -> bool:
-    return bool(root.trainer.max_steps < TRIAL_STEPS)
-
-
-def _is_float(root: DictConfig) -> bool:
-    """True where the run is a teacher, as `QuantConfig.is_float`, without the checks."""
-    q = root.quant
-    attention = q.act_bits if q.qkv_bits is None else q.qkv_bits
-    return {q.weight_bits, q.act_bits, attention, q.probs_bits, q.first_last_bits, *q.rules.values()} == {32}
-
-
-def _default_target(schema: type) -> str | None:
-    return getattr(schema, "_target_", None)
-
-
-def schema_of(group: str, node: DictConfig) -> type | None:
+def schema_of(group: str, node: Any) -> type | None:
     """The schema that checks a node of an open group: that of its `_target_`; None where it names the user's own code."""
-    target = None if OmegaConf.is_missing(node, "_target_") else node.get("_target_")
-    own = OmegaConf.get_type(node)
-    known = list(SCHEMAS[group].values())
-    if own in known and (not target or target == _default_target(own)):
+    known, own, target = SCHEMAS[group].values(), OmegaConf.get_type(node), node.get("_target_")
+    if own in known and target in (None, getattr(own, "_target_", None)):
         return own
-    return next((schema for schema in known if _default_target(schema) == target), None)
+    return next((schema for schema in known if getattr(schema, "_target_", None) == target), None)
+
+
+def defaults_of(schema: Any) -> dict[str, Any]:
+    """The default values of a settings class, as plain data; fields without one are left out."""
+    found = {}
+    for f in fields(schema):
+        if f.default_factory is not NO_DEFAULT:
+            value = f.default_factory()
+            found[f.name] = asdict(value) if hasattr(value, "__dataclass_fields__") else value
+        elif f.default is not NO_DEFAULT:
+            found[f.name] = f.default
+    return found
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """Settings that make another result and are not left at their defaults: what tells two jobs of a sweep apart.
+
+    Paths, logger and threads make no other result, so a job finds its folder again from another machine or launcher; and a
+    setting that a later version adds does not rename the folders of this one.
+    """
+    values, defaults = settings_of(cfg, [f.name for f in fields(TrainConfig)]), defaults_of(TrainConfig)
+    values["trainer"]["threads"] = defaults["trainer"]["threads"]
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        schema, default = schema_of(name, cfg[name]) if name in SCHEMAS else None, defaults.get(name)
+        if isinstance(value, dict):
+            default = {**defaults_of(schema), "_target_": None} if schema else default or {}
+            value, default = {key: v for key, v in value.items() if key not in default or v != default[key]}, {}
+        if name not in MAY_CHANGE and value != default:
+            found[name] = value
+    return found
+
+
+def settings_of(cfg: DictConfig, names: Iterable[str]) -> dict[str, Any]:
+    """Some nodes of `cfg` as plain data, resolved within the whole."""
+    return {
+        name: OmegaConf.to_container(cfg[name], resolve=True) if OmegaConf.is_config(cfg[name]) else cfg[name] for name in names
+    }
+
+
+def run_name(cfg: DictConfig) -> str:
+    """See `naming.run_name`."""
+    return naming.run_name(settings_of(cfg, ("quant", "taq", "nem", "sampler", "seed")))
+
+
+def job_name(cfg: DictConfig) -> str:
+    """See `naming.job_name`."""
+    return naming.job_name(settings_of(cfg, ("quant", "taq", "nem", "sampler", "seed", "tags")), identity(cfg))
 
 
 def cores() -> int:
@@ -203,33 +212,32 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_name(cfg: DictConfig) -> str:
-    """Short name of what a run does, such as `w4a4_normalize_replace_ddim50_seed0`; the same settings give the same name."""
-    sampler, seed = f"{cfg.sampler.kind}{cfg.sampler.steps}", f"seed{cfg.seed}"
-    widths = (cfg.quant.weight_bits, cfg.quant.act_bits)
-    if widths == (32, 32):
-        return f"fp32_{sampler}_{seed}"
-    schema = schema_of("taq", cfg.taq)
-    taq = next((name for name, s in SCHEMAS["taq"].items() if s is schema), None) or str(cfg.taq._target_).rpartition(".")[2]
-    taq += "-all" if cfg.taq.get("scope") == "all" else ""
-    nem = "ptq" if cfg.quant.mode == "ptq" else "on_policy" if cfg.nem.on_policy_fraction else cfg.nem.mode
-    return f"w{widths[0]}a{widths[1]}_{taq}_{nem}_{sampler}_{seed}"
+@functools.cache
+def scratch() -> str:
+    """A folder for what Hydra writes where a command leaves nothing; it is gone when the process ends."""
+    folder = tempfile.mkdtemp(prefix="qdm_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
-def job_name(cfg: DictConfig) -> str:
-    """Name of a job's folder in its sweep: `run_name`, the last tag, and a hash of every setting that makes another result.
-
-    Paths, logger and threads make no other one, so a job finds its folder again from another machine or launcher.
-    """
-    settings = {f.name: cfg[f.name] for f in fields(TrainConfig) if f.name not in ("run", "logger", "paths")}
-    values: dict[str, Any] = {
-        name: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        for name, value in settings.items()
+def register() -> None:
+    """Tell Hydra's ConfigStore the schemas and OmegaConf the resolvers; importing this module has done it."""
+    register_root("train", TrainConfig)
+    store = ConfigStore.instance()
+    for group, schemas in SCHEMAS.items():
+        for name, schema in schemas.items():
+            store.store(group=group, name=f"base_{name}", node=schema)
+    resolvers: dict[str, Any] = {
+        "run_name": lambda _root_: run_name(_root_),
+        "job_name": lambda _root_: job_name(_root_),
+        "new_run": lambda new, _root_: str(Path(_root_.run or new).expanduser().absolute()),
+        "unless_run": lambda value, _root_: None if _root_.run else value,
+        "unless_float": lambda value, other, _root_: other if naming.is_teacher(settings_of(_root_, ["quant"])) else value,
+        "cores": cores,
+        "scratch": scratch,
     }
-    values["trainer"].pop("threads")
-    identity = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
-    label = [re.sub(r"[^\w.=+-]+", "-", str(tag)) for tag in values["tags"][-1:]]
-    return "_".join([run_name(cfg), *label, identity])
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(f"qdm.{name}", resolver, replace=True)
 
 
 register()

@@ -1,13 +1,14 @@
-"""Sweeps of training runs: which jobs there are, which of them are missing, and how each ended.
+"""Sweeps: which jobs there are, all of them checked before the first one starts; which are missing, and how each ended.
 
-The name of a job's folder is a function of its settings: the same command with the same `hydra.sweep.dir` finds what is
-done, and runs the rest. What a launcher calls for each job is in `jobs.py`.
+The name of a training run's folder is a function of its settings: the same command with the same `hydra.sweep.dir` finds what
+is done, and runs the rest. What happens for each job is in `jobs.py`. Hydra calls `sweep` by `hydra/sweeper=checked`, its
+plugin `hydra_plugins.qdm_lightning_sweeper`.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
+import itertools
 import re
 import shlex
 import signal
@@ -18,70 +19,88 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hydra._internal.callbacks import Callbacks
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
-from hydra.core.utils import JobStatus
-from hydra.types import HydraContext
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qdm_lightning.base.checks import UserError, one_line
-from qdm_lightning.cli.build import CONFIG_FILE
-from qdm_lightning.cli.compose import compose_master, hydra_over, quoted
-from qdm_lightning.cli.jobs import finished, run_job
+from qdm_lightning.base.checks import folder as check_folder
+from qdm_lightning.cli.app import INTERRUPTED, Job
+from qdm_lightning.cli.compose import explained, quoted, settings, without_hydra
+from qdm_lightning.cli.jobs import launched, run_job
 from qdm_lightning.cli.schema import job_name
+from qdm_lightning.runs.folder import CONFIG, is_finished, read_config
 
-FAILED, INTERRUPTED = 1, 130
-"""Exit statuses."""
+FAILED = 1
+"""Exit status."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """One job of a sweep: its overrides, and its folder."""
+class Plan:
+    """One job of a sweep: its overrides, its configuration with Hydra's node, and the folder of a training run."""
 
     overrides: list[str]
+    cfg: DictConfig
     folder: Path
 
-    @property
-    def finished(self) -> bool:
-        return finished(self.folder)
 
-
-@dataclass(frozen=True)
-class Sweep:
-    """All jobs of a sweep, in order, and the folder that holds theirs."""
-
-    folder: Path
-    jobs: list[Job]
-
-
-def plan(master: DictConfig, composed: Sequence[tuple[list[str], DictConfig]]) -> Sweep:
-    """The sweep that a command describes.
+def sweep(job: Job, loader: ConfigLoader, launcher: Any, master: DictConfig, arguments: Sequence[str]) -> Any:
+    """Check every job of a sweep, then run those that are missing.
 
     Args:
+        job: of the command.
+        loader: composes a job.
+        launcher: makes the launcher that was chosen, from the function that it calls for each job.
         master: configuration of the whole command.
-        composed: overrides and configuration of each job, Hydra's node included.
+        arguments: overrides as typed, Hydra's own left out.
 
     Raises:
-        UserError: two jobs would share a folder, or a job's folder holds a run with other settings.
+        UserError: a bad job; nothing was started.
+        SystemExit: 1 if a training run is not finished at the end, 130 at Ctrl-C or SIGTERM.
     """
+    check_folder("hydra.sweep.dir", master.hydra.sweep.dir)
+    plans = [_checked(job, number, words, loader, master) for number, words in enumerate(_jobs(loader, master, arguments))]
+    if not job.command.processes:
+        results = launcher(task_function=job).launch([plan.overrides for plan in plans], initial_job_idx=0)
+        return [result.return_value for result in results]
+    _check_apart(plans)
+    _train(job, plans, launcher, master)
+    return None
+
+
+def _jobs(loader: ConfigLoader, master: DictConfig, arguments: Sequence[str]) -> list[list[str]]:
+    """Overrides of each job: what is typed wins over what the configuration itself sweeps over (`hydra.sweeper.params`).
+
+    An experiment that sweeps over experiments stands for them: its own name is none of its jobs'.
+    """
+    params = OmegaConf.to_container(master.hydra.sweeper).get("params") or {}  # type: ignore[union-attr]
+    parser = OverridesParser.create(config_loader=loader)
+    typed = [
+        o for o in parser.parse_overrides(list(arguments)) if not ("experiment" in params and o.key_or_group == "experiment")
+    ]
+    axes: dict[str, list[str]] = {}
+    for override in [*parser.parse_overrides([f"{key}={value}" for key, value in params.items()]), *typed]:
+        swept = override.is_sweep_override()
+        values = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
+        axes[override.get_key_element()] = [f"{override.get_key_element()}={value}" for value in values]
+    return [list(words) for words in itertools.product(*axes.values())]
+
+
+def _checked(job: Job, number: int, words: list[str], loader: ConfigLoader, master: DictConfig) -> Plan:
+    try:
+        with explained(words):
+            cfg = loader.load_sweep_config(master, words)
+            job.check(without_hydra(cfg), number)
+    except UserError as error:
+        raise UserError(f"job {number} ({' '.join(words)}): {error}") from error
+    OmegaConf.set_struct(cfg, False)
+    cfg.hydra.job.num = cfg.hydra.job.id = number
     root = Path(_resolved(master, "hydra.sweep.dir")).absolute()
-    jobs: list[Job] = []
-    for number, (overrides, cfg) in enumerate(composed):
-        OmegaConf.set_struct(cfg, False)
-        cfg.hydra.job.num = cfg.hydra.job.id = number
-        job = Job(overrides, root / _resolved(cfg, "hydra.sweep.subdir"))
-        for other in jobs:
-            if other.folder == job.folder:
-                raise UserError(f"two jobs are the same run: {_words(other.overrides)} and {_words(overrides)}; leave one out")
-        _check_folder(job.folder, cfg)
-        jobs.append(job)
-    return Sweep(root, jobs)
-
-
-def _words(overrides: Sequence[str]) -> str:
-    return f"({' '.join(overrides)})"
+    return Plan(words, cfg, root / _resolved(cfg, "hydra.sweep.subdir"))
 
 
 def _resolved(cfg: DictConfig, key: str) -> str:
@@ -94,98 +113,85 @@ def _resolved(cfg: DictConfig, key: str) -> str:
         HydraConfig.instance().cfg = before
 
 
-def _check_folder(folder: Path, cfg: DictConfig) -> None:
-    file = folder / CONFIG_FILE
-    if file.is_file() and _name_of(file) != job_name(cfg):
-        raise UserError(f"{file} is of another run: give another hydra.sweep.dir, or remove that folder")
+def _check_apart(plans: Sequence[Plan]) -> None:
+    """Raise UserError where two jobs would share a folder, or a job's folder holds a run with other settings."""
+    taken: dict[Path, Plan] = {}
+    for plan in plans:
+        other = taken.setdefault(plan.folder, plan)
+        if other is not plan:
+            raise UserError(
+                f"two jobs are the same run: ({' '.join(other.overrides)}) and ({' '.join(plan.overrides)}); leave one out"
+            )
+        if (plan.folder / CONFIG).is_file() and _name_of(plan.folder) != job_name(plan.cfg):
+            raise UserError(f"{plan.folder / CONFIG} is of another run: give another hydra.sweep.dir, or remove that folder")
 
 
-def _name_of(file: Path) -> str | None:
-    stored = OmegaConf.load(file)
+def _name_of(folder: Path) -> str | None:
+    """Name of the run that lies there; None where it is no configuration of ours."""
     try:
-        return job_name(stored) if isinstance(stored, DictConfig) else None
-    except (OmegaConfBaseException, AttributeError, TypeError):
-        return None  # no configuration of ours
+        return job_name(settings(read_config(folder)))
+    except (OmegaConfBaseException, AttributeError, KeyError, TypeError, ValueError):
+        return None
 
 
-def launch(config_name: str, args: argparse.Namespace, typed: Sequence[str], sweep: Sweep) -> None:
-    """Run the jobs that are not finished, by the launcher that was chosen, and tell how each ended.
-
-    Args:
-        config_name: name of the command.
-        args: Hydra's flags and the overrides.
-        typed: all of the arguments, for the line that says how to go on.
-
-    Raises:
-        SystemExit: 1 if a job is not finished at the end, 130 at Ctrl-C or SIGTERM.
-    """
-    missing = [job for job in sweep.jobs if not job.finished]
-    for job in sweep.jobs:
-        if job.finished:
-            print(f"skipped, it is there: {job.folder.name}")
-    reasons: dict[Path, str] = {}
-    words = [word for word in typed if not word.startswith("hydra.sweep.dir=")]
-    where = f"hydra.sweep.dir={_shown(sweep.folder)}"
+def _train(job: Job, plans: Sequence[Plan], launcher: Any, master: DictConfig) -> None:
+    """Run the jobs that are not finished, and tell how each ended."""
+    missing = [plan for plan in plans if not is_finished(plan.folder)]
+    for plan in plans:
+        if plan not in missing:
+            print(f"skipped, it is there: {plan.folder.name}")
+    root = Path(_resolved(master, "hydra.sweep.dir")).absolute()
+    words = [word for word in sys.argv[1:] if not word.startswith("hydra.sweep.dir=")]
+    where = f"hydra.sweep.dir={_shown(root)}"
     if not re.fullmatch(r"[\w.=/+-]+", where):
-        where = f"hydra.sweep.dir={quoted(_shown(sweep.folder))}"
-    same = f"python -m qdm_lightning.{config_name} {shlex.join([*words, where])}"
-    interrupted = False
+        where = f"hydra.sweep.dir={quoted(_shown(root))}"
+    same = f"python -m qdm_lightning.{job.command.name} {shlex.join([*words, where])}"
+    reasons: dict[Path, str] = {}
     if missing:
+        root.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(master, root / "multirun.yaml")
         try:
             with _sigterm_interrupts():
-                reasons = _launch(config_name, args, sweep, missing)
+                _launch(missing, len(plans), job.args.config_dir, launcher, master, reasons)
         except KeyboardInterrupt:
-            interrupted = True
-    if interrupted:
-        print(f"interrupted; to go on: {same}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED)
-    _close(sweep, reasons, same)
+            print(f"interrupted; to go on: {same}", file=sys.stderr)
+            raise SystemExit(INTERRUPTED) from None
+    failed = [plan for plan in plans if not is_finished(plan.folder)]
+    print(f"{len(plans) - len(failed)} of {len(plans)} jobs are done: {root}", flush=True)
+    for plan in failed:
+        print(f"failed: {plan.folder.name}: {reasons.get(plan.folder) or 'its process was lost'}", file=sys.stderr)
+    if failed:
+        print(f"to run what is missing: {same}", file=sys.stderr)
+        raise SystemExit(FAILED)
+    print(f"next: python -m qdm_lightning.report {shlex.quote(_shown(root))}")
 
 
-def _launch(config_name: str, args: argparse.Namespace, sweep: Sweep, missing: Sequence[Job]) -> dict[Path, str]:
-    """Hand the jobs to Hydra's launcher, and return why jobs failed, by folder."""
-    task = functools.partial(run_job, config_dir=args.config_dir, count=len(sweep.jobs))
-    overrides = [*args.overrides, f"hydra.sweep.dir={quoted(sweep.folder)}"]
-    reasons: dict[Path, str] = {}
-    with hydra_over(config_name, args.config_dir) as engine:
-        master = compose_master(engine, args.config_name or config_name, overrides, multirun=True, log=True)
-        callbacks = Callbacks(master)
-        callbacks.on_multirun_start(config=master, config_name=config_name)
-        context = HydraContext(config_loader=engine.config_loader, callbacks=callbacks)
-        launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=master)
-        folder = Path(master.hydra.sweep.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(master, folder / "multirun.yaml")
-        size = master.hydra.sweeper.max_batch_size or len(missing)
-        for first in range(0, len(missing), size):
-            batch = missing[first : first + size]
-            try:
-                ended = launcher.launch([job.overrides for job in batch], initial_job_idx=first)
-            except Exception as error:  # noqa: BLE001 each launcher has its own, for a process that it lost
-                print(f"{type(error).__name__}: {one_line(error)}", file=sys.stderr)
-                continue
-            for job, result in zip(batch, ended, strict=True):
-                reasons[job.folder] = _reason(result)
-        callbacks.on_multirun_end(config=master, config_name=config_name)
-    return reasons
+def _launch(
+    missing: Sequence[Plan], count: int, config_dir: str | None, launcher: Any, master: DictConfig, reasons: dict[Path, str]
+) -> None:
+    """Run the jobs, one after another or by the launcher that was chosen; why jobs failed goes into `reasons`, by folder."""
+    options: dict[str, Any] = {"config_dir": config_dir, "count": count}
+    if str(master.hydra.launcher._target_).endswith(".BasicLauncher"):
+        for plan in missing:
+            reasons[plan.folder] = run_job(plan.folder, without_hydra(plan.cfg), plan.cfg.hydra, **options)
+        return
+    chosen: Launcher = launcher(task_function=functools.partial(launched, **options))
+    size = master.hydra.sweeper.max_batch_size or len(missing)
+    for first in range(0, len(missing), size):
+        batch = missing[first : first + size]
+        try:
+            ended = chosen.launch([plan.overrides for plan in batch], initial_job_idx=first)
+        except Exception as error:  # noqa: BLE001 each launcher has its own, for a process that it lost
+            print(f"{type(error).__name__}: {one_line(error)}", file=sys.stderr)
+            continue
+        reasons |= {plan.folder: _reason(result) for plan, result in zip(batch, ended, strict=True)}
 
 
-def _reason(result: Any) -> str:
+def _reason(result: JobReturn) -> str:
     """Why a job failed, empty where it did not."""
     if result.status == JobStatus.COMPLETED:
         return str(result.return_value)
     return f"{type(result._return_value).__name__}: {one_line(result._return_value)}"
-
-
-def _close(sweep: Sweep, reasons: dict[Path, str], same: str) -> None:
-    failed = [job for job in sweep.jobs if not job.finished]
-    print(f"{len(sweep.jobs) - len(failed)} of {len(sweep.jobs)} jobs are done: {sweep.folder}", flush=True)
-    for job in failed:
-        print(f"failed: {job.folder.name}: {reasons.get(job.folder) or 'its process was lost'}", file=sys.stderr)
-    if failed:
-        print(f"to run what is missing: {same}", file=sys.stderr)
-        raise SystemExit(FAILED)
-    print(f"next: python -m qdm_lightning.report {shlex.quote(_shown(sweep.folder))}")
 
 
 def _shown(folder: Path) -> str:

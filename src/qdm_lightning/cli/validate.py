@@ -1,17 +1,79 @@
-"""Checks across config groups: what each setting allows by itself may still contradict another one."""
+"""Checks of a composed configuration that need neither torch nor the data: names, types, values, and whole combinations."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
 from qdm_lightning.base.checks import UserError, at_least, one_of
-from qdm_lightning.cli.schema import TrainConfig
+from qdm_lightning.cli.messages import unknown_setting
+from qdm_lightning.cli.schema import SCHEMAS, TrainConfig, plain, schema_of
 from qdm_lightning.data.spec import DigitsConfig, ImagesConfig
 from qdm_lightning.models.spec import PretrainedConfig, UNetConfig
 from qdm_lightning.quantization.spec import SCOPES, TaQOff
+
+
+def refuse_unknown(cfg: DictConfig, schema: type | None = None, key: str = "") -> None:
+    """Raise UserError at a setting that the schema has not: Hydra's `+name=` would add any. The user's own nodes are free.
+
+    `schema` is that of the composed root where it is None.
+    """
+    if schema is None:
+        composed = OmegaConf.get_type(cfg)
+        schema = composed if composed is not None and is_dataclass(composed) else TrainConfig
+    known = {f.name for f in fields(schema)}
+    for name in map(str, cfg):
+        full = f"{key}.{name}" if key else name
+        if name not in known:
+            raise UserError(unknown_setting(full, [f"{key}.{k}" if key else k for k in known]))
+        node = None if OmegaConf.is_missing(cfg, name) or OmegaConf.is_interpolation(cfg, name) else cfg[name]
+        if isinstance(node, DictConfig):
+            inner = schema_of(full, node) if full in SCHEMAS else OmegaConf.get_type(node)
+            if is_dataclass(inner):
+                refuse_unknown(node, inner, full)
+
+
+def checked_group(cfg: DictConfig, values: dict[str, Any], group: str) -> Any:
+    """The settings of an open group as its schema's object (checks run), or as a plain dict where they are the user's own."""
+    node = values.get(group)
+    if not node:
+        raise UserError(f"{group} is missing: type {group}=<option>; --help lists them")
+    schema = schema_of(group, cfg[group])
+    if schema is not None:
+        merged = OmegaConf.merge(OmegaConf.create({group: OmegaConf.structured(schema)}), {group: node})
+        return OmegaConf.to_object(merged)[group]  # type: ignore[call-overload, index]
+    if not node.get("_target_"):
+        raise UserError(f"{group}._target_ is missing: type {group}._target_=<package.module.Class>")
+    return node
+
+
+def validate(cfg: DictConfig) -> TrainConfig:
+    """Every check that needs neither torch nor the data: names, types, values, and combinations across groups.
+
+    Returns:
+        The settings as objects; a node with the user's own `_target_` stays a dict.
+
+    Raises:
+        UserError: an unknown or missing setting, or a combination that contradicts itself.
+        ValueError, FileNotFoundError: a value that a settings class refuses.
+        OmegaConfBaseException: a missing value, or an interpolation that leads nowhere.
+    """
+    refuse_unknown(cfg)
+    values = plain(cfg)
+    closed = {key: value for key, value in values.items() if key not in SCHEMAS}
+    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), closed, dict.fromkeys(SCHEMAS)))
+    assert isinstance(settings, TrainConfig)
+    for group in ("data", "model", "taq", "metrics"):
+        setattr(settings, group, checked_group(cfg, values, group))
+    logger = values["logger"] or {}
+    settings.logger = checked_group(cfg, values, "logger") if "_target_" in logger else OmegaConf.to_object(cfg.logger)
+    check_combinations(settings)
+    return settings
 
 
 def check_combinations(s: TrainConfig) -> None:

@@ -227,6 +227,12 @@ def print_closing(
     console.print("\n".join([*lines, *following_lines(following)]), markup=False, highlight=False)
 
 
+def console() -> Console:
+    """The terminal; a file or pipe, which has no width of its own, gets 200 columns."""
+    screen = Console(soft_wrap=True)
+    return screen if screen.is_terminal else Console(soft_wrap=True, width=200)
+
+
 def following_lines(following: Sequence[tuple[str, str]]) -> list[str]:
     """What to type next, as lines to print; `following` has (command, what it does)."""
     wide = max((len(command) for command, _ in following), default=0)

@@ -1,12 +1,25 @@
-"""A run in a few words: what groups, tags and filters runs on a dashboard. Imports no torch."""
+"""What a run is called: in a few words on a dashboard, as the name of its folder, as a job of a sweep. Imports no torch."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from qdm_lightning.quantization.spec import TAQ, QuantConfig
+
+
+def is_teacher(config: Mapping[str, Any]) -> bool:
+    """True where a configuration quantizes nothing: the run trains a full-precision teacher.
+
+    Raises:
+        ValueError: a bit-width that is not allowed.
+    """
+    known = {f.name for f in fields(QuantConfig)}
+    return QuantConfig(**{name: value for name, value in config["quant"].items() if name in known}).is_float
 
 
 def labels(config: Mapping[str, Any]) -> dict[str, str]:
@@ -16,16 +29,16 @@ def labels(config: Mapping[str, Any]) -> dict[str, str]:
     """
     if not {"quant", "taq", "nem", "sampler"} <= set(config):
         return {}
-    known = {f.name for f in fields(QuantConfig)}
-    quant = QuantConfig(**{name: value for name, value in config["quant"].items() if name in known})
+    quant, nem = config["quant"], config["nem"]
     sampler = {"sampler": f"{config['sampler']['kind']}-{config['sampler']['steps']}"}
-    if quant.is_float:
+    if is_teacher(config):
         return {"job": "teacher", **sampler}
+    mimicking = "on_policy" if nem.get("on_policy_fraction") else str(nem["mode"])
     return {
-        "job": quant.mode,
-        "bits": f"w{quant.weight_bits}a{quant.act_bits}",
+        "job": quant["mode"],
+        "bits": f"w{quant['weight_bits']}a{quant['act_bits']}",
         "taq": _taq(config["taq"]),
-        "nem": "off" if quant.mode == "ptq" else _nem(config["nem"]),
+        "nem": "off" if quant["mode"] == "ptq" else mimicking,
         **sampler,
     }
 
@@ -36,5 +49,15 @@ def _taq(node: Mapping[str, Any]) -> str:
     return f"{name}-all" if node.get("scope") == "all" and name != "off" else name
 
 
-def _nem(node: Mapping[str, Any]) -> str:
-    return "on_policy" if node.get("on_policy_fraction") else str(node["mode"])
+def run_name(config: Mapping[str, Any]) -> str:
+    """Short name of what a run does, such as `w4a4_normalize_replace_ddim50_seed0`; the same settings give the same name."""
+    words = labels(config)
+    trained = [words["bits"], words["taq"], "ptq" if words["job"] == "ptq" else words["nem"]] if "bits" in words else ["fp32"]
+    return "_".join([*trained, words["sampler"].replace("-", ""), f"seed{config['seed']}"])
+
+
+def job_name(config: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+    """Name of a job's folder: `run_name`, the last tag, and a hash of `identity`, the settings that tell jobs apart."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
+    label = [re.sub(r"[^\w.=+-]+", "-", str(tag)) for tag in config["tags"][-1:]]
+    return "_".join([run_name(config), *label, digest])

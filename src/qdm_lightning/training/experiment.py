@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ class Experiment:
         num_samples: images behind each distance.
         data: the data module, not yet set up.
         build_model: a fresh U-Net, randomly initialized.
-        quantizers: factories `weight`, `activation`, `attention` (q, k, v) and `calibrator`.
-        taq_scope: `attention` or `all`: with `all` the attention's factory also serves the layers' inputs.
+        quantizers: factories of the quantizers, TaQ's scope applied.
+        calibrator: factory of the search for the first scales.
         feature_network: of the distance.
         loggers: factories `logger(run_dir=..., tags=..., config=...)`, beside metrics.csv.
         resolved: the resolved configuration as plain data.
@@ -42,8 +42,8 @@ class Experiment:
     build_model: Callable[[], nn.Module]
     diffusion: DiffusionConfig
     quant: QuantConfig
-    quantizers: Mapping[str, Callable[..., Any]]
-    taq_scope: str
+    quantizers: Quantizers
+    calibrator: Callable[..., Any]
     nem: NeMConfig
     sampler: SamplerConfig
     teacher: TeacherConfig
@@ -68,9 +68,3 @@ class Experiment:
                 ema_decay=self.optimizer.ema_decay,
                 gradient_clip=self.optimizer.gradient_clip,
             )
-
-    def quantizer_factories(self) -> Quantizers:
-        """The factories as `prepare` takes them, TaQ's scope applied."""
-        attention = self.quantizers["attention"]
-        activation = attention if self.taq_scope == "all" else self.quantizers["activation"]
-        return Quantizers(weight=self.quantizers["weight"], activation=activation, attention=attention)

@@ -25,7 +25,7 @@ def prepare_student(teacher: nn.Module, experiment: Experiment) -> tuple[nn.Modu
     for module in student.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return student, prepare(student, experiment.quant, experiment.quantizer_factories())
+    return student, prepare(student, experiment.quant, experiment.quantizers)
 
 
 def calibration_timesteps(kind: str, count: int, num_train_timesteps: int, generator: torch.Generator) -> Tensor:
@@ -65,4 +65,4 @@ def calibrate_student(student: nn.Module, experiment: Experiment, progress: Any)
                 network(x.to(device, memory_format=torch.channels_last), times.to(device))
                 stage.advance(1)
 
-        calibrate(student, run, experiment.quantizers["calibrator"](), seed=experiment.seed)
+        calibrate(student, run, experiment.calibrator(), seed=experiment.seed)

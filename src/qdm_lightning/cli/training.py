@@ -1,0 +1,119 @@
+"""The command that trains: a new run, one that goes on, a job of a sweep and a rank that Lightning starts are one path.
+
+compose -> validate -> build -> write config.yaml -> run(folder)
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from qdm_lightning.base.checks import UserError
+from qdm_lightning.cli.app import Command, main
+from qdm_lightning.cli.build import build, check_one_folder
+from qdm_lightning.cli.compose import before_it_began, parsed, stored, trusted
+from qdm_lightning.cli.schema import plain
+from qdm_lightning.cli.validate import refuse_unknown
+from qdm_lightning.runs.folder import CONFIG, check_same, opened, run_folder
+
+if TYPE_CHECKING:
+    from qdm_lightning.display.progress import Progress
+    from qdm_lightning.training.experiment import Experiment
+    from qdm_lightning.training.run import Result
+
+
+def train(cfg: DictConfig, progress: Progress | None = None) -> Result:
+    """Build the experiment that `cfg` describes and run it in its folder; a folder that holds that very run is gone on with.
+
+    Args:
+        cfg: composed from `conf/train.yaml`, or what `compose.stored(folder)` returns, to go on with that run.
+        progress: where stages are shown; None chooses by the terminal.
+
+    Returns:
+        Metrics (as in `metrics.json`), run folder and networks.
+
+    Raises:
+        UserError: bad input, found before the first stage began.
+    """
+    from qdm_lightning.display.progress import Progress
+
+    progress = progress or Progress()
+    with before_it_began(progress):
+        check_one_folder(cfg, typed=False)
+        return _run(build(cfg), progress)
+
+
+def _run(experiment: Experiment, progress: Progress) -> Result:
+    from qdm_lightning.training.run import run
+
+    with opened(experiment.run_dir, experiment.resolved) as experiment.resume:
+        return run(experiment, progress)
+
+
+class Training:
+    """`python -m qdm_lightning.train`.
+
+    Args:
+        show: tells the user what a run came to.
+        examples: (arguments, what they do).
+    """
+
+    def __init__(self, show: Any, examples: Sequence[tuple[str, str]]) -> None:
+        self.show = show
+        self.command = Command(
+            name="train", examples=examples, check=self.check, work=self.work, adopt=self.adopt, processes=True
+        )
+        self.folder: str | None = None
+        self.stored: DictConfig | None = None
+        self.new_logger = False
+
+    def main(self) -> None:
+        """The console command."""
+        main(self.command)
+
+    def adopt(self, args: argparse.Namespace) -> None:
+        """With `run=`, read that run's folder: beside it only the logger may change, and trust be given."""
+        typed = parsed(args.overrides)
+        self.folder = next((str(o.value()) for o in typed if o.key_or_group == "hydra.run.dir"), None)
+        runs = [str(o.value()) for o in typed if o.key_or_group == "run" and o.value() is not None]
+        if not runs:
+            return
+        if args.multirun:
+            raise UserError("run= goes on with one run: leave out -m")
+        folder = run_folder(runs[-1])
+        for override in typed:
+            group, _, rest = override.get_key_element().lstrip("+~").partition(".")
+            self.new_logger |= group == "logger"
+            if not (group in ("logger", "run") or rest.endswith("_target_") or override.is_hydra_override()):
+                raise UserError(
+                    f"{override.input_line} cannot be given with run=, which goes on as the run's own {CONFIG} says"
+                )
+        self.stored = stored(folder, trusted(typed, args.config_dir))
+
+    def check(self, cfg: DictConfig) -> Experiment:
+        """The experiment that a job trains: that of `cfg`, or of the run that goes on."""
+        refuse_unknown(cfg)
+        if self.stored is not None:
+            cfg, composed = self.stored, cfg
+            if self.new_logger:
+                cfg.logger = composed.logger
+        check_one_folder(cfg, typed=self.folder is not None)
+        experiment = build(cfg)
+        folder = None if self.folder is None else Path(self.folder).expanduser().absolute()
+        if folder is not None and (folder / CONFIG).is_file():
+            check_same(folder, plain(cfg))
+        return experiment
+
+    def work(self, experiment: Experiment, folder: Path) -> None:
+        """Train in the folder that Hydra made."""
+        from qdm_lightning.display.progress import Progress
+
+        progress = Progress()
+        experiment.run_dir = folder
+        with before_it_began(progress):
+            result = _run(experiment, progress)
+        self.show(result)

@@ -1,0 +1,49 @@
+"""Commands typed in this process."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from qdm_lightning.cli import app, training
+from qdm_lightning.cli.schema import plain
+from qdm_lightning.cli.validate import validate
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    """`typed(command, *words)`: run an `app.Command` as if these words had been typed."""
+
+    def run(command: app.Command, *words: str) -> None:
+        monkeypatch.setattr(sys, "argv", [command.name, *words])
+        app.main(command)
+
+    return run
+
+
+@pytest.fixture
+def train(typed, monkeypatch):
+    """`train(*words, work=None)`: `python -m qdm_lightning.train` that builds and trains nothing.
+
+    Returns (settings, run folder) of each job. `work(experiment, progress)` stands for the training.
+    """
+
+    def build(cfg):
+        validate(cfg)
+        return SimpleNamespace(resolved=plain(cfg), run_dir=None, resume=False)
+
+    def run(*words: str, work=None) -> list[tuple[dict, Path]]:
+        jobs = []
+
+        def keep(experiment, progress):
+            jobs.append((experiment.resolved, experiment.run_dir))
+            return work(experiment, progress) if work else None
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "build", build)
+            patch.setattr(training, "_run", keep)
+            typed(training.Training(lambda result: None, [("quant=w3a3", "fewer bits")]).command, *words)
+        return jobs
+
+    return run
