@@ -12,8 +12,8 @@ from qdm_lightning.cli.validate import validate
 
 
 @pytest.fixture
-def typed(monkeypatch):
-    """`typed(command, *words)`: run an `app.Command` as if these words had been typed."""
+def command_line(monkeypatch):
+    """`command_line(command, *words)`: run an `app.Command` as if these words had been typed."""
 
     def run(command: app.Command, *words: str) -> None:
         monkeypatch.setattr(sys, "argv", [command.name, *words])
@@ -23,7 +23,7 @@ def typed(monkeypatch):
 
 
 @pytest.fixture
-def train(typed, monkeypatch):
+def train(command_line, monkeypatch):
     """`train(*words, work=None)`: `python -m qdm_lightning.train` that builds and trains nothing.
 
     Returns (settings, run folder) of each job. `work(experiment, progress)` stands for the training.
@@ -43,7 +43,7 @@ def train(typed, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(training, "build", build)
             patch.setattr(training, "_run", keep)
-            typed(training.Training(lambda result: None, [("quant=w3a3", "fewer bits")]).command, *words)
+            command_line(training.Training(lambda result: None, [("quant=w3a3", "fewer bits")]).command, *words)
         return jobs
 
     return run

@@ -100,13 +100,13 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def refused(typed, capsys, monkeypatch):
+def refused(command_line, capsys, monkeypatch):
     """`refused(words, work=None)`: the one line that `train` answers; `work(experiment, progress)` stands for the training."""
 
     def refuse(words: list[str], work=None) -> str:
         monkeypatch.setattr(training, "_run", work or (lambda *_: pytest.fail("it began")))
         with pytest.raises(SystemExit) as end:
-            typed(training.Training(pytest.fail, ()).command, *words)
+            command_line(training.Training(pytest.fail, ()).command, *words)
         out, err = capsys.readouterr()
         assert end.value.code == 2
         assert out == ""
@@ -167,14 +167,14 @@ def test_nodes_need_one_folder(folder, refused):
     assert list(folder.iterdir()) == []
 
 
-def test_a_fault_of_ours_keeps_its_traceback(folder, typed, monkeypatch):
+def test_a_fault_of_ours_keeps_its_traceback(folder, command_line, monkeypatch):
     def work(experiment, progress):
         progress.started = True
         raise ValueError("in the middle of training")
 
     monkeypatch.setattr(training, "_run", work)
     with pytest.raises(ValueError, match="in the middle"):
-        typed(training.Training(pytest.fail, ()).command)
+        command_line(training.Training(pytest.fail, ()).command)
 
 
 @pytest.mark.parametrize("word", ["quant=w5", "+unknown=1"])

@@ -1,4 +1,4 @@
-"""`config.build`: the experiment is exactly what the configuration says."""
+"""`cli.build`: the experiment is exactly what the configuration says."""
 
 from functools import partial
 
@@ -7,7 +7,10 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import OmegaConf
 
 from qdm_lightning.base.checks import UserError
-from qdm_lightning.cli.build import build, plain, stored, validate
+from qdm_lightning.cli.build import build
+from qdm_lightning.cli.compose import stored
+from qdm_lightning.cli.schema import plain
+from qdm_lightning.cli.validate import validate
 from qdm_lightning.data.digits import DigitsData
 from qdm_lightning.loggers import wandb_logger
 from qdm_lightning.metrics.digits import DigitsFeatures
@@ -26,16 +29,12 @@ def test_main_job(composed):
     assert e.build_model.func is build_unet
     assert e.build_model.keywords["block_out_channels"] == [32, 48]
     assert type(e.build_model.keywords["block_out_channels"]) is list
-    assert {name: factory.func for name, factory in e.quantizers.items()} == {
-        "weight": LSQWeight,
-        "activation": LSQActivation,
-        "attention": NormalizedActivation,
-        "calibrator": MSESearch,
-    }
+    factories = (e.quantizers.weight, e.quantizers.activation, e.quantizers.attention, e.calibrator)
+    assert [factory.func for factory in factories] == [LSQWeight, LSQActivation, NormalizedActivation, MSESearch]
     assert [logger.func for logger in e.loggers] == [wandb_logger]
-    assert (e.callbacks, e.resume, e.taq_scope) == ([], False, "attention")
+    assert (e.callbacks, e.resume) == ([], False)
     assert str(e.run_dir.parent) == "/somewhere"
-    assert all(type(factory) is partial for factory in e.quantizers.values())
+    assert all(type(factory) is partial for factory in factories)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +47,9 @@ def test_main_job(composed):
     ],
 )
 def test_taq_gives_its_settings_without_the_scope(taq, quantizer, settings, composed):
-    factory = build(composed(f"taq={taq}", "taq.scope=all")).quantizers["attention"]
+    quantizers = build(composed(f"taq={taq}", "taq.scope=all")).quantizers
+    factory = quantizers.attention
+    assert quantizers.activation is factory
     assert factory.func is quantizer
     assert set(factory.keywords) >= set(settings)
     assert "scope" not in factory.keywords
@@ -58,7 +59,7 @@ def test_settings_reach_the_factories(composed):
     e = build(
         composed("taq.psi=0.5", "callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor", "logger.project=p")
     )
-    assert e.quantizers["attention"].keywords == {"psi": 0.5}
+    assert e.quantizers.attention.keywords == {"psi": 0.5}
     assert [type(callback) for callback in e.callbacks] == [LearningRateMonitor]
     assert e.loggers[0].keywords["project"] == "p"
 
@@ -91,5 +92,5 @@ def test_stored_settings_build_the_same(composed, tmp_path):
 
 def test_going_on_with_other_settings_is_refused(composed, tmp_path):
     OmegaConf.save(composed(), tmp_path / "config.yaml", resolve=True)
-    with pytest.raises(UserError, match="another configuration"):
+    with pytest.raises(UserError, match=r"another configuration \(seed=0, not 1\)"):
         train(composed("seed=1", f"run={tmp_path}"))

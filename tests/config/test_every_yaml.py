@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from qdm_lightning.cli import build as config
-from qdm_lightning.cli.build import build, refuse_unknown, validate
+from qdm_lightning.cli import build as building
+from qdm_lightning.cli.build import build
 from qdm_lightning.cli.help import defaults, first_comment, options
 from qdm_lightning.cli.schema import CONF_DIR
+from qdm_lightning.cli.validate import refuse_unknown, validate
 
 GROUPS = [group for group in defaults("train") if group != "hydra"]
 OPTIONS = [(group, option.name) for group in GROUPS for option in options(group)]
@@ -59,7 +60,7 @@ def test_option(group, name, composed, pictures, monkeypatch):
     settings = validate(cfg)
     if name in WEIGHTS:
         return
-    monkeypatch.setattr(config, "accelerators", lambda: {"gpu"})
+    monkeypatch.setattr(building, "accelerators", lambda: {"gpu"})
     experiment = build(cfg)
     assert experiment.quant == settings.quant
     assert experiment.resolved == OmegaConf.to_container(cfg, resolve=True)

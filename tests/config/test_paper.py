@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qdm_lightning.cli import app as cli
-from qdm_lightning.cli.build import build, build_student, validate
+from qdm_lightning.cli import training
+from qdm_lightning.cli.build import build_student
 from qdm_lightning.cli.help import options
+from qdm_lightning.cli.validate import validate
 from qdm_lightning.metrics import inception
 from qdm_lightning.metrics.spec import InceptionMetric
 from qdm_lightning.quantization import prepare
@@ -72,12 +73,12 @@ def test_ddim_shares_network_and_teacher_with_ddpm(composed):
         )
 
 
-def test_a_trial_is_short_everywhere(composed):
-    s = validate(composed("experiment=paper/cifar10_ddim", "trainer.max_steps=999"))
-    assert (s.teacher.max_steps, s.num_samples, s.sampler.batch_size, s.sampler.steps) == (999, 16, 16, 100)
-    s = validate(composed("experiment=paper/cifar10_ddim", "trainer.max_steps=1000", "teacher.max_steps=5000"))
-    assert (s.teacher.max_steps, s.num_samples, s.sampler.batch_size) == (5000, 50_000, 128)
-    s = validate(composed("experiment=paper/cifar10_ddim", "trainer.max_steps=2", "num_samples=64"))
+def test_only_a_trial_that_is_asked_for_is_short(composed):
+    s = validate(composed("experiment=paper/cifar10_ddim", "debug=trial"))
+    assert (s.trial, s.teacher.max_steps, s.trainer.max_steps, s.num_samples, s.sampler.batch_size) == (True, 2, 2, 16, 16)
+    s = validate(composed("experiment=paper/cifar10_ddim", "trainer.max_steps=2"))
+    assert (s.trial, s.teacher.max_steps, s.num_samples, s.sampler.batch_size) == (False, 2, 50_000, 128)
+    s = validate(composed("experiment=paper/cifar10_ddim", "debug=trial", "num_samples=64"))
     assert s.num_samples == 64
 
 
@@ -95,20 +96,19 @@ def test_a_teacher_from_a_diffusers_folder(composed):
     assert (s.model.path, s.teacher.source, s.optimizer.lr) == ("google/ddpm-cifar10-32", "pretrained", 2e-5)
 
 
-def refused(argv, capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.run("train", pytest.fail, check=build, examples=(), argv=argv)
-    error = capsys.readouterr().err
-    assert end.value.code == 2
-    assert error.count("\n") == 1
-    return error
+def test_what_is_missing_is_one_line_before_anything_begins(tmp_path, monkeypatch, capsys, command_line):
+    def refused(words, capsys):
+        with pytest.raises(SystemExit) as end:
+            command_line(training.Training(pytest.fail, ()).command, *words)
+        error = capsys.readouterr().err
+        assert end.value.code == 2
+        assert error.count("\n") == 1
+        return error
 
-
-def test_what_is_missing_is_one_line_before_anything_begins(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(inception, "URL_INCEPTION_V3", f"http://127.0.0.1:9/{inception.WEIGHTS}")  # nobody listens there
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    trial = ["experiment=paper/cifar10_ddim", "quant=w4a4", "trainer.max_steps=2"]
+    trial = ["experiment=paper/cifar10_ddim", "quant=w4a4", "debug=trial"]
     assert "metrics=inception needs weights-inception" in refused(trial, capsys)
     assert "no such file" in refused([*trial, "metrics.weights=nowhere.pth"], capsys)
     assert "metrics=resnet20 needs trained weights" in refused([*trial, "metrics=resnet20"], capsys)

@@ -10,10 +10,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from qdm_lightning.base.checks import UserError
-from qdm_lightning.cli import app as cli
 from qdm_lightning.cli import jobs
-from qdm_lightning.cli.build import validate
-from qdm_lightning.train import _alone
+from qdm_lightning.cli import sweep as sweeping
+from qdm_lightning.runs.folder import held
 
 
 @pytest.fixture
@@ -43,17 +42,24 @@ def trained(monkeypatch):
     return run
 
 
-def sweep(*argv: str) -> None:
-    cli.run("train", pytest.fail, check=validate, examples=(), argv=["-m", *argv], sweeps=True)
+@pytest.fixture
+def sweep(train):
+    """`sweep(*words)`: `python -m qdm_lightning.train -m` with these words."""
+    return lambda *words: train("-m", *words)
 
 
-def planned(monkeypatch, *argv: str) -> list:
-    """Overrides and folder's name of each job that a command would run."""
-    seen = []
-    with monkeypatch.context() as patch:
-        patch.setattr(cli, "launch", lambda name, args, typed, sweep: seen.extend(sweep.jobs))
-        sweep(*argv)
-    return seen
+@pytest.fixture
+def planned(sweep, monkeypatch):
+    """`planned(*words)`: overrides and folder of each job that a command would run."""
+
+    def plan(*words: str) -> list:
+        seen = []
+        with monkeypatch.context() as patch:
+            patch.setattr(sweeping, "_train", lambda job, plans, launcher, master: seen.extend(plans))
+            sweep(*words)
+        return seen
+
+    return plan
 
 
 def cells(found) -> list[str]:
@@ -75,44 +81,44 @@ TAQ_NEM = [f"{t}_{n}" for t in ("off", "normalize") for n in ("off", "replace")]
         ("taq_variants taq=ema,scale taq.scope=all", ["w4a4_ema-all_replace_ddim50", "w4a4_scale-all_replace_ddim50"]),
     ],
 )
-def test_ablation(typed, expected, folder, monkeypatch):
-    assert cells(planned(monkeypatch, *f"experiment=ablation/{typed}".split())) == expected
+def test_ablation(typed, expected, folder, planned):
+    assert cells(planned(*f"experiment=ablation/{typed}".split())) == expected
 
 
-def test_an_experiment_may_sweep_over_experiments(folder, monkeypatch):
-    found = planned(monkeypatch, "experiment=ablation/quantizers", "quant=w3a3", "seed=1")
+def test_an_experiment_may_sweep_over_experiments(folder, planned):
+    found = planned("experiment=ablation/quantizers", "quant=w3a3", "seed=1")
     labels = [job.folder.name.rpartition("_")[0].partition("seed1_")[2] for job in found]
     assert labels == ["ptq_minmax", "ptq_mse", "ptq_timestep_scales", "lsq", "lsq_taq", "lsq_nem", "qdm", "qdm_on_policy"]
     assert all("quant=w3a3" in job.overrides for job in found)
     assert all(f"experiment=quantizers/{label}" in job.overrides for label, job in zip(labels, found, strict=True))
 
 
-def test_without_m_one_line_says_to_add_it(folder, capsys):
+def test_without_m_one_line_says_to_add_it(folder, capsys, train):
     with pytest.raises(SystemExit, match="2"):
-        cli.run("train", pytest.fail, check=validate, examples=(), argv=["experiment=ablation/taq_nem"], sweeps=True)
+        train("experiment=ablation/taq_nem")
     assert capsys.readouterr().err == "error: experiment=ablation/taq_nem is a sweep over quant, taq, nem: add -m to run it\n"
     assert list(folder.iterdir()) == []
 
 
-def test_a_folder_is_named_by_the_settings_alone(folder, monkeypatch):
-    wide = planned(monkeypatch, "experiment=ablation/taq_nem", "quant=w3a3", "nem=off", "seed=1", "sampler.steps=10,20")
+def test_a_folder_is_named_by_the_settings_alone(folder, planned):
+    wide = planned("experiment=ablation/taq_nem", "quant=w3a3", "nem=off", "seed=1", "sampler.steps=10,20")
     names = [job.folder.name for job in wide]
     assert len(set(names)) == len(names) == 4
     elsewhere = ("paths.cache=other", "logger=none", "trainer.threads=1", "hydra/launcher=joblib")
-    narrow = planned(monkeypatch, "quant=w3a3", "nem=off", "taq=normalize", "seed=1", "sampler.steps=20", *elsewhere)
+    narrow = planned("quant=w3a3", "nem=off", "taq=normalize", "seed=1", "sampler.steps=20", *elsewhere)
     assert [job.folder.name for job in narrow] == [n for n in names if n.startswith("w3a3_normalize_off_ddim20_seed1_")]
-    changed = planned(monkeypatch, "quant=w3a3", "nem=off", "seed=1", "sampler.steps=20", "optimizer.lr=1e-4,1e-5")
+    changed = planned("quant=w3a3", "nem=off", "seed=1", "sampler.steps=20", "optimizer.lr=1e-4,1e-5")
     assert len({*names, *(job.folder.name for job in changed)}) == 6
 
 
-def test_equal_jobs_are_refused_before_anything_starts(folder, capsys, trained):
+def test_equal_jobs_are_refused_before_anything_starts(folder, capsys, trained, sweep):
     with pytest.raises(SystemExit, match="2"):
         sweep("quant=w4a4,w3a3", "quant.weight_bits=4", "quant.act_bits=4")
     assert "two jobs are the same run: (quant=w4a4 " in capsys.readouterr().err
     assert list(folder.iterdir()) == []
 
 
-def test_a_failed_job_does_not_stop_the_others_and_the_same_command_runs_it_alone(folder, capsys, trained):
+def test_a_failed_job_does_not_stop_the_others_and_the_same_command_runs_it_alone(folder, capsys, trained, sweep):
     trained.statuses |= {0: -9, 1: 2}
     command = ["seed=0,1,2", "quant=w3a3", "hydra.sweep.dir=mine"]
     with pytest.raises(SystemExit, match="1"):
@@ -136,7 +142,7 @@ def test_a_failed_job_does_not_stop_the_others_and_the_same_command_runs_it_alon
     assert len(trained.commands) == 5
 
 
-def test_ctrl_c_says_how_to_go_on(folder, capsys, trained):
+def test_ctrl_c_says_how_to_go_on(folder, capsys, trained, sweep):
     trained.statuses[1] = KeyboardInterrupt()
     with pytest.raises(SystemExit, match="130"):
         sweep("seed=0,1,2")
@@ -146,19 +152,19 @@ def test_ctrl_c_says_how_to_go_on(folder, capsys, trained):
     assert line == f"interrupted; to go on: python -m qdm_lightning.train -m seed=0,1,2 hydra.sweep.dir=outputs/{where.name}"
 
 
-def test_a_folder_of_another_run_is_refused(folder, capsys, trained):
+def test_a_folder_of_another_run_is_refused(folder, capsys, trained, sweep):
     sweep("seed=3", "hydra.sweep.dir=mine", "hydra.sweep.subdir=fixed")
     with pytest.raises(SystemExit, match="2"):
         sweep("seed=4", "hydra.sweep.dir=mine", "hydra.sweep.subdir=fixed")
     assert "fixed/config.yaml is of another run" in capsys.readouterr().err
 
 
-def test_what_a_job_is_told(folder, trained):
+def test_what_a_job_is_told(folder, trained, sweep):
     """Its own folder, trust in the code that the user typed, the user's own options; Hydra's and training's settings are in
     the folder."""
     (folder / "own").mkdir()
     callback = "callbacks.mine._target_=lightning.pytorch.callbacks.Timer"
-    sweep("seed=1", r"hydra.sweep.dir='it\'s'", "--config-dir", "own", f"+{callback}", "logger=none")
+    sweep("--config-dir", "own", "seed=1", r"hydra.sweep.dir='it\'s'", f"+{callback}", "logger=none")
     (command,) = trained.commands
     (job,) = (folder / "it's").glob("*/config.yaml")
     assert command[2:5] == ["qdm_lightning.train", "--config-dir", "own"]
@@ -166,8 +172,8 @@ def test_what_a_job_is_told(folder, trained):
     assert command[-1] == f"run='{job.parent}'".replace("it's", r"it\'s")
 
 
-def test_a_missing_launcher_names_what_installs_it(folder, capsys, monkeypatch):
-    planned(monkeypatch, "seed=1")  # Hydra has looked for its plugins now
+def test_a_missing_launcher_names_what_installs_it(folder, capsys, monkeypatch, sweep, planned):
+    planned("seed=1")  # Hydra has looked for its plugins now
     for name in ("joblib.yaml", "submitit_slurm.yaml"):
         monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["launcher"], name)
     for name, package in (("joblib", "hydra-joblib-launcher"), ("slurm", "hydra-submitit-launcher")):
@@ -178,8 +184,8 @@ def test_a_missing_launcher_names_what_installs_it(folder, capsys, monkeypatch):
         assert err.endswith(": pip install 'qdm-lightning[sweeps]'\n")
 
 
-def test_slurm_composes(folder, monkeypatch):
-    assert len(planned(monkeypatch, "seed=0,1", "hydra/launcher=slurm", "hydra.launcher.partition=gpu")) == 2
+def test_slurm_composes(folder, planned):
+    assert len(planned("seed=0,1", "hydra/launcher=slurm", "hydra.launcher.partition=gpu")) == 2
 
 
 @pytest.mark.parametrize(
@@ -202,22 +208,22 @@ def test_jobs_share_eight_cores(launcher, count, devices, threads, monkeypatch):
 
 
 def test_a_folder_belongs_to_one_process_at_a_time(folder, capsys):
-    held, release = threading.Event(), threading.Event()
+    taken, release = threading.Event(), threading.Event()
 
     def hold():  # filelock refuses to wait for a lock of the same thread
         with FileLock(folder / ".lock"):
-            held.set()
+            taken.set()
             release.wait()
 
     other = threading.Thread(target=hold)
     other.start()
-    held.wait()
-    with pytest.raises(UserError, match="is being trained by another process"), _alone(folder):
+    taken.wait()
+    with pytest.raises(UserError, match="is being trained by another process"), held(folder):
         pytest.fail("let in")
     threading.Timer(0.3, release.set).start()
     jobs._wait_for(folder)
     assert release.is_set()
     other.join()
     assert "waiting for the process that still runs" in capsys.readouterr().out
-    with _alone(folder):
+    with held(folder):
         pass

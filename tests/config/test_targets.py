@@ -3,7 +3,7 @@
 import pytest
 
 from qdm_lightning.base.trust import check_targets, is_ours, targets
-from qdm_lightning.cli.build import plain
+from qdm_lightning.cli.schema import plain
 
 
 @pytest.mark.parametrize(

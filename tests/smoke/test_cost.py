@@ -8,10 +8,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from qdm_lightning.base.checks import UserError
-from qdm_lightning.cli import app as cli
 from qdm_lightning.cli.help import defaults
 from qdm_lightning.cli.schema import CONF_DIR
-from qdm_lightning.cost import EXAMPLES, _check, _task, cost
+from qdm_lightning.cost import cost, main
 
 
 def run(*arguments, cwd):
@@ -57,8 +56,9 @@ def test_a_sweep_writes_a_file_each_and_nothing_else(tmp_path):
 )
 def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cost", *arguments])
     with pytest.raises(SystemExit) as ended:
-        cli.run("cost", _task, check=_check(), examples=EXAMPLES, argv=arguments)
+        main()
     error = capsys.readouterr().err
     assert ended.value.code == 2
     assert message in error

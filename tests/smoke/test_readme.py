@@ -10,9 +10,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from qdm_lightning import load_student
-from qdm_lightning.cli.build import validate
 from qdm_lightning.cli.help import COMMANDS
 from qdm_lightning.cli.schema import CONF_DIR
+from qdm_lightning.cli.validate import validate
 from qdm_lightning.train import main
 
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")

@@ -150,12 +150,15 @@ def _train(job: Job, plans: Sequence[Plan], launcher: Any, master: DictConfig) -
     if missing:
         root.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(master, root / "multirun.yaml")
+        interrupted = False
         try:
             with _sigterm_interrupts():
                 _launch(missing, len(plans), job.args.config_dir, launcher, master, reasons)
         except KeyboardInterrupt:
+            interrupted = True
+        if interrupted:
             print(f"interrupted; to go on: {same}", file=sys.stderr)
-            raise SystemExit(INTERRUPTED) from None
+            raise SystemExit(INTERRUPTED)
     failed = [plan for plan in plans if not is_finished(plan.folder)]
     print(f"{len(plans) - len(failed)} of {len(plans)} jobs are done: {root}", flush=True)
     for plan in failed:

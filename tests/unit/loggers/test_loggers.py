@@ -12,7 +12,10 @@ import wandb
 from PIL import Image
 
 from qdm_lightning.base.checks import UserError
-from qdm_lightning.cli.build import build, plain, stored, validate
+from qdm_lightning.cli.build import build
+from qdm_lightning.cli.compose import stored
+from qdm_lightning.cli.schema import plain
+from qdm_lightning.cli.validate import validate
 from qdm_lightning.display.progress import Progress
 from qdm_lightning.evaluate import evaluate
 from qdm_lightning.loggers import finish, named_loggers, wandb_logger

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from qdm_lightning.cli.build import validate
 from qdm_lightning.cli.schema import CONF_DIR, run_name
+from qdm_lightning.cli.validate import validate
 from qdm_lightning.dashboard import main
 
 ROOT = Path(__file__).parents[3]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from qdm_lightning.cli.build import stored
+from qdm_lightning.cli.compose import stored
 from qdm_lightning.cli.schema import CONF_DIR
 from qdm_lightning.display.progress import Progress
 from qdm_lightning.train import train
