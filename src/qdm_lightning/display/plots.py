@@ -78,7 +78,8 @@ class Panel:
         ticks: names of the positions 0, 1, ... of x; None leaves numbers.
         texts: (x, y, text).
         bounds: name to value, drawn across.
-        log_x, log_y: logarithmic axes; y only where all values are positive.
+        log_x: a logarithmic axis.
+        log_y: the same, where all values are positive; None where they span more than a decade besides.
         falling: x falls from left to right, as timesteps do in sampling.
     """
 
@@ -90,7 +91,7 @@ class Panel:
     texts: Sequence[tuple[float, float, str]] = ()
     bounds: Mapping[str, float] = field(default_factory=dict)
     log_x: bool = False
-    log_y: bool = False
+    log_y: bool | None = False
     falling: bool = False
 
 
@@ -150,7 +151,11 @@ def picture(
         figure = Figure(figsize=size, layout="constrained")
         for panels, line in zip(rows, figure.subplots(len(rows), columns, squeeze=False), strict=True):
             for panel, ax in zip(panels, line, strict=True):
-                _draw(ax, panel, names, legend)
+                if isinstance(panel, BoxPanel):
+                    _draw_boxes(ax, panel, names, legend)
+                else:
+                    _draw_lines(ax, panel, names, legend)
+                ax.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel, visible=bool(_series(panel)))
         if title:
             figure.suptitle(title)
         if legend:
@@ -158,17 +163,6 @@ def picture(
             figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=wide)
         figure.savefig(stream, **options)
     return stream.getvalue()
-
-
-def _draw(ax: Any, panel: Panel | BoxPanel, names: Sequence[str], legend: dict[str, Any]) -> None:
-    if not _series(panel):
-        ax.set_axis_off()
-        return
-    if isinstance(panel, BoxPanel):
-        _draw_boxes(ax, panel, names, legend)
-    else:
-        _draw_lines(ax, panel, names, legend)
-    ax.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
 
 
 def _draw_boxes(ax: Any, panel: BoxPanel, names: Sequence[str], legend: dict[str, Any]) -> None:
@@ -210,9 +204,10 @@ def _draw_lines(ax: Any, panel: Panel, names: Sequence[str], legend: dict[str, A
             ax.set_xticks(positions, [f"{x:.3g}" for x in positions])
             ax.minorticks_off()
     values = [y for line in panel.lines for y in line.y if math.isfinite(y)]
-    if panel.log_y and values and min(values) > 0:
+    low, high = min(values, default=0), max(values, default=0)
+    if low > 0 and (panel.log_y or (panel.log_y is None and high > 10 * low)):
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 300 * min(values) else (1,)))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
     if panel.falling:

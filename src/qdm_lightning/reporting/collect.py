@@ -21,9 +21,11 @@ from qdm_lightning.reporting.records import (
     read_settings,
 )
 
-TRAINING = ("data.batch_size", "data.flip")
-LOCATION = ("data.root", "data.path", "data.cache", "data.verify", "data.download")
-"""Settings of `data` that are no part of how a result was measured: the floor tells other data apart."""
+PROTOCOL = ("num_samples", "data.", "sampler.", "metrics.", "diffusion.")
+"""Beginnings of settings that say how a run measured its result."""
+
+UNMEASURED = ("batch_size", "flip", "root", "path", "cache", "verify", "download")
+"""Settings of `data` that do not: how it trained, and where the images lie. The floor tells other images apart."""
 
 
 @dataclass(frozen=True)
@@ -158,12 +160,10 @@ def own_result(run: Run) -> Result:
     scores = {name: float(source[name]) for name in [*teacher, "image_mse"] if isinstance(source.get(name), int | float)}
     if run.student.get("nem_error"):
         scores["nem_error"] = float(np.mean(run.student["nem_error"]))
-    protocol = {"measured": "at the end of training"}
-    for name, value in run.settings.items():
-        data = name.startswith("data.") and name not in (*TRAINING, *LOCATION)
-        if data or name == "num_samples" or name.startswith(("sampler.", "metrics.", "diffusion.")):
-            protocol[name] = value
-    protocol |= {f"floor.{name}": f"{value:.4g}" for name, value in floor.items()}
+    ignored = {f"data.{name}" for name in UNMEASURED}
+    shared = {name: value for name, value in run.settings.items() if name.startswith(PROTOCOL) and name not in ignored}
+    floors = {f"floor.{name}": f"{value:.4g}" for name, value in floor.items()}
+    protocol = {"measured": "at the end of training", **shared, **floors}
     return Result(run, METRICS, protocol, scores, teacher, floor, run.metrics)
 
 

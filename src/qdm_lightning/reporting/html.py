@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
@@ -79,13 +78,7 @@ def page(groups: Sequence[Group], contents: Contents) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["sortable"] = _sortable
     return environment.get_template("report.html.j2").render(context)
-
-
-def _sortable(entry: tables.Entry) -> str:
-    """What JavaScript sorts a cell by: a number where it is one."""
-    return "" if entry.number is None or not math.isfinite(entry.number) else repr(float(entry.number))
 
 
 def _section(group: Group, groups: Sequence[Group], figure: Callable[[Sketch], dict[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from qdm_lightning.display.plots import Line, Panel
 from qdm_lightning.reporting.records import read_curves, read_trajectory
-from qdm_lightning.reporting.summary import Cell, Estimate, Group, all_cells
+from qdm_lightning.reporting.summary import Cell, Estimate, Group, all_cells, grouped
 
 POINTS = 150
 """Points of a loss curve, at most."""
@@ -43,19 +43,10 @@ def series(groups: Sequence[Group]) -> list[str]:
 
 def _lines(points: Iterable[tuple[str, float, Estimate]], dash: str = "") -> list[Line]:
     """A line a series from (its name, x, the estimate of y), in the order of their first points."""
-    by_name: dict[str, list[tuple[float, Estimate]]] = defaultdict(list)
-    for name, x, estimate in points:
-        by_name[name].append((x, estimate))
     return [
-        Line(name, [x for x, _ in found], [e.mean for _, e in found], [e.half_width for _, e in found], dash)
-        for name, found in by_name.items()
+        Line(name, [x for _, x, _ in own], [e.mean for _, _, e in own], [e.half_width for _, _, e in own], dash)
+        for name, own in grouped(points, lambda point: point[0]).items()
     ]
-
-
-def _wide(lines: Sequence[Line]) -> bool:
-    """Whether values span more than a decade."""
-    values = [y for line in lines for y in line.y if math.isfinite(y)]
-    return bool(values) and min(values) > 0 and max(values) > 10 * min(values)
 
 
 def bits_sketch(group: Group, distance: str) -> Sketch:
@@ -72,7 +63,7 @@ def bits_sketch(group: Group, distance: str) -> Sketch:
         lines=lines,
         ticks=ticks,
         bounds={name: value for name, value in bounds.items() if value is not None and math.isfinite(value)},
-        log_y=_wide(lines),
+        log_y=None,
     )
     return Sketch(title, "Mean over seeds; bars are 95 % intervals, a ring marks a single seed.", [[panel]])
 
@@ -83,7 +74,6 @@ def bytes_sketch(group: Group, distance: str) -> Sketch | None:
     if not sized:
         return None
     lines = _lines(((cell.series, size, cell.estimate(distance)) for size, cell in sized), dash="none")
-    log_y = _wide(lines)
     top: dict[float, tuple[float, str]] = {}  # the bits, once beside the highest point of each size
     for size, cell in sized:
         highest = (cell.estimate(distance).mean, cell.bits)
@@ -99,7 +89,7 @@ def bytes_sketch(group: Group, distance: str) -> Sketch | None:
         lines=lines,
         texts=[(size, mean, bits) for size, (mean, bits) in top.items()],
         log_x=True,
-        log_y=log_y,
+        log_y=None,
     )
     caption = "Lower left is better. Bars are 95 % intervals over the seeds."
     return Sketch(f"Trade-off of {distance} and bytes", caption, [[panel]])
@@ -107,12 +97,13 @@ def bytes_sketch(group: Group, distance: str) -> Sketch | None:
 
 def steps_sketches(groups: Sequence[Group]) -> list[Sketch]:
     """Distance against sampling steps: groups whose protocols are the same but for `sampler.steps`, where there are several."""
-    families = defaultdict(list)
-    for group in groups:
+
+    def all_but_steps(group: Group) -> str:
         rest = {name: value for name, value in group.protocol.items() if name != "sampler.steps"}
-        families[json.dumps(rest, sort_keys=True, default=str)].append(group)
+        return json.dumps(rest, sort_keys=True, default=str)
+
     sketches = []
-    for family in families.values():
+    for family in grouped(groups, all_but_steps).values():
         for distance in family[0].distances if len(family) > 1 else []:
             ordered = sorted(family, key=lambda group: group.protocol["sampler.steps"])
             panels = [_steps_panel(ordered, distance, bits) for bits in dict.fromkeys(c.bits for g in ordered for c in g.cells)]
@@ -130,7 +121,7 @@ def _steps_panel(family: Sequence[Group], distance: str, bits: str) -> Panel:
     teacher = [(x, estimate.mean) for group, x in steps if (estimate := group.teacher(distance))]
     if teacher:
         lines.append(Line("teacher", [x for x, _ in teacher], [mean for _, mean in teacher], ink=True, dash="--"))
-    return Panel(title=bits, xlabel="sampling steps", ylabel=distance, lines=lines, log_x=True, log_y=_wide(lines))
+    return Panel(title=bits, xlabel="sampling steps", ylabel=distance, lines=lines, log_x=True, log_y=None)
 
 
 def loss_sketch(groups: Sequence[Group]) -> tuple[Sketch | None, list[str]]:
@@ -188,7 +179,7 @@ def nem_sketch(cells: Sequence[Cell]) -> Sketch | None:
 def _by_timestep(lines: Mapping[str, Sequence[Line]], ylabel: str) -> list[list[Panel]]:
     """A row of panels, one for each bit-width."""
     axes: dict[str, Any] = {"xlabel": "timestep t (sampling goes to the right)", "log_y": True, "falling": True}
-    return [[Panel(title=bits, ylabel=ylabel, lines=found, **axes) for bits, found in lines.items()]]
+    return [[Panel(title=bits, ylabel=ylabel, lines=curves, **axes) for bits, curves in lines.items()]]
 
 
 def trajectory_sketches(groups: Sequence[Group]) -> tuple[list[Sketch], list[str]]:

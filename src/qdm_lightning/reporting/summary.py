@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy.special import stdtrit  # scipy.stats would take a second to load
 
 from qdm_lightning.quantization.spec import TAQ
 from qdm_lightning.reporting.collect import Result, Run
-from qdm_lightning.reporting.records import flatten
+from qdm_lightning.reporting.records import METRICS, flatten
 
 IGNORED = ("seed", "run", "paths.", "logger.", "tags", "trainer.threads", "callbacks.", "data.cache", "data.verify")
 """Beginnings of settings that do not make another cell."""
@@ -34,6 +33,17 @@ MEASURED = ("sampler.", "num_samples", "metrics.")
 
 NONE = "none"
 """Method of a trained cell without TaQ and NeM."""
+
+
+T = TypeVar("T")
+
+
+def grouped(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
+    """Items by their key, in the order of first appearance."""
+    groups: dict[Any, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 @dataclass(frozen=True)
@@ -209,9 +219,7 @@ def summarize(results: Sequence[Result], baseline: str | None = None) -> tuple[l
         ValueError: nothing is called `baseline`.
     """
     labels = _labels(list({result.run.folder: result.run for result in results}.values()))
-    by_protocol: dict[str, list[Result]] = defaultdict(list)
-    for result in results:
-        by_protocol[json.dumps(result.protocol, sort_keys=True, default=str)].append(result)
+    by_protocol = grouped(results, lambda result: json.dumps(result.protocol, sort_keys=True, default=str))
     groups, notes = [], []
     for number, key in enumerate(sorted(by_protocol, key=lambda key: _place(by_protocol[key][0], key))):
         cells: dict[tuple[str, str, str], Cell] = {}
@@ -234,8 +242,7 @@ def summarize(results: Sequence[Result], baseline: str | None = None) -> tuple[l
 def _place(result: Result, key: str) -> tuple[Any, ...]:
     """Where a protocol stands: the runs' own first, then by sampler and steps."""
     steps = result.protocol.get("sampler.steps")
-    own = result.source == "metrics.json"
-    return (not own, str(result.protocol.get("sampler.kind")), steps if isinstance(steps, int) else 0, key)
+    return (result.source != METRICS, str(result.protocol.get("sampler.kind")), steps if isinstance(steps, int) else 0, key)
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:
@@ -277,9 +284,7 @@ def _labels(runs: Sequence[Run]) -> dict[Path, tuple[str, str, str]]:
     several_nem = len({_nem(run) for run in runs} - {""}) > 1
     labels = {run.folder: [*_method(run, several_taq, several_nem), ""] for run in runs}
     for name in varying(runs, (*IGNORED, *MEASURED)):
-        by_label = defaultdict(list)
-        for run in runs:
-            by_label[tuple(labels[run.folder])].append(run)
+        by_label = grouped(runs, lambda run: tuple(labels[run.folder]))
         for run in (run for alike in by_label.values() if _differs(alike, name) for run in alike):
             value = str(run.settings.get(name))
             short = value.rpartition(".")[2] if name.endswith("_target_") else value

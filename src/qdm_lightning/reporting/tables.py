@@ -36,6 +36,11 @@ class Entry:
     number: float | None = None
     mark: str = ""
 
+    @property
+    def sort_key(self) -> str:
+        """What JavaScript sorts by: a number where it is one."""
+        return "" if self.number is None or not math.isfinite(self.number) else repr(float(self.number))
+
 
 @dataclass(frozen=True)
 class Table:
@@ -88,14 +93,12 @@ def measure_table(group: Group, measure: str) -> Table:
 
 
 def _versus(cell: Cell, baseline: Cell | None, measure: str, gaps: bool) -> list[Entry]:
-    blank = [Entry(ABSENT)] * (3 if gaps else 2)
-    if baseline is None:
-        return [Entry("none of its kind"), *blank]
-    if baseline is cell:
-        return [Entry("is the baseline"), *blank]
-    gap = difference(cell, baseline, measure)
-    if gap is None:
-        return [Entry(f"{baseline.label}: no common seed"), *blank]
+    gap = difference(cell, baseline, measure) if baseline and baseline is not cell else None
+    if baseline is None or gap is None:
+        reason = (
+            "is the baseline" if baseline is cell else f"{baseline.label}: no common seed" if baseline else "none of its kind"
+        )
+        return [Entry(reason), *[Entry(ABSENT)] * (3 if gaps else 2)]
     own = len(cell.values(measure))
     pairs = f" ({gap.n} of {own} seeds)" if gap.n < own else ""
     mark = "lower" if gap.high < 0 else "higher" if gap.low > 0 else ""  # neither where they are NaN, for one seed
