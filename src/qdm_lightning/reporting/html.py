@@ -31,7 +31,7 @@ from qdm_lightning.reporting.summary import Cell, Group, all_cells
 ASSETS = Path(__file__).parent / "assets"
 
 WIDEST = 1600
-"""Pixels; wider strips of samples are scaled down, and it is said."""
+"""Pixels; wider strips of samples are scaled down."""
 
 
 def page(groups: Sequence[Group], contents: Contents) -> str:

@@ -34,7 +34,6 @@ MEASURED = ("sampler.", "num_samples", "metrics.")
 NONE = "none"
 """Method of a trained cell without TaQ and NeM."""
 
-
 T = TypeVar("T")
 
 
@@ -284,11 +283,11 @@ def _labels(runs: Sequence[Run]) -> dict[Path, tuple[str, str, str]]:
     several_nem = len({_nem(run) for run in runs} - {""}) > 1
     labels = {run.folder: [*_method(run, several_taq, several_nem), ""] for run in runs}
     for name in varying(runs, (*IGNORED, *MEASURED)):
-        by_label = grouped(runs, lambda run: tuple(labels[run.folder]))
-        for run in (run for alike in by_label.values() if _differs(alike, name) for run in alike):
-            value = str(run.settings.get(name))
-            short = value.rpartition(".")[2] if name.endswith("_target_") else value
-            labels[run.folder][2] += f" {name.removesuffix('._target_')}={short}"
+        for alike in grouped(runs, lambda run: tuple(labels[run.folder])).values():
+            for run in alike if _differs(alike, name) else ():
+                value = str(run.settings.get(name))
+                short = value.rpartition(".")[2] if name.endswith("_target_") else value
+                labels[run.folder][2] += f" {name.removesuffix('._target_')}={short}"
     return {folder: (bits, method, rest) for folder, (bits, method, rest) in labels.items()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from qdm_lightning.base import checks
 from qdm_lightning.base.files import write_whole
 from qdm_lightning.reporting.collect import collect
 from qdm_lightning.reporting.html import page
@@ -25,17 +26,16 @@ def write_report(folders: Sequence[Path], out: Path | None = None, baseline: str
 
     Raises:
         FileNotFoundError: a folder that is not there, or none with a finished run.
-        ValueError: a damaged record, or no cell of that name; nothing was written then.
+        ValueError: a damaged record, no cell of that name, or `out` is no folder; nothing was written then.
         OSError: the files cannot be written.
     """
-    target = out or folders[0]
-    if out is not None and any(path.is_file() for path in (out, *out.parents)):
-        raise NotADirectoryError(f"out={out} is no folder: give one, or a name that is free")
+    if out is not None:
+        checks.folder("out", str(out))
     contents = collect(folders)
     groups, notes = summarize(contents.results, baseline)
     contents.notes += notes
     text = markdown(groups, contents)
     files = {"report.html": page(groups, contents), "results.csv": csv_text(groups), "results.md": text}
     for name, content in files.items():
-        write_whole(target / name, content.encode("utf-8"))
-    return text, [target / name for name in files]
+        write_whole((out or folders[0]) / name, content.encode("utf-8"))
+    return text, [(out or folders[0]) / name for name in files]

@@ -154,7 +154,7 @@ def test_steps_are_drawn_across_protocols_that_are_alike_otherwise(sweep, evalua
         (["{root}", "out="], "out= needs one value"),
         (["{root}", "out=a", "out=b"], "is given once"),
         (["{root}", "baseline=x"], "baseline=x is no cell"),
-        (["{root}", "out={root}/multirun.yaml"], "multirun.yaml is no folder"),
+        (["{root}", "out={root}/multirun.yaml"], "multirun.yaml is a file"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, whole_sweep, tmp_path, capsys):

@@ -94,18 +94,31 @@ def test_a_single_seed_has_no_interval(sweep):
     assert measure_table(group, "fd_digits").rows[1][7].text == "– (n = 1)"  # noqa: RUF001
 
 
-def test_no_gap_where_the_teacher_is_not_nearer_or_another(sweep):
-    for method in ("none", "TaQ"):
+@pytest.mark.parametrize(("of_none", "of_taq", "closes"), [(3.9, 3.9, True), (99.0, 99.0, False), (3.9, 1.0, False)])
+def test_no_gap_where_the_teacher_is_not_nearer_or_another(of_none, of_taq, closes, sweep):
+    for method, teacher in (("none", of_none), ("TaQ", of_taq)):
         run = sweep.run(4, method, 0)
         metrics = json.loads((run / "metrics.json").read_text())
-        metrics["teacher"]["fd_digits"] = 99.0
+        metrics["teacher"]["fd_digits"] = teacher
         (run / "metrics.json").write_text(json.dumps(metrics))
     _, (group,), _ = read(sweep.root)
-    assert gap_closed(cell(group, "w4a4 TaQ"), cell(group, "w4a4 none"), "fd_digits") is None
-    metrics["teacher"]["fd_digits"] = 1.0
-    (run / "metrics.json").write_text(json.dumps(metrics))
-    _, (group,), _ = read(sweep.root)
-    assert gap_closed(cell(group, "w4a4 TaQ"), cell(group, "w4a4 none"), "fd_digits") is None
+    assert (gap_closed(cell(group, "w4a4 TaQ"), cell(group, "w4a4 none"), "fd_digits") is not None) == closes
+
+
+def test_a_mark_is_where_the_interval_leaves_out_zero(whole_sweep):
+    _, (group,), _ = read(whole_sweep, baseline="TaQ")
+    marks = {row[0].text: row[6].mark for row in measure_table(group, "fd_digits").rows}
+    assert set(marks.values()) == {"", "lower", "higher"}
+    for label, mark in marks.items():
+        gap = difference(cell(group, label), group.baselines[label], "fd_digits")
+        assert mark == ("lower" if gap.high < 0 else "higher" if gap.low > 0 else "")
+
+
+def test_a_name_is_no_formula_in_a_spreadsheet(sweep):
+    run = sweep.run(4, "none", 0)
+    (run / "metrics.json").write_text((run / "metrics.json").read_text().replace('"fd_digits"', '"=1+1"'))
+    _, groups, _ = read(sweep.root)
+    assert "'=1+1" in {row["measure"] for row in csv.DictReader(io.StringIO(csv_text(groups)))}
 
 
 @pytest.mark.parametrize(
