@@ -24,9 +24,9 @@ def test_a_real_run_and_an_unfinished_one(run_copy, tmp_path):
     assert "data:image/png;base64," in (tmp_path / "out" / "report.html").read_text("utf-8")
 
 
-def test_nothing_of_torch_is_loaded():
+def test_neither_torch_nor_hydra_is_loaded():
     code = (
-        "import qdm_lightning.report, qdm_lightning.reporting.html, sys; "
-        "sys.exit(bool({'torch', 'lightning', 'wandb'} & set(sys.modules)))"
+        "import qdm_lightning.report, qdm_lightning.reporting.write, sys; "
+        "sys.exit(bool({'torch', 'lightning', 'wandb', 'hydra', 'omegaconf'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

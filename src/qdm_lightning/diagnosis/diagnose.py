@@ -14,7 +14,7 @@ from qdm_lightning.base.files import write_json
 from qdm_lightning.diagnosis.activations import Distribution, activation_distributions, choose_layers, layers_of
 from qdm_lightning.diagnosis.trajectory_error import TrajectoryError, trajectory_error
 from qdm_lightning.diffusion.sampling import image_seeds
-from qdm_lightning.display.plots import BoxPanel, CurvePanel, save_boxes, save_curves
+from qdm_lightning.display.plots import BoxPanel, Line, Panel, save_png
 from qdm_lightning.evaluation.plan import image_sampler, restored_sampler
 from qdm_lightning.evaluation.protocol import run_label
 from qdm_lightning.evaluation.sample import spread
@@ -67,12 +67,10 @@ def diagnose(experiments: Sequence[Experiment], config: DiagnosisConfig, progres
     folder = Path(config.out).expanduser().resolve() if config.out else first.experiment.run_dir / FOLDER
     record = _record(subjects, layers, trajectory_errors, config)
     pictures = {"activations": folder / "activations.png"}
-    save_boxes(
-        pictures["activations"], _box_rows(names, layers), "Inputs of layers by timestep: boxes 25-75 %, whiskers 1-99 %"
-    )
+    save_png(pictures["activations"], _box_rows(names, layers), "Inputs of layers by timestep: boxes 25-75 %, whiskers 1-99 %")
     if trajectory_errors:
         pictures["error"] = folder / "error.png"
-        save_curves(pictures["error"], _curve_panels(trajectory_errors), "Student against teacher from the same noise")
+        save_png(pictures["error"], [_curve_panels(trajectory_errors)], "Student against teacher from the same noise")
     write_json(folder / "diagnosis.json", record)
     _log(first.experiment, pictures, record)
     return Diagnosis(record, folder, pictures)
@@ -160,20 +158,23 @@ def _box_rows(names: Sequence[str], layers: Mapping[str, Mapping[str, Distributi
     return rows
 
 
-def _curve_panels(trajectory_errors: Mapping[str, TrajectoryError]) -> list[CurvePanel]:
-    def curves(name: str) -> dict[str, tuple[Sequence[int], Sequence[float]]]:
-        return {run: (d.t, getattr(d, name)) for run, d in trajectory_errors.items()}
+def _curve_panels(trajectory_errors: Mapping[str, TrajectoryError]) -> list[Panel]:
+    def lines(name: str, first: int = 0, dash: str = "-") -> list[Line]:
+        return [Line(run, d.t[first:], getattr(d, name)[first:], dash=dash) for run, d in trajectory_errors.items()]
 
-    states = {run: (d.t[1:], d.mse[1:]) for run, d in trajectory_errors.items()}  # the first state is the common noise
+    def panel(title: str, ylabel: str, lines: list[Line], log_y: bool = False) -> Panel:
+        xlabel = "timestep t (sampling goes to the right)"
+        return Panel(title=title, xlabel=xlabel, ylabel=ylabel, lines=lines, log_y=log_y, falling=True)
+
+    one_step = lines("step_mse", dash="--")
     return [
-        CurvePanel(title="states x_t, gathered error", ylabel="mean squared error", curves=states, log=True),
-        CurvePanel(title="states x_t", ylabel="cosine", curves=curves("cosine")),
-        CurvePanel(
-            title="noise estimates: gathered (line), of one step (dashed)",
-            ylabel="mean squared error",
-            curves=curves("noise_mse"),
-            dashed=curves("step_mse"),
-            log=True,
+        panel("states x_t, accumulated error", "mean squared error", lines("mse", first=1), log_y=True),  # 0: the common noise
+        panel("states x_t", "cosine", lines("cosine")),
+        panel(
+            "noise estimates: accumulated (line), one step (dashed)",
+            "mean squared error",
+            lines("noise_mse") + one_step,
+            log_y=True,
         ),
     ]
 

@@ -33,7 +33,7 @@ def enlargement(height: int, width: int) -> int:
 def save_grid(path: Path, rows: Sequence[Tensor], labels: Sequence[str], columns: int = COLUMNS) -> None:
     """Write rows of images above one another, so that a column shows one seed: teacher above student.
 
-    More than `columns` images a row continue in further blocks below. The file is written beside and renamed.
+    More than `columns` images a row continue in further blocks below.
 
     Args:
         path: PNG to write; its folder is created.
@@ -58,7 +58,7 @@ def save_grid(path: Path, rows: Sequence[Tensor], labels: Sequence[str], columns
         for start in range(0, shape[0], columns)
         for row, label in zip(rows, labels, strict=True)
     ]
-    _write(path, Image.fromarray(np.concatenate(strips)))
+    write_whole(path, png(Image.fromarray(np.concatenate(strips))))
 
 
 def _strip(images: Tensor, label: str, factor: int, columns: int) -> np.ndarray:
@@ -73,10 +73,6 @@ def _strip(images: Tensor, label: str, factor: int, columns: int) -> np.ndarray:
         left = GAP + index * (width + GAP)
         strip[MARGIN : MARGIN + height, left : left + width] = picture
     return strip
-
-
-def _write(path: Path, image: Image.Image) -> None:
-    write_whole(path, png(image))
 
 
 def png(image: Image.Image) -> bytes:

@@ -6,35 +6,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     SpinnerColumn,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
-from rich.table import Table
+from rich.table import Column, Table
 
 from qdm_lightning.base.ranks import rank
 
 PLAIN_LINES = 10
 """Lines that a stage prints where there is no terminal to redraw."""
-
-
-class Stage(Protocol):
-    """A stage under way."""
-
-    def advance(self, n: int = 1, **fields: Any) -> None:
-        """`n` more units are done; `fields`, such as `loss`, are shown from now on."""
-
-    def skip(self, n: int) -> None:
-        """`n` units were done before, by the run that this one goes on with: they count, but not for the rate."""
 
 
 def duration(seconds: float) -> str:
@@ -48,12 +37,79 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def _rate(done: float, seconds: float, unit: str) -> str:
-    return f"{done / seconds:.3g} {unit}/s" if seconds > 0 else f"- {unit}/s"
+class Stage:
+    """A stage under way: it counts, and shows nothing.
+
+    Args:
+        name: as it is shown.
+        total: units of the whole stage.
+        unit: name of a unit, such as `steps`.
+        clock: seconds.
+    """
+
+    def __init__(self, name: str, total: int, unit: str, clock: Callable[[], float]) -> None:
+        self.name, self.total, self.unit = name, total, unit
+        self._clock, self._begin = clock, clock()
+        self._done, self._before, self._fields = 0, 0, dict[str, Any]()
+
+    def advance(self, n: int = 1, **fields: Any) -> None:
+        """`n` more units are done; `fields`, such as `loss`, are shown from now on."""
+        self._done += n
+        self._fields |= fields
+        self._show(self._done - n)
+
+    def skip(self, n: int) -> None:
+        """`n` units were done before, by the run that this one goes on with: they count, but not for the rate."""
+        self._done = self._before = n
+
+    def _show(self, last: int) -> None:
+        """Show `_done`, which was `last` so far."""
+
+    def _rate_and_fields(self) -> tuple[str, str]:
+        """Units done by this run per second, and the fields."""
+        seconds = self._clock() - self._begin
+        rate = f"{(self._done - self._before) / seconds:.3g}" if seconds > 0 else "-"
+        fields = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in self._fields.items())
+        return f"{rate} {self.unit}/s", "  ".join(fields)
 
 
-def _shown(fields: Mapping[str, Any]) -> str:
-    return "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in fields.items())
+class _Bar(Stage):
+    """A bar among others on a terminal."""
+
+    def __init__(self, bars: RichProgress, *stage: Any) -> None:
+        super().__init__(*stage)
+        self._bars, self._task = bars, bars.add_task(self.name, total=self.total, rate="", shown="")
+
+    def skip(self, n: int) -> None:
+        super().skip(n)
+        self._bars.reset(self._task, completed=n)
+
+    def _show(self, last: int) -> None:
+        rate, shown = self._rate_and_fields()
+        self._bars.update(self._task, completed=self._done, rate=rate, shown=shown)
+
+
+class _Plain(Stage):
+    """A line at each tenth of the stage, and one at its end."""
+
+    def __init__(self, say: Callable[[str], None], *stage: Any) -> None:
+        super().__init__(*stage)
+        self._say, self._printed = say, -1  # units at the last line
+
+    def _show(self, last: int) -> None:
+        if self.total and self._done * PLAIN_LINES // self.total > last * PLAIN_LINES // self.total:
+            self.print()
+
+    def print(self) -> None:
+        """A line, unless the last one says the same."""
+        if self._printed == self._done:
+            return
+        self._printed = self._done
+        spent, new = self._clock() - self._begin, self._done - self._before
+        going = new and self._done < self.total
+        left = f"{duration(spent / new * (self.total - self._done))} left" if going else duration(spent)
+        rate, shown = self._rate_and_fields()
+        self._say(f"{self.name}: {self._done}/{self.total} {self.unit}, " + ", ".join(filter(None, (rate, left, shown))))
 
 
 class Progress:
@@ -94,15 +150,14 @@ class Progress:
         """Show a stage of `total` units (such as `steps`) while the block runs; stages may lie inside one another."""
         self.started = True
         if self.mode == "silent":
-            yield _Silent()
+            yield Stage(name, total, unit, self._clock)
         elif self.mode == "plain":
-            plain = _Plain(name, total, unit, self.say, self._clock)
+            plain = _Plain(self.say, name, total, unit, self._clock)
             yield plain
-            plain.finish()
+            plain.print()
         else:
             with self._live() as bars:
-                task = bars.add_task(name, total=total, unit=unit, rate="", shown="")
-                yield _Bar(bars, task, unit, self._clock)
+                yield _Bar(bars, name, total, unit, self._clock)
 
     @contextmanager
     def _live(self) -> Iterator[RichProgress]:
@@ -128,62 +183,6 @@ class Progress:
             self._bars = None
 
 
-class _Silent:
-    def advance(self, n: int = 1, **fields: Any) -> None:
-        pass
-
-    def skip(self, n: int) -> None:
-        pass
-
-
-class _Bar:
-    def __init__(self, bars: RichProgress, task: TaskID, unit: str, clock: Callable[[], float]) -> None:
-        self._bars, self._task, self._unit, self._clock = bars, task, unit, clock
-        self._begin, self._done, self._fields = clock(), 0, dict[str, Any]()
-
-    def advance(self, n: int = 1, **fields: Any) -> None:
-        self._done += n
-        self._fields |= fields
-        rate = _rate(self._done, self._clock() - self._begin, self._unit)
-        self._bars.update(self._task, advance=n, rate=rate, shown=_shown(self._fields))
-
-    def skip(self, n: int) -> None:
-        self._bars.reset(self._task, completed=n)
-
-
-class _Plain:
-    """Prints a line at each tenth of the stage."""
-
-    def __init__(self, name: str, total: int, unit: str, say: Callable[[str], None], clock: Callable[[], float]) -> None:
-        self._name, self._total, self._unit, self._say, self._clock = name, total, unit, say, clock
-        self._begin, self._done, self._before, self._fields = clock(), 0, 0, dict[str, Any]()
-        self._printed = -1  # units at the last line
-
-    def advance(self, n: int = 1, **fields: Any) -> None:
-        last, self._done = self._done, self._done + n
-        self._fields |= fields
-        if self._total and self._done * PLAIN_LINES // self._total > last * PLAIN_LINES // self._total:
-            self._print()
-
-    def skip(self, n: int) -> None:
-        self._done = self._before = n
-
-    def finish(self) -> None:
-        if self._printed != self._done:
-            self._print()
-
-    def _print(self) -> None:
-        self._printed = self._done
-        spent, new = self._clock() - self._begin, self._done - self._before
-        left = (
-            f"{duration(spent / new * (self._total - self._done))} left"
-            if new and self._done < self._total
-            else duration(spent)
-        )
-        parts = [_rate(new, spent, self._unit), left, _shown(self._fields)]
-        self._say(f"{self._name}: {self._done}/{self._total} {self._unit}, " + ", ".join(part for part in parts if part))
-
-
 def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else "-" if value is None else str(value)
 
@@ -191,17 +190,14 @@ def _number(value: Any) -> str:
 def closing_table(metrics: Mapping[str, Any]) -> Table:
     """Table `teacher | student | ratio` of the measurements (floats) in `metrics` (as in metrics.json)."""
     teacher, student = metrics.get("teacher") or {}, metrics.get("student") or {}
-    table = Table()
-    table.add_column("")
-    for column in ("teacher", "student", "ratio") if student else ("teacher",):
-        table.add_column(column, justify="right")
+    columns = ("teacher", "student", "ratio") if student else ("teacher",)
+    table = Table("", *(Column(name, justify="right") for name in columns))
     for name in dict.fromkeys([*teacher, *student]):
         values = (teacher.get(name), student.get(name))
-        scalars = [value for value in values if isinstance(value, float)]
-        if not scalars:
-            continue
-        ratio = f"{values[1] / values[0]:.2f}" if len(scalars) == 2 and values[0] else "-"
-        table.add_row(name, *([_number(values[0]), _number(values[1]), ratio] if student else [_number(values[0])]))
+        floats = [value for value in values if isinstance(value, float)]
+        ratio = f"{floats[1] / floats[0]:.2f}" if len(floats) == 2 and floats[0] else "-"
+        if floats:
+            table.add_row(name, *(*map(_number, values), ratio)[: len(columns)])
     return table
 
 

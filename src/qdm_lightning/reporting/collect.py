@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import csv
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qdm_lightning.reporting.records import flatten, read_evaluation, read_metrics, read_settings
+from qdm_lightning.reporting.records import (
+    CONFIG,
+    CURVES,
+    METRICS,
+    flatten,
+    read_curves,
+    read_evaluation,
+    read_metrics,
+    read_settings,
+)
 
-CONFIG, METRICS, CURVES = "config.yaml", "metrics.json", "metrics.csv"
-TRAINING = ("data.batch_size", "data.flip")
-LOCATION = ("data.root", "data.path", "data.cache", "data.verify", "data.download")
-"""Settings of `data` that are no part of how a result was measured: the floor tells other data apart."""
+PROTOCOL = ("num_samples", "data.", "sampler.", "metrics.", "diffusion.")
+"""Beginnings of settings that say how a run measured its result."""
+
+UNMEASURED = ("batch_size", "flip", "root", "path", "cache", "verify", "download")
+"""Settings of `data` that do not: how it trained, and where the images lie. The floor tells other images apart."""
 
 
 @dataclass(frozen=True)
@@ -49,25 +57,6 @@ class Run:
     def seconds(self) -> float:
         return float(sum(self.metrics.get("seconds", {}).values()))
 
-    @cached_property
-    def curves(self) -> dict[str, tuple[list[float], list[float]]]:
-        """Columns of metrics.csv as (steps, values); empty without that file. Raises ValueError where it is damaged."""
-        found: dict[str, tuple[list[float], list[float]]] = {}
-        file = self.folder / CURVES
-        if not file.is_file():
-            return found
-        try:
-            with file.open(newline="", encoding="utf-8") as stream:
-                for row in csv.DictReader(stream):
-                    for name, text in row.items():
-                        if name != "step" and text:
-                            steps, values = found.setdefault(name, ([], []))
-                            steps.append(float(row["step"]))
-                            values.append(float(text))
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{self.name}/{CURVES} is damaged ({error})") from error
-        return found
-
 
 @dataclass(frozen=True)
 class Result:
@@ -90,7 +79,7 @@ class Result:
 
 
 @dataclass
-class Found:
+class Contents:
     """All that lies below the given folders.
 
     Attributes:
@@ -104,33 +93,29 @@ class Found:
     notes: list[str] = field(default_factory=list)
 
 
-def collect(folders: Sequence[Path], load: Callable[[Path], Any]) -> Found:
-    """Read every run in and below `folders`, once each.
-
-    Args:
-        folders: runs, or folders of runs such as a sweep's.
-        load: reads a YAML file to plain data; any exception of its own means that the file is damaged.
+def collect(folders: Sequence[Path]) -> Contents:
+    """Read every run in and below `folders` (runs, or folders of runs such as a sweep's), once each.
 
     Raises:
         FileNotFoundError: a folder that is not there, or none with a finished run.
         ValueError: a damaged config.yaml or metrics.json.
     """
-    found, seen = Found(), set()
+    contents, names = Contents(), dict[Path, str]()
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder: give a run, or a folder of runs such as outputs/..._sweep")
         root = folder.resolve()
         for path in _jobs(root):
-            name = "/".join([root.name, *path.relative_to(root).parts])
-            if path not in seen:
-                seen.add(path)
-                _read(path, name, load, found)
-    if not found.runs:
-        also = f"; {len(found.unfinished)} unfinished: {found.unfinished[0][0]}, ..." if found.unfinished else ""
+            names.setdefault(path, (root.name / path.relative_to(root)).as_posix())
+    for path, name in names.items():
+        _read(path, name, contents)
+    if not contents.runs:
+        unfinished = contents.unfinished
+        also = f"; {len(unfinished)} unfinished: {unfinished[0][0]}, ..." if unfinished else ""
         raise FileNotFoundError(
             f"no finished run (a folder with {METRICS} and {CONFIG}) below {', '.join(map(str, folders))}{also}"
         )
-    return found
+    return contents
 
 
 def _jobs(root: Path) -> Iterator[Path]:
@@ -143,27 +128,22 @@ def _jobs(root: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
 
 
-def _read(path: Path, name: str, load: Callable[[Path], Any], found: Found) -> None:
-    if not (path / METRICS).is_file():
-        there = _state(path) if (path / CONFIG).is_file() else f"ended before it began: no {CONFIG}"
-        found.unfinished.append((name, there))
-        return
-    if not (path / CONFIG).is_file():
-        found.notes.append(f"{name} has a {METRICS} but no {CONFIG}: left out")
-        return
-    run = Run(path, name, read_settings(path / CONFIG, load), read_metrics(path / METRICS))
-    found.runs.append(run)
-    found.results.append(own_result(run))
-    for file in sorted(path.glob("evaluations/*/evaluation.json")):
-        try:
-            found.results += _evaluation(run, file)
-        except ValueError as error:
-            found.notes.append(f"{name}/{file.relative_to(path).as_posix()}: {error}; left out")
+def _read(path: Path, name: str, contents: Contents) -> None:
+    """Add what is in the folder of one job."""
+    config, metrics = ((path / file).is_file() for file in (CONFIG, METRICS))
+    if not metrics:
+        contents.unfinished.append((name, _state(path) if config else f"ended before it began: no {CONFIG}"))
+    elif not config:
+        contents.notes.append(f"{name} has a {METRICS} but no {CONFIG}: left out")
+    else:
+        run = Run(path, name, read_settings(path / CONFIG), read_metrics(path / METRICS))
+        contents.runs.append(run)
+        contents.results += [own_result(run), *_evaluations(run, contents.notes)]
 
 
 def _state(path: Path) -> str:
     try:
-        steps = Run(path, path.name, {}, {}).curves.get("train/loss", ([], []))[0]
+        steps = read_curves(path).get("train/loss", ([], []))[0]
     except ValueError:
         steps = []
     ended = f"last step in {CURVES}: {steps[-1]:g}" if steps else "no step of a student in its records"
@@ -175,53 +155,53 @@ def own_result(run: Run) -> Result:
 
     The scores of a run without student are its teacher's.
     """
-    teacher = {name: float(value) for name, value in run.metrics["teacher"].items()}
-    floor = {name: float(value) for name, value in run.metrics["floor"].items()}
-    source = run.student or run.metrics["teacher"]
+    teacher, floor = _floats(run.metrics["teacher"]), _floats(run.metrics["floor"])
+    source = run.student or teacher
     scores = {name: float(source[name]) for name in [*teacher, "image_mse"] if isinstance(source.get(name), int | float)}
     if run.student.get("nem_error"):
         scores["nem_error"] = float(np.mean(run.student["nem_error"]))
-    protocol = {"measured": "at the end of training"}
-    for name, value in run.settings.items():
-        data = name.startswith("data.") and name not in (*TRAINING, *LOCATION)
-        if data or name == "num_samples" or name.startswith(("sampler.", "metrics.", "diffusion.")):
-            protocol[name] = value
-    protocol |= {f"floor.{name}": f"{value:.4g}" for name, value in floor.items()}
+    ignored = {f"data.{name}" for name in UNMEASURED}
+    shared = {name: value for name, value in run.settings.items() if name.startswith(PROTOCOL) and name not in ignored}
+    floors = {f"floor.{name}": f"{value:.4g}" for name, value in floor.items()}
+    protocol = {"measured": "at the end of training", **shared, **floors}
     return Result(run, METRICS, protocol, scores, teacher, floor, run.metrics)
 
 
-def _evaluation(run: Run, file: Path) -> list[Result]:
-    """The student's result in an evaluation.json, with its teacher's where that was measured alike; none for a teacher's.
+def _evaluations(run: Run, notes: list[str]) -> list[Result]:
+    """A result for each evaluation.json below the run; what cannot be read becomes a note.
 
-    Raises:
-        ValueError: no such record.
+    The teacher's evaluations of a run with a student are no results of their own: they are the `teacher` of those that
+    measured alike.
     """
-    record = read_evaluation(file)
-    if record["network"] != "student":
-        return [] if run.student else [_evaluated(run, file, record, {})]
-    wanted = _evaluation_protocol(record)
-    for other in sorted(file.parents[1].glob("*/evaluation.json")):
+    records: dict[str, dict[str, Any]] = {}
+    for file in sorted(run.folder.glob("evaluations/*/evaluation.json")):
+        source = file.relative_to(run.folder).as_posix()
         try:
-            theirs = read_evaluation(other)
-        except ValueError:
-            continue  # noted on its own
-        if theirs["network"] == "teacher" and _evaluation_protocol(theirs) == wanted:
-            return [_evaluated(run, file, record, _scores(theirs))]
-    return [_evaluated(run, file, record, {})]
+            records[source] = read_evaluation(file)
+        except ValueError as error:
+            notes.append(f"{run.name}/{source}: {error}; left out")
+    of_teacher = [record for record in records.values() if record["network"] == "teacher"]
+    results = []
+    for source, record in records.items():
+        if record["network"] == "student" or not run.student:
+            protocol, origin = _protocol(record), record["origin"]
+            alike = [other for other in of_teacher if run.student and _protocol(other) == protocol]
+            teacher = _scores(alike[0]) if alike else {}
+            weights = f"{origin.get('weights')} of {Path(str(origin.get('file'))).name}"
+            floor = _floats(record.get("floor", {}))
+            results.append(Result(run, source, {**protocol, "weights": weights}, _scores(record), teacher, floor, record))
+    return results
 
 
-def _evaluated(run: Run, file: Path, record: dict[str, Any], teacher: dict[str, float]) -> Result:
-    origin = record["origin"]
-    weights = f"{origin.get('weights')} of {Path(str(origin.get('file'))).name}"
-    protocol = {**_evaluation_protocol(record), "weights": weights}
-    floor = {name: float(value) for name, value in record.get("floor", {}).items()}
-    return Result(run, file.relative_to(run.folder).as_posix(), protocol, _scores(record), teacher, floor, record)
+def _floats(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
 
 
 def _scores(record: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in record["scores"].items() if not name.endswith("_std")}
+    return {name: value for name, value in _floats(record["scores"]).items() if not name.endswith("_std")}
 
 
-def _evaluation_protocol(record: Mapping[str, Any]) -> dict[str, Any]:
+def _protocol(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What two evaluations must share to compare, but for the weights."""
     nested = {"sampler": record["sampler"], "diffusion": record["diffusion"]}
     return {"measured": "by evaluate", **flatten(record["protocol"]), **flatten(nested)}

@@ -1,8 +1,8 @@
-"""Runs as cells over seeds: mean, deviation, 95 % interval, differences to a baseline, the gap to the teacher.
+"""Runs as cells over seeds: mean, standard deviation (std), 95 % interval, differences to a baseline, gap to the teacher.
 
 A cell is a set of runs that differ in their seed alone. For a measure m with values m_1..m_n over n seeds:
 
-* interval: mean +- t(0.975, n - 1) * deviation / sqrt(n), Student's t, deviation with n - 1; none for n = 1.
+* interval: mean +- t(0.975, n - 1) * std / sqrt(n), Student's t, std with n - 1; none for n = 1.
 * difference to the baseline: the same of the differences cell_i - baseline_i, over the seeds i that both have.
 * gap closed: 100 * (baseline - cell) / (baseline - teacher) of the distance, in percent, each the mean over the seeds that
   both cells have. 0 is the baseline, 100 its teacher. None where the teacher is not nearer than the baseline, or the two
@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy.special import stdtrit  # scipy.stats would take a second to load
 
+from qdm_lightning.quantization.spec import TAQ
 from qdm_lightning.reporting.collect import Result, Run
+from qdm_lightning.reporting.records import METRICS, flatten
 
 IGNORED = ("seed", "run", "paths.", "logger.", "tags", "trainer.threads", "callbacks.", "data.cache", "data.verify")
 """Beginnings of settings that do not make another cell."""
@@ -32,13 +34,23 @@ MEASURED = ("sampler.", "num_samples", "metrics.")
 NONE = "none"
 """Method of a trained cell without TaQ and NeM."""
 
+T = TypeVar("T")
+
+
+def grouped(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
+    """Items by their key, in the order of first appearance."""
+    groups: dict[Any, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean over n seeds, its standard deviation and half the width of its 95 % interval (Student's t; NaN for one seed)."""
+    """Mean over n seeds, their standard deviation, and half the width of the mean's 95 % interval (NaN for one seed)."""
 
     mean: float
-    deviation: float
+    std: float
     half_width: float
     n: int
 
@@ -47,9 +59,8 @@ class Estimate:
         """From one value a seed, at least one."""
         array = np.array(list(values), dtype=float)
         n = len(array)
-        deviation = float(array.std(ddof=1)) if n > 1 else math.nan
-        half = float(stdtrit(n - 1, 0.975)) * deviation / math.sqrt(n) if n > 1 else math.nan
-        return cls(float(array.mean()), deviation, half, n)
+        std = float(array.std(ddof=1)) if n > 1 else math.nan
+        return cls(float(array.mean()), std, float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n) if n > 1 else math.nan, n)
 
     @property
     def low(self) -> float:
@@ -79,35 +90,33 @@ class Cell:
 
     @property
     def series(self) -> str:
-        """The label without the bits."""
-        return (self.method + self.rest).strip()
+        """The label without the bits; the bits where nothing else is left."""
+        return (self.method + self.rest).strip() or self.bits
 
     @property
     def label(self) -> str:
-        return f"{self.bits} {self.series}".strip()
+        return f"{self.bits} {self.method}{self.rest}".strip()
 
     @property
-    def widths(self) -> tuple[int, int]:
-        settings = next(iter(self.results.values())).run.settings
-        return settings["quant.weight_bits"], settings["quant.act_bits"]
+    def runs(self) -> list[Run]:
+        return [result.run for result in self.results.values()]
 
     def values(self, measure: str) -> dict[int, float]:
-        """The measure by seed."""
+        """The measure by seed; empty where no run has it."""
         return {seed: r.scores[measure] for seed, r in sorted(self.results.items()) if measure in r.scores}
 
+    def estimate(self, measure: str) -> Estimate:
+        """The measure over the seeds, of which one at least has it."""
+        return Estimate.of(self.values(measure).values())
+
     def teacher(self, measure: str) -> dict[int, float]:
+        """The teacher's measure by seed."""
         return {seed: r.teacher[measure] for seed, r in sorted(self.results.items()) if measure in r.teacher}
 
     def cost(self, name: str) -> list[float]:
         """Distinct values of `student.cost` (`speedup.linear` and so on), which should be one."""
-        found = []
-        for result in self.results.values():
-            value: Any = result.run.student.get("cost", {})
-            for part in name.split("."):
-                value = value.get(part) if isinstance(value, dict) else None
-            if isinstance(value, int | float):
-                found.append(float(value))
-        return sorted(set(found))
+        values = [flatten(run.student.get("cost", {})).get(name) for run in self.runs]
+        return sorted({float(value) for value in values if isinstance(value, int | float)})
 
 
 @dataclass
@@ -131,23 +140,48 @@ class Group:
     @property
     def measures(self) -> list[str]:
         """Names of the scores, distances first."""
-        names, distances = dict.fromkeys(name for result in self.results for name in result.scores), self.distances
-        return sorted(names, key=lambda name: name not in distances)
+        names = dict.fromkeys(name for result in self.results for name in result.scores)
+        return sorted(names, key=lambda name: not _is_distance(name))
 
     @property
     def distances(self) -> list[str]:
         """Frechet distances: `fid` over Inception features, `fd_<network>` over others."""
-        names = dict.fromkeys(name for result in self.results for name in result.scores)
-        return [name for name in names if name == "fid" or name.startswith("fd_")]
+        return list(filter(_is_distance, self.measures))
 
     @property
     def title(self) -> str:
         """Short: images, sampler, feature network, and who measured."""
         p = self.protocol
         sampler = f"{p.get('sampler.kind', 'sampler')} with {p.get('sampler.steps', '?')} steps"
-        return (
-            f"{p.get('num_samples', '?')} images, {sampler}, {' and '.join(self.distances) or 'no distance'}, {p['measured']}"
-        )
+        distances = " and ".join(self.distances) or "no distance"
+        return f"{p.get('num_samples', '?')} images, {sampler}, {distances}, {p['measured']}"
+
+    def measured(self, measure: str) -> list[Cell]:
+        """The cells that have the measure."""
+        return [cell for cell in self.cells if cell.values(measure)]
+
+    def teacher(self, distance: str) -> Estimate | None:
+        """The teacher's distance over the seeds; None where it was not measured alike."""
+        values = {(result.run.seed, result.teacher[distance]) for result in self.results if distance in result.teacher}
+        return Estimate.of(value for _, value in sorted(values)) if values else None
+
+    def floor(self, distance: str) -> float | None:
+        """The distance between two halves of the real images, where it is known."""
+        return min((result.floor[distance] for result in self.results if distance in result.floor), default=None)
+
+
+def _is_distance(name: str) -> bool:
+    return name == "fid" or name.startswith("fd_")
+
+
+def all_cells(groups: Sequence[Group]) -> list[Cell]:
+    """A cell for each label, in order, with the first result of every seed."""
+    cells: dict[str, Cell] = {}
+    for group in groups:
+        for cell in group.cells:
+            whole = cells.setdefault(cell.label, Cell(cell.bits, cell.method, cell.rest))
+            whole.results = {**cell.results, **whole.results}
+    return list(cells.values())
 
 
 def difference(cell: Cell, baseline: Cell, measure: str) -> Estimate | None:
@@ -159,25 +193,22 @@ def difference(cell: Cell, baseline: Cell, measure: str) -> Estimate | None:
 
 def gap_closed(cell: Cell, baseline: Cell, distance: str) -> float | None:
     """100 * (baseline - cell) / (baseline - teacher) in percent, of means over the seeds that both have (see the module)."""
-    ours, theirs, mine, other = (
-        cell.values(distance), baseline.values(distance), cell.teacher(distance), baseline.teacher(distance)
-    )  # fmt: skip
-    shared = sorted(ours.keys() & theirs.keys() & mine.keys() & other.keys())
-    if not shared or any(not math.isclose(mine[seed], other[seed], rel_tol=1e-4) for seed in shared):
+    columns = (cell.values(distance), baseline.values(distance), cell.teacher(distance), baseline.teacher(distance))
+    shared = sorted(set.intersection(*map(set, columns)))
+    if not shared:
         return None
-    gap = float(np.mean([theirs[seed] - other[seed] for seed in shared]))
-    closed = float(np.mean([theirs[seed] - ours[seed] for seed in shared]))
-    return 100 * closed / gap if gap > 0 else None
+    ours, theirs, our_teacher, teacher = (np.array([column[seed] for seed in shared]) for column in columns)
+    if not np.allclose(our_teacher, teacher, rtol=1e-4, atol=0):
+        return None
+    gap = float(np.mean(theirs - teacher))
+    return 100 * float(np.mean(theirs - ours)) / gap if gap > 0 else None
 
 
-def summarize(
-    results: Sequence[Result], variants: Mapping[str, str], baseline: str | None = None
-) -> tuple[list[Group], list[str]]:
+def summarize(results: Sequence[Result], baseline: str | None = None) -> tuple[list[Group], list[str]]:
     """Results as groups of one protocol, their cells, and the baseline of each.
 
     Args:
         results: at least one.
-        variants: class that TaQ names as `_target_` to its short name.
         baseline: label of a cell for all differences, or a method for those of equal bits; None takes `none` at equal bits.
 
     Returns:
@@ -186,27 +217,23 @@ def summarize(
     Raises:
         ValueError: nothing is called `baseline`.
     """
-    runs = list({result.run.folder: result.run for result in results}.values())
-    labels = _labels(runs, variants)
-    by_protocol: dict[str, list[Result]] = defaultdict(list)
-    for result in results:
-        by_protocol[json.dumps(result.protocol, sort_keys=True, default=str)].append(result)
+    labels = _labels(list({result.run.folder: result.run for result in results}.values()))
+    by_protocol = grouped(results, lambda result: json.dumps(result.protocol, sort_keys=True, default=str))
     groups, notes = [], []
     for number, key in enumerate(sorted(by_protocol, key=lambda key: _place(by_protocol[key][0], key))):
-        cells: dict[str, Cell] = {}
+        cells: dict[tuple[str, str, str], Cell] = {}
         for result in by_protocol[key]:
-            bits, method, rest = labels[result.run.folder]
-            cell = cells.setdefault(f"{bits} {method}{rest}", Cell(bits, method, rest))
+            label = labels[result.run.folder]
+            cell = cells.setdefault(label, Cell(*label))
             if result.run.seed in cell.results:
                 earlier = cell.results[result.run.seed]
                 notes.append(f"{earlier.run.name}/{earlier.source}: {result.run.name} is the same cell and seed, and counts")
             cell.results[result.run.seed] = result
         name = chr(ord("A") + number) if number < 26 else f"P{number + 1}"
-        groups.append(Group(name, by_protocol[key][0].protocol, sorted(cells.values(), key=_order)))
-    for group in groups:
-        group.baselines = _baselines(group.cells, baseline)
+        ordered = sorted(cells.values(), key=_order)
+        groups.append(Group(name, by_protocol[key][0].protocol, ordered, _baselines(ordered, baseline)))
     if baseline is not None and not any(group.baselines for group in groups):
-        names = dict.fromkeys(text for group in groups for cell in group.cells for text in (cell.label, cell.series) if text)
+        names = dict.fromkeys(text for group in groups for cell in group.cells for text in (cell.label, cell.series))
         raise ValueError(f"baseline={baseline} is no cell: choose one of {', '.join(map(repr, names))}")
     return groups, notes
 
@@ -214,79 +241,78 @@ def summarize(
 def _place(result: Result, key: str) -> tuple[Any, ...]:
     """Where a protocol stands: the runs' own first, then by sampler and steps."""
     steps = result.protocol.get("sampler.steps")
-    own = result.source == "metrics.json"
-    return (not own, str(result.protocol.get("sampler.kind")), steps if isinstance(steps, int) else 0, key)
+    return (result.source != METRICS, str(result.protocol.get("sampler.kind")), steps if isinstance(steps, int) else 0, key)
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:
-    weight, act = cell.widths
-    return (-weight, -act, "PTQ" in cell.method, cell.method != NONE, "+" in cell.method, "NeM" in cell.method, cell.series)
+    widths = [-cell.runs[0].settings[f"quant.{name}"] for name in ("weight_bits", "act_bits")]
+    return (*widths, "PTQ" in cell.method, cell.method != NONE, "+" in cell.method, "NeM" in cell.method, cell.series)
 
 
 def _baselines(cells: Sequence[Cell], asked: str | None) -> dict[str, Cell]:
-    found = {}
     fixed = next((cell for cell in cells if cell.label == asked), None)
+    if fixed:
+        return {cell.label: fixed for cell in cells}
+    chosen = {}
     for cell in cells:
-        alike = [other for other in cells if other.bits == cell.bits and asked in (None, other.series, other.method)]
-        if asked is None:
-            alike = [other for other in alike if other.method == NONE]
+        alike = [other for other in cells if other.bits == cell.bits and (asked or NONE) in (other.method, other.series)]
         same = [other for other in alike if other.rest == cell.rest] or alike
-        chosen = fixed or (same[0] if len(same) == 1 else None)
-        if chosen is not None:
-            found[cell.label] = chosen
-    return found
+        if len(same) == 1:
+            chosen[cell.label] = same[0]
+    return chosen
 
 
 def varying(runs: Sequence[Run], ignored: Sequence[str] = IGNORED) -> list[str]:
     """Settings that differ between the runs, `_target_`s first; those that begin with `ignored` are left out."""
     names = sorted({name for run in runs for name in run.settings if not name.startswith(tuple(ignored))})
-    differing = [name for name in names if len({_shown(run, name) for run in runs}) > 1]
     if all(run.settings.get("teacher.seed") == run.seed for run in runs):  # each seed its own teacher
-        differing = [name for name in differing if name != "teacher.seed"]
-    return sorted(differing, key=lambda name: not name.endswith("_target_"))
+        names = [name for name in names if name != "teacher.seed"]
+    return sorted(filter(lambda name: _differs(runs, name), names), key=lambda name: not name.endswith("_target_"))
 
 
-def _shown(run: Run, name: str) -> str:
-    return json.dumps(run.settings.get(name), default=str)
+def _differs(runs: Sequence[Run], name: str) -> bool:
+    return len({json.dumps(run.settings.get(name), default=str) for run in runs}) > 1
 
 
-def _labels(runs: Sequence[Run], variants: Mapping[str, str]) -> dict[Any, tuple[str, str, str]]:
+def _labels(runs: Sequence[Run]) -> dict[Path, tuple[str, str, str]]:
     """(bits, method, rest) by run folder: equal for the same cell, different for any two cells.
 
     `rest` names a setting only where bits, method and the settings before do not tell its values apart.
     """
-    taqs = {run.settings.get("taq._target_") for run in runs} - {None}
-    nems = {_nem(run) for run in runs} - {"off"}
-    labels = {run.folder: [*_method(run, variants if len(taqs) > 1 else None, len(nems) > 1), ""] for run in runs}
+    several_taq = len({_taq(run) for run in runs} - {""}) > 1
+    several_nem = len({_nem(run) for run in runs} - {""}) > 1
+    labels = {run.folder: [*_method(run, several_taq, several_nem), ""] for run in runs}
     for name in varying(runs, (*IGNORED, *MEASURED)):
-        alike = defaultdict(list)
-        for run in runs:
-            alike[tuple(labels[run.folder])].append(run)
-        for same in alike.values():
-            if len({_shown(run, name) for run in same}) > 1:
-                for run in same:
-                    value = str(run.settings.get(name))
-                    short = value.rpartition(".")[2] if name.endswith("_target_") else value
-                    labels[run.folder][2] += f" {name.removesuffix('._target_')}={short}"
+        for alike in grouped(runs, lambda run: tuple(labels[run.folder])).values():
+            for run in alike if _differs(alike, name) else ():
+                value = str(run.settings.get(name))
+                short = value.rpartition(".")[2] if name.endswith("_target_") else value
+                labels[run.folder][2] += f" {name.removesuffix('._target_')}={short}"
     return {folder: (bits, method, rest) for folder, (bits, method, rest) in labels.items()}
 
 
-def _method(run: Run, variants: Mapping[str, str] | None, name_nem: bool) -> tuple[str, str]:
-    settings = run.settings
-    weight, act = settings["quant.weight_bits"], settings["quant.act_bits"]
+def _method(run: Run, several_taq: bool, several_nem: bool) -> tuple[str, str]:
+    """Bits and method (see `Cell`)."""
+    weight, act = run.settings["quant.weight_bits"], run.settings["quant.act_bits"]
     if weight == act == 32:
         return "fp32", ""
-    target, mimics = settings.get("taq._target_"), _nem(run)
-    taq = "TaQ" if target else ""
-    if target and variants is not None:
-        taq = f"TaQ({variants.get(target, str(target).rpartition('.')[2])})"
-    nem = "" if mimics == "off" else f"NeM({mimics})" if name_nem else "NeM"
-    ptq = "PTQ" if settings.get("quant.mode") == "ptq" else ""
-    return f"w{weight}a{act}", "+".join(filter(None, (ptq, taq, nem))) or NONE
+    taq, nem = _taq(run), _nem(run)
+    parts = ["PTQ"] if run.settings.get("quant.mode") == "ptq" else []
+    parts += [f"TaQ({taq})" if several_taq else "TaQ"] if taq else []
+    parts += [f"NeM({nem})" if several_nem else "NeM"] if nem else []
+    return f"w{weight}a{act}", "+".join(parts) or NONE
+
+
+def _taq(run: Run) -> str:
+    """The variant's name as it is typed, or its class; empty without one."""
+    target = str(run.settings.get("taq._target_") or "")
+    names = {getattr(kind, "_target_", ""): name for name, kind in TAQ.items() if name != "off"}
+    return names.get(target, target.rpartition(".")[2])
 
 
 def _nem(run: Run) -> str:
-    """`off`, also where nothing is trained; else the mode, or `on policy`."""
+    """The mode, or `on policy`; empty without one, also where nothing is trained."""
     if run.settings.get("quant.mode") == "ptq":
-        return "off"
-    return "on policy" if run.settings.get("nem.on_policy_fraction") else str(run.settings.get("nem.mode", "off"))
+        return ""
+    mode = "on policy" if run.settings.get("nem.on_policy_fraction") else str(run.settings.get("nem.mode", "off"))
+    return "" if mode == "off" else mode

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from qdm_lightning.display.image_grids import read_rows
-from qdm_lightning.report import main, report
+from qdm_lightning.report import main
+from qdm_lightning.reporting.write import write_report
 
 VOID = {"meta", "link", "img", "br", "input"}
 EVIL = "</script><script>console.error('evil')</script><img src=x onerror=console.error(1)>\"'&$x$"
@@ -61,7 +62,7 @@ def parsed(text: str) -> Reader:
 @pytest.fixture(scope="module")
 def page(whole_sweep, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("out")
-    report([whole_sweep], out)
+    write_report([whole_sweep], out)
     return out / "report.html"
 
 
@@ -85,7 +86,7 @@ def test_the_file_is_well_formed_and_alone(page):
 
 
 def test_the_same_runs_give_the_same_bytes(page, whole_sweep, tmp_path):
-    report([whole_sweep], tmp_path)
+    write_report([whole_sweep], tmp_path)
     assert (tmp_path / "report.html").read_bytes() == page.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "results.csv", "results.md"]
 
@@ -107,7 +108,7 @@ def test_what_files_say_is_text(sweep, tmp_path):
     sweep.run(3, "none", 0, name="<b>bold")
     (sweep.root / "<i>lean").mkdir()
     (sweep.root / "<i>lean" / "config.yaml").write_text("")
-    report([sweep.root], tmp_path / "out")
+    write_report([sweep.root], tmp_path / "out")
     text = (tmp_path / "out" / "report.html").read_text("utf-8")
     reader = parsed(text)
     assert text.count("<script>") == text.count("</script>") == 1
@@ -124,7 +125,7 @@ def test_what_is_lacking_is_said(sweep, tmp_path):
     (damaged / "metrics.csv").write_text("step,train/loss\nx,y\n")
     (damaged / "diagnosis").mkdir()
     (damaged / "diagnosis" / "diagnosis.json").write_text("{}")
-    report([sweep.root], tmp_path / "out")
+    write_report([sweep.root], tmp_path / "out")
     words = " ".join(parsed((tmp_path / "out" / "report.html").read_text("utf-8")).words)
     assert f"{whole.name}/samples.png is missing" in words
     assert f"{damaged.name}/samples.png cannot be read" in words
@@ -137,7 +138,7 @@ def test_steps_are_drawn_across_protocols_that_are_alike_otherwise(sweep, evalua
     for steps in (10, 20):
         evaluate(run, steps, 8.0)
     evaluate(run, 40, 8.0, num_samples=8)
-    report([sweep.root], tmp_path)
+    write_report([sweep.root], tmp_path)
     text = (tmp_path / "report.html").read_text("utf-8")
     assert "fd_digits against sampling steps, protocols B, C." in text
     assert "fd_digits against sampling steps, protocols B, C, D" not in text
@@ -153,7 +154,7 @@ def test_steps_are_drawn_across_protocols_that_are_alike_otherwise(sweep, evalua
         (["{root}", "out="], "out= needs one value"),
         (["{root}", "out=a", "out=b"], "is given once"),
         (["{root}", "baseline=x"], "baseline=x is no cell"),
-        (["{root}", "out={root}/multirun.yaml"], "multirun.yaml is no folder"),
+        (["{root}", "out={root}/multirun.yaml"], "multirun.yaml is a file"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, whole_sweep, tmp_path, capsys):
@@ -223,9 +224,9 @@ def test_chromium_would_have_told_of_an_error(page, tmp_path):
 
 def test_a_run_without_curves_and_one_bit_width(sweep, tmp_path):
     (sweep.run(4, "none", 0) / "metrics.csv").unlink()
-    report([sweep.root], tmp_path)
+    write_report([sweep.root], tmp_path)
     text = (tmp_path / "report.html").read_text("utf-8")
     assert "Loss curves" not in text
     sweep.run(4, "TaQ", 0)
-    report([sweep.root], tmp_path)
-    assert "w4a4, held out: L_NeM" in (tmp_path / "report.html").read_text("utf-8")
+    write_report([sweep.root], tmp_path)
+    assert "w4a4, validation: L_NeM" in (tmp_path / "report.html").read_text("utf-8")

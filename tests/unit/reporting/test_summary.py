@@ -8,18 +8,19 @@ import shutil
 
 import numpy as np
 import pytest
+import yaml
+from omegaconf import OmegaConf
 from scipy import stats
 
-from qdm_lightning.report import _load, _variants
 from qdm_lightning.reporting.collect import collect
 from qdm_lightning.reporting.summary import Estimate, difference, gap_closed, summarize
 from qdm_lightning.reporting.tables import csv_text, markdown, measure_table
 
 
 def read(*folders, baseline=None):
-    found = collect(folders, _load)
-    groups, notes = summarize(found.results, _variants(), baseline)
-    return found, groups, notes
+    contents = collect(folders)
+    groups, notes = summarize(contents.results, baseline)
+    return contents, groups, notes
 
 
 def cell(group, label):
@@ -35,11 +36,11 @@ def test_intervals_are_students():
 
 
 def test_every_cell_of_an_ablation(whole_sweep, sweep):
-    found, (group,), notes = read(whole_sweep)
+    contents, (group,), notes = read(whole_sweep)
     assert [c.label for c in group.cells][:4] == ["w4a4 none", "w4a4 TaQ", "w4a4 NeM", "w4a4 TaQ+NeM"]
     assert len(group.cells) == 12
     assert notes == []
-    assert [name for name, _ in found.unfinished] == ["sweep/34_w2a2_NeM_seed2", "sweep/36_never"]
+    assert [name for name, _ in contents.unfinished] == ["sweep/34_w2a2_NeM_seed2", "sweep/36_never"]
     rows = list(csv.DictReader(io.StringIO(csv_text([group]))))
     for bits in (4, 3, 2):
         for method in ("TaQ", "NeM", "TaQ+NeM"):
@@ -55,7 +56,7 @@ def test_every_cell_of_an_ablation(whole_sweep, sweep):
             teacher = np.array([3.9 + seed / 100 for seed in seeds])
             closed = 100 * (theirs.mean() - ours.mean()) / (theirs.mean() - teacher.mean())
             assert float(row["gap_closed_percent"]) == pytest.approx(closed)
-            assert float(row["deviation"]) == pytest.approx(np.std(ours, ddof=1))
+            assert float(row["std"]) == pytest.approx(np.std(ours, ddof=1))
             assert [float(row[f"seed_{seed}"]) for seed in seeds] == list(ours)
             assert float(row["speedup_linear"]) == 32 / bits - 0.1
 
@@ -93,18 +94,31 @@ def test_a_single_seed_has_no_interval(sweep):
     assert measure_table(group, "fd_digits").rows[1][7].text == "– (n = 1)"  # noqa: RUF001
 
 
-def test_no_gap_where_the_teacher_is_not_nearer_or_another(sweep):
-    for method in ("none", "TaQ"):
+@pytest.mark.parametrize(("of_none", "of_taq", "closes"), [(3.9, 3.9, True), (99.0, 99.0, False), (3.9, 1.0, False)])
+def test_no_gap_where_the_teacher_is_not_nearer_or_another(of_none, of_taq, closes, sweep):
+    for method, teacher in (("none", of_none), ("TaQ", of_taq)):
         run = sweep.run(4, method, 0)
         metrics = json.loads((run / "metrics.json").read_text())
-        metrics["teacher"]["fd_digits"] = 99.0
+        metrics["teacher"]["fd_digits"] = teacher
         (run / "metrics.json").write_text(json.dumps(metrics))
     _, (group,), _ = read(sweep.root)
-    assert gap_closed(cell(group, "w4a4 TaQ"), cell(group, "w4a4 none"), "fd_digits") is None
-    metrics["teacher"]["fd_digits"] = 1.0
-    (run / "metrics.json").write_text(json.dumps(metrics))
-    _, (group,), _ = read(sweep.root)
-    assert gap_closed(cell(group, "w4a4 TaQ"), cell(group, "w4a4 none"), "fd_digits") is None
+    assert (gap_closed(cell(group, "w4a4 TaQ"), cell(group, "w4a4 none"), "fd_digits") is not None) == closes
+
+
+def test_a_mark_is_where_the_interval_leaves_out_zero(whole_sweep):
+    _, (group,), _ = read(whole_sweep, baseline="TaQ")
+    marks = {row[0].text: row[6].mark for row in measure_table(group, "fd_digits").rows}
+    assert set(marks.values()) == {"", "lower", "higher"}
+    for label, mark in marks.items():
+        gap = difference(cell(group, label), group.baselines[label], "fd_digits")
+        assert mark == ("lower" if gap.high < 0 else "higher" if gap.low > 0 else "")
+
+
+def test_a_name_is_no_formula_in_a_spreadsheet(sweep):
+    run = sweep.run(4, "none", 0)
+    (run / "metrics.json").write_text((run / "metrics.json").read_text().replace('"fd_digits"', '"=1+1"'))
+    _, groups, _ = read(sweep.root)
+    assert "'=1+1" in {row["measure"] for row in csv.DictReader(io.StringIO(csv_text(groups)))}
 
 
 @pytest.mark.parametrize(
@@ -130,8 +144,7 @@ def test_protocols_are_kept_apart_and_other_settings_make_cells(sweep, name, val
 
 
 def _values(sweep, name):
-    found = collect([sweep.root], _load)
-    return {run.settings[name] for run in found.runs}
+    return {run.settings[name] for run in collect([sweep.root]).runs}
 
 
 def test_real_data_that_differ_are_told_by_the_floor(sweep):
@@ -184,8 +197,8 @@ def test_what_takes_no_step_does_not_mimic(sweep):
 def test_the_same_seed_twice_is_said_and_folders_count_once(sweep):
     sweep.run(4, "none", 0, name="a")
     sweep.run(4, "none", 0, name="b")
-    found, (group,), notes = read(sweep.root, sweep.root / "a", sweep.root)
-    assert len(found.runs) == 2
+    contents, (group,), notes = read(sweep.root, sweep.root / "a", sweep.root)
+    assert len(contents.runs) == 2
     assert group.cells[0].results[0].run.folder.name == "b"
     assert notes == ["sweep/a/metrics.json: sweep/b is the same cell and seed, and counts"]
 
@@ -203,9 +216,9 @@ def test_evaluations_are_protocols_of_their_own(sweep, evaluate):
     assert groups[1].cells[0].teacher("fd_digits") == {0: 5.0, 1: 5.0}
     assert groups[2].cells[0].teacher("fd_digits") == {}
     (run / "evaluations" / "student_ddim10_0" / "evaluation.json").write_text("{")
-    found, groups, _ = read(sweep.root)
-    assert len(found.notes) == 1
-    assert "student_ddim10_0/evaluation.json: damaged" in found.notes[0]
+    contents, groups, _ = read(sweep.root)
+    assert len(contents.notes) == 1
+    assert "student_ddim10_0/evaluation.json: it is damaged" in contents.notes[0]
 
 
 def test_a_value_that_is_not_finite_is_said(sweep):
@@ -213,8 +226,8 @@ def test_a_value_that_is_not_finite_is_said(sweep):
     metrics = json.loads((run / "metrics.json").read_text())
     metrics["student"]["fd_digits"] = math.nan
     (run / "metrics.json").write_text(json.dumps(metrics))
-    found, groups, _ = read(sweep.root)
-    assert "| not finite (nan) |" in markdown(groups, found)
+    contents, groups, _ = read(sweep.root)
+    assert "| not finite (nan) |" in markdown(groups, contents)
 
 
 @pytest.mark.parametrize(
@@ -251,6 +264,29 @@ def test_a_full_precision_run_and_one_without_configuration(sweep):
     (float_run / "metrics.json").write_text(json.dumps(metrics))
     shutil.copytree(run, sweep.root / "bare")
     (sweep.root / "bare" / "config.yaml").unlink()
-    found, (group,), _ = read(sweep.root)
+    contents, (group,), _ = read(sweep.root)
     assert (group.cells[0].label, group.cells[0].values("fd_digits")) == ("fp32", {0: 3.9})
-    assert found.notes == ["sweep/bare has a metrics.json but no config.yaml: left out"]
+    assert contents.notes == ["sweep/bare has a metrics.json but no config.yaml: left out"]
+
+
+def test_settings_of_an_older_version_have_the_names_of_this_one(sweep, evaluate):
+    for seed, old in enumerate((False, True)):
+        size, edge = ("micro_batch", "edge_bits") if old else ("batch_size", "first_last_bits")
+        run = sweep.run(4, "none", seed, settings={f"quant.{edge}": 8})
+        config = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
+        config["sampler"] = {"kind": "ddim", "steps": 50, size: 16}
+        (run / "config.yaml").write_text(yaml.safe_dump(config), "utf-8")
+        evaluate(run, 10, 7.0)
+        [file] = run.glob("evaluations/*/evaluation.json")
+        record = json.loads(file.read_text("utf-8"))
+        file.write_text(json.dumps(record | {"sampler": {**record["sampler"], size: 16}}), "utf-8")
+    _, groups, _ = read(sweep.root)
+    assert [[(c.label, sorted(c.results)) for c in group.cells] for group in groups] == [[("w4a4 none", [0, 1])]] * 2
+
+
+def test_numbers_survive_as_omegaconf_writes_them(sweep):
+    run = sweep.run(4, "none", 0)
+    config = OmegaConf.create({"quant": {"weight_bits": 4, "act_bits": 4}, "lr": 1e-5, "big": 1e20, "compile": "off"})
+    OmegaConf.save(config, run / "config.yaml")
+    settings = collect([run]).runs[0].settings
+    assert settings == {"quant.weight_bits": 4, "quant.act_bits": 4, "lr": 1e-5, "big": 1e20, "compile": "off"}
