@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from qdm_lightning.cli import stored as runs
-from qdm_lightning.evaluation.spec import DiagnosisConfig, listed
+from qdm_lightning.diagnosis.spec import DiagnosisConfig
+from qdm_lightning.evaluation.spec import listed
 
 if TYPE_CHECKING:
     from qdm_lightning.diagnosis.diagnose import Diagnosis

@@ -86,7 +86,7 @@ def _task(cfg: DictConfig) -> None:
     console = Console(soft_wrap=True)
     if not console.is_terminal:
         console = Console(soft_wrap=True, width=200)  # a file or pipe has no width of its own
-    console.print(table([result.record, *result.beside], force=cfg.force))
+    console.print(table([result.record, *result.others]))
     lines = [f"left out: {score}: {reason}" for score, reason in result.record["left_out"].items()]
     lines += [f"{key} {value:.4g} between two halves of the real images" for key, value in result.record["floor"].items()]
     lines.append(f"record: {result.folder / 'evaluation.json'}")

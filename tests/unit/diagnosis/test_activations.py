@@ -66,10 +66,8 @@ def test_raw_grid_and_quantized_values_by_hand():
         assert found.clipped[k] == pytest.approx(np.mean((place < 0) | (place > 15)), abs=1e-9)
         assert found.error[k] == pytest.approx(np.mean((0.5 * (codes - 8) - x) ** 2) / np.var(x, ddof=1), rel=1e-4)
         assert found.moments["raw"][k] == pytest.approx((x.mean(), x.std(ddof=1)), rel=1e-4)
-    means, deviations = np.array(found.moments["raw"]).T
-    assert found.oscillation("raw") == pytest.approx(
-        {"center": means.std() / deviations.mean(), "spread": deviations.max() / deviations.min()}
-    )
+    means, stds = np.array(found.moments["raw"]).T
+    assert found.oscillation("raw") == pytest.approx({"center": means.std() / stds.mean(), "spread": stds.max() / stds.min()})
     assert not network.unet.middle.input_quantizer._forward_hooks
 
 

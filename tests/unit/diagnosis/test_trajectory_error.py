@@ -26,7 +26,7 @@ def image_sampler(network, steps=5):
     return ImageSampler(network=network, sampler=sampler, diffusion=DiffusionConfig(), shape=SHAPE, device=torch.device("cpu"))
 
 
-def test_a_network_does_not_drift_from_itself():
+def test_a_network_has_no_error_against_itself():
     same = image_sampler(Linear(0.9))
     found = trajectory_error(same, image_sampler(Linear(0.9)), range(6), points=3)
     assert found.t == [800, 400, 0]
@@ -35,7 +35,7 @@ def test_a_network_does_not_drift_from_itself():
     assert (found.image_mse, found.image_cosine) == (0, pytest.approx(1))
 
 
-def test_gathered_error_and_error_of_one_step_by_hand():
+def test_accumulated_error_and_error_of_one_step_by_hand():
     teacher, student, calls = Linear(0.8), Linear(0.8, shift=0.1), []
     found = trajectory_error(
         image_sampler(teacher, 3), image_sampler(student, 3), [4, 5, 6, 7, 8], points=50, on_step=lambda: calls.append(1)
@@ -58,5 +58,5 @@ def test_gathered_error_and_error_of_one_step_by_hand():
         )
     assert found.image_mse == pytest.approx((x.clamp(-1, 1) - x_q.clamp(-1, 1)).square().mean().item(), rel=1e-4)
     assert found.mse[0] == 0
-    assert found.noise_mse[2] > 2 * found.step_mse[2]  # it gathers
+    assert found.noise_mse[2] > 2 * found.step_mse[2]  # it accumulates
     assert len(calls) == 2 * 2 * 3

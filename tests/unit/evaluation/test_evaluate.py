@@ -28,9 +28,9 @@ def same(a, b):
 def count_drawn(monkeypatch):
     drawn, draw = [], ImageSampler.draw
 
-    def counting(self, seeds, on_step=None):
+    def counting(self, seeds, *args):
         drawn.extend(seeds)
-        return draw(self, seeds, on_step)
+        return draw(self, seeds, *args)
 
     monkeypatch.setattr(ImageSampler, "draw", counting)
     return drawn
@@ -164,10 +164,10 @@ def test_results_of_other_protocols_are_refused_before_anything_is_drawn(run_cop
         evaluate(run_copy, ["num_samples=48", f"against={small.folder}"], Progress("silent"))
     assert not drawn
     forced = evaluate(run_copy, ["num_samples=48", f"against={small.folder}", "force=true"], Progress("silent"))
-    assert [r["protocol"]["num_samples"] for r in forced.beside] == [32]
+    assert [r["protocol"]["num_samples"] for r in forced.others] == [32]
     teacher = measured(run_copy, "network=teacher")
-    assert [r["network"] for r in teacher.beside] == ["student"]
-    assert [r["network"] for r in measured(run_copy, "scores=fd").beside] == ["teacher"]  # not the student once more
+    assert [r["network"] for r in teacher.others] == ["student"]
+    assert [r["network"] for r in measured(run_copy, "scores=fd").others] == ["teacher"]  # not the student once more
 
 
 def test_a_result_is_never_overwritten_by_another(run_copy):

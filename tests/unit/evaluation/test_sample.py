@@ -1,20 +1,17 @@
 import json
 import random
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from qdm_lightning.base.checks import UserError
-from qdm_lightning.cli.stored import compose, experiment, settings_of
-from qdm_lightning.diffusion.images import to_uint8
 from qdm_lightning.display.progress import Progress
 from qdm_lightning.evaluate import evaluate
 from qdm_lightning.evaluation import sample as pictures
 from qdm_lightning.evaluation.chunks import ChunkFolder, data_hash
-from qdm_lightning.evaluation.sample import read_picture, save_picture, spread, trajectory
-from qdm_lightning.sample import SampleRootConfig, sample
+from qdm_lightning.evaluation.sample import read_picture, save_picture
+from qdm_lightning.sample import sample
 
 
 def drawn(run, *overrides):
@@ -109,21 +106,3 @@ def test_trajectories(run_copy, together):
     assert sorted(file.name for file in result.folder.glob("trajectory*")) == ["trajectory_4.png", "trajectory_9.png"]
     with Image.open(result.folder / "trajectory_9.png") as picture:
         assert picture.height > 4 * 64  # teacher and student, x_t and x_0
-
-
-def test_a_trajectory_ends_in_the_image(tiny_run, together):
-    cfg = compose("sample", SampleRootConfig, tiny_run)
-    _, _, drawn_by = pictures.restored_sampler(experiment(cfg), settings_of(cfg))
-    way = trajectory(drawn_by, [5, 6], points=3)
-    assert way.t == [750, 250, 0]
-    assert way.x.shape == way.x0.shape == (3, 2, 1, 8, 8)
-    assert torch.equal(to_uint8(way.images[0]), read_picture(together.folder / "5.png")[0])
-    torch.testing.assert_close(way.x0[-1].clamp(-1, 1), way.images, atol=1e-5, rtol=0)  # DDIM's last step is its prediction
-    start = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(6))
-    torch.testing.assert_close(way.x[0, 1], start)
-
-
-def test_spread():
-    assert spread(list(range(5)), 5) == [0, 1, 2, 3, 4]
-    assert spread(list(range(100)), 4) == [0, 33, 66, 99]
-    assert np.diff(spread(list(range(1000)), 50)).max() <= 21
