@@ -65,7 +65,7 @@ def _task(cfg: DictConfig) -> None:
     from qdm_lightning.display.progress import following_lines
 
     result = _sample(cfg)
-    print(f"{result.drawn} pictures drawn, {result.found} were there: {result.folder}")
+    print(f"{result.drawn} pictures drawn, {result.present} were there: {result.folder}")
     if result.grid is not None:
         print(f"grid: {result.grid}")
     following = [(f"python -m qdm_lightning.evaluate run={cfg.run}", "the run's scores")]

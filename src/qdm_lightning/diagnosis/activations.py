@@ -106,8 +106,8 @@ def activation_distributions(
     device: torch.device,
     batch_size: int,
     on_step: Callable[[], None] | None = None,
-) -> list[Distribution]:
-    """Distributions of the inputs of some layers while validation images are noised to each of `timesteps`.
+) -> dict[str, Distribution]:
+    """Distributions of the inputs of some layers, by layer, while validation images are noised to each of `timesteps`.
 
     Args:
         network: in eval mode, on `device`.
@@ -134,7 +134,7 @@ def activation_distributions(
     finally:
         for hook in hooks:
             hook.remove()
-    return [watch.distribution for watch in watches]
+    return {watch.distribution.layer: watch.distribution for watch in watches}
 
 
 class _Watch:

@@ -88,8 +88,7 @@ def _named(subjects: Sequence[Subject]) -> dict[str, Subject]:
     """Subjects by short names; by the names of their folders where those are the same."""
     folders = [subject.experiment.run_dir.name for subject in subjects]
     names = [run_label(folder) for folder in folders]
-    if len(set(names)) < len(names):
-        names = folders
+    names = names if len(set(names)) == len(names) else folders
     unique = [name if names.count(name) == 1 else f"{name} ({k})" for k, name in enumerate(names)]
     return dict(zip(unique, subjects, strict=True))
 
@@ -105,7 +104,7 @@ def _activations(subject: Subject, layers: Sequence[str], config: DiagnosisConfi
     images = experiment.data.val_images
     timesteps = spread(range(experiment.diffusion.num_train_timesteps), config.timesteps)
     with progress.stage("activations", len(timesteps), "timesteps") as stage:
-        distributions = activation_distributions(
+        return activation_distributions(
             network,
             [name for name in layers if name in own],
             images[torch.arange(config.num_images) % len(images)],
@@ -115,7 +114,6 @@ def _activations(subject: Subject, layers: Sequence[str], config: DiagnosisConfi
             batch_size=experiment.sampler.batch_size,
             on_step=stage.advance,
         )
-    return {distribution.layer: distribution for distribution in distributions}
 
 
 def _trajectory_error(subject: Subject, config: DiagnosisConfig, progress: Any) -> TrajectoryError | None:
@@ -179,8 +177,6 @@ def _record(run: _RunDiagnosis) -> dict[str, Any]:
 
 def _log(experiment: Experiment, pictures: Mapping[str, Path], errors: Mapping[str, TrajectoryError]) -> None:
     """Pictures and the errors of the finished images, to the loggers that the experiment names."""
-    if not experiment.loggers:
-        return
     with run_loggers(experiment) as loggers:
         for name, path in pictures.items():
             log_pictures(loggers, f"diagnosis/{name}", path, 0)

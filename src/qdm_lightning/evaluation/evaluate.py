@@ -74,11 +74,9 @@ class Evaluator:
     def __init__(self, experiment: Experiment, config: EvaluationConfig, progress: Any) -> None:
         self.experiment, self.config, self.progress = experiment, config, progress
         self.subject = Subject.restored(experiment, config)
-        if config.seeds is not None:
-            self.seeds = parse_seeds(config.seeds)
-        else:
-            seed = experiment.seed if config.seed is None else config.seed
-            self.seeds = image_seeds(seed, config.num_samples or experiment.num_samples)
+        seed = experiment.seed if config.seed is None else config.seed
+        count = config.num_samples or experiment.num_samples
+        self.seeds = image_seeds(seed, count) if config.seeds is None else parse_seeds(config.seeds)
         size = config.images_per_file(experiment.sampler.batch_size)
         self.chunks = [self.seeds[first : first + size] for first in range(0, len(self.seeds), size)]
         self.folder = Path(config.out).expanduser().resolve() if config.out else experiment.run_dir / protocol.FOLDER
@@ -98,7 +96,8 @@ class Evaluator:
 
     def run_shard(self) -> Evaluation:
         """Make this shard's features, and score nothing."""
-        self._choice(None, self.config.reference is None)
+        imported = self.config.reference is not None
+        scores.choose(listed(self.config.scores), len(self.seeds), self.cache.feature_network, None, not imported)
         index, count = parse_shard(self.config.shard)
         self._fill(self.chunks[index::count])
         made = sum(len(seeds) for seeds in self.chunks if self.cache.features.file(seeds).is_file())
@@ -114,7 +113,8 @@ class Evaluator:
         if config.reference is not None:
             imported = import_reference(Path(config.reference).expanduser().resolve(), self.cache.feature_network)
         real = self._real_images(imported)
-        choice = self._choice(real["count"], imported is None)
+        network = self.cache.feature_network
+        choice = scores.choose(listed(config.scores), len(self.seeds), network, real["count"], imported is None)
         record = self._record(real, choice)
         folder = self.folder if config.out else self.folder / _folder_name(record)
         others = _others(run_dir, record)
@@ -134,10 +134,6 @@ class Evaluator:
         if not config.out:
             write_json(run_dir / protocol.RESULT, result)
         return Evaluation(result, folder, others)
-
-    def _choice(self, real_count: int | None, real_features: bool) -> scores.Choice:
-        wanted = listed(self.config.scores) or None
-        return scores.choose(wanted, len(self.seeds), self.cache.feature_network, real_count, real_features)
 
     def _fill(self, chunks: Chunks) -> None:
         """Make what is missing of `chunks`, in several processes where there are devices for them."""
@@ -289,6 +285,5 @@ def _earlier(folder: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
 def _mixed(environments: Sequence[Mapping[str, Any]]) -> list[str]:
     """A warning where the images were drawn in more than one environment."""
     differing = sorted({name for one in environments for name in one if one[name] != environments[0][name]})
-    if not differing:
-        return []
-    return [f"images were drawn in different surroundings ({', '.join(differing)}): their last bits may differ"]
+    line = f"images were drawn in different surroundings ({', '.join(differing)}): their last bits may differ"
+    return [line] if differing else []

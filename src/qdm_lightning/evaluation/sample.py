@@ -33,11 +33,11 @@ TRAJECTORY_STEPS = 12
 
 @dataclass(frozen=True)
 class Pictures:
-    """What `draw_pictures` left: its folder, how many it drew and found, and the grid (None from a shard)."""
+    """What `draw_pictures` left: its folder, how many it drew, how many were present, and the grid (None from a shard)."""
 
     folder: Path
     drawn: int
-    found: int
+    present: int
     grid: Path | None
 
 
@@ -49,9 +49,8 @@ def draw_pictures(experiment: Experiment, config: SampleConfig, progress: Any) -
     """
     subject, seeds = Subject.restored(experiment, config), parse_seeds(config.seeds)
     identity, sampler = data_hash(subject.identity()), sampler_name(subject.identity()["sampler"])
-    folder = experiment.run_dir / "images" / f"{subject.network}_{sampler}-{identity[:8]}"
-    if config.out:
-        folder = Path(config.out).expanduser().resolve()
+    default = experiment.run_dir / "images" / f"{subject.network}_{sampler}-{identity[:8]}"
+    folder = Path(config.out).expanduser().resolve() if config.out else default
     index, count = parse_shard(config.shard)
     share = seeds[index::count]
     missing = [seed for seed in share if not _is_drawn(folder / f"{seed}.png", identity)]
@@ -81,17 +80,12 @@ def _is_drawn(path: Path, identity: str) -> bool:
 def _draw(subject: Subject, seeds: Sequence[int], folder: Path, progress: Any) -> None:
     """Draw and save, batch by batch, so that what was drawn stays when the process is killed."""
     image_sampler, identity = subject.image_sampler, subject.identity()
-    provenance = {
-        "identity": data_hash(identity),
-        "run": subject.experiment.run_dir.name,
-        "origin": subject.origin,
-        **identity,
-        "environment": environment(image_sampler.device),
-    }
+    run = {"identity": data_hash(identity), "run": subject.experiment.run_dir.name, "origin": subject.origin}
     size = image_sampler.sampler.batch_size
     with progress.stage("sampling", image_sampler.steps(len(seeds)), "steps") as stage:
         for batch in (seeds[first : first + size] for first in range(0, len(seeds), size)):
             images = to_uint8(image_sampler.draw(batch, stage.advance))
+            provenance = {**run, **identity, "environment": environment(image_sampler.device)}
             for seed, image in zip(batch, images, strict=True):
                 save_picture(folder / f"{seed}.png", image, {"seed": seed, **provenance})
 

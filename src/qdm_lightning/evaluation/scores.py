@@ -24,11 +24,11 @@ class Choice:
     left_out: dict[str, str]
 
 
-def choose(wanted: Sequence[str] | None, count: int, network: nn.Module, real_count: int | None, real_features: bool) -> Choice:
+def choose(wanted: Sequence[str], count: int, network: nn.Module, real_count: int | None, real_features: bool) -> Choice:
     """Decide which of `SCORES` to compute.
 
     Args:
-        wanted: what the user wants, all of it; None takes whatever can be had.
+        wanted: what the user wants, all of it; none takes whatever can be had.
         count: generated images.
         network: feature network.
         real_count: images behind the reference; None where it is not known.
@@ -53,7 +53,7 @@ def choose(wanted: Sequence[str] | None, count: int, network: nn.Module, real_co
             reasons[score] = "the reference holds mean and covariance alone: leave out reference="
         elif score in ("kid", "prc") and real_count is not None and real_count < least[score]:
             reasons[score] = f"{least[score]} real images are needed, not {real_count}"
-    for score in wanted or ():
+    for score in wanted:
         if score in reasons:
             raise ValueError(f"scores={score} cannot be had: {reasons[score]}")
     taken = [score for score in SCORES if score in (wanted or SCORES) and score not in reasons]
@@ -63,9 +63,8 @@ def choose(wanted: Sequence[str] | None, count: int, network: nn.Module, real_co
 def few(taken: Sequence[str], count: int, network: nn.Module) -> list[str]:
     """A warning where `count` images are too few for a covariance of full rank."""
     dim = int(network.dim)  # type: ignore[arg-type]
-    if "fd" not in taken or count > dim:
-        return []
-    return [f"{count} images for {dim} features: their covariance is singular, and the Frechet distance biased upwards"]
+    line = f"{count} images for {dim} features: their covariance is singular, and the Frechet distance biased upwards"
+    return [line] if "fd" in taken and count <= dim else []
 
 
 def compute(

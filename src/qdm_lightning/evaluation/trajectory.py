@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,6 @@ from torch import Tensor
 from qdm_lightning.diffusion.process import alphas_cumprod
 from qdm_lightning.diffusion.sampling import predicted_x0, timesteps
 from qdm_lightning.models.image_sampler import ImageSampler
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def follow(
     return Trajectory(t, x, eps, predicted_x0(x, eps, alpha_bars, image_sampler.sampler.clip_sample), images)
 
 
-def spread(values: Sequence[T], points: int) -> list[T]:
+def spread(values: Sequence[Any], points: int) -> list[Any]:
     """At most `points` of `values`, evenly spread, first and last among them.
 
     >>> spread([9, 8, 7, 6, 5, 4, 3, 2, 1, 0], 4)

@@ -126,6 +126,15 @@ def test_too_few_images_are_a_warning_that_the_record_keeps(run_copy, capsys):
     assert evaluate(run_copy, ["num_samples=64", "scores=is"], Progress("silent")).record["warnings"] == []
 
 
+def test_the_reference_ends_complete_whether_computed_or_cached(run_copy, tmp_path, capsys):
+    for out in ("computed", "cached"):
+        places = [f"paths.cache={tmp_path}", f"out={run_copy / out}"]
+        evaluate(run_copy, ["num_samples=16", "scores=fd", *places], Progress("plain"))
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reference:")]
+        assert lines[-1].startswith("reference: 1500/1500 images")
+        assert (len(lines) == 1) == (out == "cached")
+
+
 def test_images_need_not_be_kept_and_then_serve_other_metrics(run_copy, whole, monkeypatch):
     without = measured(run_copy, "keep_images=false", f"out={run_copy / 'other'}")
     same(without.record, whole)

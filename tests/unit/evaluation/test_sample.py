@@ -32,7 +32,7 @@ def test_64_seeds_a_shuffled_subset_and_shards_give_equal_pixels(together, tiny_
     assert sorted(whole) == list(range(64))
     subset = random.Random(0).sample(range(64), 20)
     some = drawn(tiny_run, f"seeds={subset}".replace(" ", ""), f"out={tmp_path / 'subset'}")
-    assert (some.drawn, some.found) == (20, 0)
+    assert (some.drawn, some.present) == (20, 0)
     for shard in (2, 3, 1):
         assert drawn(tiny_run, "seeds=0-63", f"shard={shard}/3", f"out={tmp_path / 'shards'}").grid is None
     for folder, seeds in ((some.folder, subset), (tmp_path / "shards", range(64))):
@@ -40,9 +40,9 @@ def test_64_seeds_a_shuffled_subset_and_shards_give_equal_pixels(together, tiny_
         assert sorted(found) == sorted(seeds)
         assert all(torch.equal(image, whole[seed]) for seed, image in found.items())
     assert len({image.numpy().tobytes() for image in whole.values()}) == 64
-    done = drawn(tiny_run, "seeds=0-63", f"out={tmp_path / 'shards'}")
-    assert (done.drawn, done.found, done.grid) == (0, 64, tmp_path / "shards" / "grid.png")
-    assert done.grid.read_bytes() == together.grid.read_bytes()
+    again = drawn(tiny_run, "seeds=0-63", f"out={tmp_path / 'shards'}")
+    assert (again.drawn, again.present, again.grid) == (0, 64, tmp_path / "shards" / "grid.png")
+    assert again.grid.read_bytes() == together.grid.read_bytes()
 
 
 def test_they_are_the_images_that_are_evaluated(together, run_copy):
@@ -60,6 +60,7 @@ def test_a_picture_tells_how_it_was_made(together, tiny_run):
     assert (record["seed"], record["run"], record["network"], record["sampler"]["steps"]) == (5, tiny_run.name, "student", 4)
     assert len(record["checkpoint_sha256"]) == 64
     assert record["environment"]["threads"] == 1
+    assert record["environment"]["fake_quantization"] == "eager"  # as it ran, not as it stood before
 
 
 def test_color_pictures(tmp_path):
@@ -96,7 +97,7 @@ def test_interrupted_and_started_again(run_copy, together, monkeypatch):
         drawn(run_copy, "seeds=0-63")
     monkeypatch.setattr(pictures, "save_picture", save)
     result = drawn(run_copy, "seeds=0-63")
-    assert (result.drawn, result.found) == (44, 20)
+    assert (result.drawn, result.present) == (44, 20)
     whole = pixels(together.folder)
     assert all(torch.equal(image, whole[seed]) for seed, image in pixels(result.folder).items())
 
