@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qdm_lightning.cli.earlier_run import RunCommand, RunConfig
-from qdm_lightning.evaluation.spec import DiagnosisConfig, listed
+from qdm_lightning.diagnosis.spec import DiagnosisConfig
+from qdm_lightning.evaluation.spec import listed
 
 if TYPE_CHECKING:
     from qdm_lightning.diagnosis.diagnose import Diagnosis

@@ -54,7 +54,7 @@ def show(result: Evaluation, settings: EvaluateConfig) -> None:
     if record is None:
         return
     screen = console()
-    screen.print(table([record, *result.beside], force=settings.force))
+    screen.print(table([record, *result.others]))
     lines = [f"left out: {score}: {reason}" for score, reason in record["left_out"].items()]
     lines += [f"{key} {value:.4g} between two halves of the real images" for key, value in record["floor"].items()]
     lines.append(f"record: {result.folder / 'evaluation.json'}")

@@ -39,7 +39,7 @@ def show(result: Pictures, settings: SampleRootConfig) -> None:
     """Print where the pictures are, and what to type next."""
     from qdm_lightning.display.progress import following_lines
 
-    print(f"{result.drawn} pictures drawn, {result.found} were there: {result.folder}")
+    print(f"{result.drawn} pictures drawn, {result.present} were there: {result.folder}")
     if result.grid is not None:
         print(f"grid: {result.grid}")
     print("\n".join(following_lines([(f"python -m qdm_lightning.evaluate run={settings.run}", "the run's scores")])))

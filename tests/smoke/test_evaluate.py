@@ -31,7 +31,7 @@ COMMANDS = {
 
 READY = multiprocessing.get_context("forkserver")
 """Processes that have imported everything when they begin: kills then fall on the work."""
-READY.set_forkserver_preload([f"qdm_lightning.evaluation.{module}" for module in ("evaluating", "pictures")])
+READY.set_forkserver_preload([f"qdm_lightning.evaluation.{module}" for module in ("evaluate", "sample")])
 
 
 def start(*arguments):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qdm_lightning.diffusion.images import to_float
 from qdm_lightning.diffusion.process import add_noise, noise_scheduler
 from qdm_lightning.diffusion.spec import DiffusionConfig
+from qdm_lightning.evaluation.trajectory import spread
 from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.quantization.quantizer import ActivationQuantizer, LSQProbability
 
@@ -34,7 +35,7 @@ class Distribution:
         quantized: quantiles of x_hat.
         clipped: share of the values outside the grid.
         error: mean (x_hat - x)^2 over the variance of x.
-        moments: (mean, deviation) of x and of x / s + z.
+        moments: (mean, std) of x and of x / s + z.
     """
 
     layer: str
@@ -51,26 +52,22 @@ class Distribution:
     def oscillation(self, which: str) -> dict[str, float] | None:
         """How far `raw` or `grid` values wander over t; None where there is no grid.
 
-        `center`: deviation over t of the mean, over the mean deviation. `spread`: largest deviation over the least.
+        `center`: std over t of the mean, over the mean std. `spread`: largest std over the least.
         """
         if not self.moments[which]:
             return None
-        mean, deviation = torch.tensor(self.moments[which], dtype=torch.float64).T
-        return {
-            "center": float(mean.std(correction=0) / deviation.mean()),
-            "spread": float(deviation.max() / deviation.min()),
-        }
+        mean, std = torch.tensor(self.moments[which], dtype=torch.float64).T
+        return {"center": float(mean.std(correction=0) / std.mean()), "spread": float(std.max() / std.min())}
 
 
 def layers_of(network: nn.Module) -> dict[str, nn.Module]:
     """Layers whose input can be watched, by name: quantizers of activations, or the float layers of a network without any."""
     quantizers: dict[str, nn.Module] = {n: m for n, m in network.named_modules() if isinstance(m, ActivationQuantizer)}
-    found = quantizers or {n: m for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    return {_label(name): module for name, module in found.items()}
-
-
-def _label(name: str) -> str:
-    return name.removeprefix("unet.").removesuffix(".input_quantizer").replace(".processor.", ".")
+    layers = quantizers or {n: m for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    return {
+        name.removeprefix("unet.").removesuffix(".input_quantizer").replace(".processor.", "."): module
+        for name, module in layers.items()
+    }
 
 
 def choose_layers(layers: Mapping[str, nn.Module], patterns: Sequence[str] | None) -> list[str]:
@@ -80,23 +77,22 @@ def choose_layers(layers: Mapping[str, nn.Module], patterns: Sequence[str] | Non
         ValueError: a pattern matches nothing.
     """
     if patterns is not None:
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in layers):
+        matches = {pattern: [name for name in layers if fnmatchcase(name, pattern)] for pattern in patterns}
+        for pattern, names in matches.items():
+            if not names:
                 some = ", ".join(list(layers)[:4])
                 raise ValueError(f"layers: the pattern {pattern!r} matches no layer: they are named like {some}")
-        return [name for name in layers if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        return [name for name in layers if any(name in names for names in matches.values())]
     attention = [name for name in layers if name.endswith((".query", ".value"))][:2]
-    bits = {name: getattr(module, "bits", 0) for name, module in layers.items()}
+    least = min((getattr(module, "bits", 0) for module in layers.values()), default=0)  # the network's edges have more
     others = [
         name
         for name, module in layers.items()
         if not name.endswith((".query", ".key", ".value"))
         and not isinstance(module, LSQProbability)
-        and bits[name] == min(bits.values())  # the network's edges have more
+        and getattr(module, "bits", 0) == least
     ]
-    wanted = min(CHOSEN - len(attention), len(others))
-    picked = [others[round(k * (len(others) - 1) / max(wanted - 1, 1))] for k in range(wanted)]
-    return [name for name in layers if name in {*attention, *picked}]
+    return [name for name in layers if name in {*attention, *spread(others, CHOSEN - len(attention))}]
 
 
 @torch.no_grad()
@@ -110,8 +106,8 @@ def activation_distributions(
     device: torch.device,
     batch_size: int,
     on_step: Callable[[], None] | None = None,
-) -> list[Distribution]:
-    """Distributions of the inputs of some layers while held-out images are noised to each of `timesteps`.
+) -> dict[str, Distribution]:
+    """Distributions of the inputs of some layers, by layer, while validation images are noised to each of `timesteps`.
 
     Args:
         network: in eval mode, on `device`.
@@ -121,68 +117,60 @@ def activation_distributions(
         on_step: called after every timestep.
     """
     layers = layers_of(network)
-    watched = {name: _Watch(name, layers[name]) for name in names}
+    watches = [_Watch(name, layers[name]) for name in names]
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     scheduler = noise_scheduler(diffusion)
-    hooks = [watch.attach(layers[name]) for name, watch in watched.items()]
+    hooks = [layers[watch.distribution.layer].register_forward_hook(watch) for watch in watches]
     try:
         for t in timesteps:
             for x0, eps in zip(images.split(batch_size), noise.split(batch_size), strict=True):
                 times = torch.full((len(x0),), t, dtype=torch.int64)
                 x = add_noise(scheduler, to_float(x0), eps, times)
                 network(x.to(device, memory_format=torch.channels_last), times.to(device))
-            for watch in watched.values():
+            for watch in watches:
                 watch.close(t)
             if on_step is not None:
                 on_step()
     finally:
         for hook in hooks:
             hook.remove()
-    return [watch.seen for watch in watched.values()]
+    return {watch.distribution.layer: watch.distribution for watch in watches}
 
 
 class _Watch:
-    """Gathers what one layer gets at one timestep after the other."""
+    """A forward hook that collects what one layer gets, timestep by timestep."""
 
     def __init__(self, name: str, layer: nn.Module) -> None:
-        quantized = isinstance(layer, ActivationQuantizer)
-        self.seen = Distribution(name, type(layer).__name__ if quantized else None, None)
-        if quantized and _grid_of(layer) is not None:
-            self.seen.levels = int(layer.qmax)  # type: ignore[arg-type]
-        self.parts: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
+        self.grid = _grid_of(layer)
+        quantizer = type(layer).__name__ if isinstance(layer, ActivationQuantizer) else None
+        self.distribution = Distribution(name, quantizer, None if self.grid is None else int(layer.qmax))  # type: ignore[arg-type]
+        self.parts: dict[str, list[Tensor]] = defaultdict(list)
 
-    def attach(self, layer: nn.Module) -> Any:
-        if isinstance(layer, ActivationQuantizer):
-            return layer.register_forward_hook(lambda module, args, output: self._see(module, args[0], output))
-        return layer.register_forward_pre_hook(lambda module, args: self._see(module, args[0], None))
-
-    def _see(self, layer: nn.Module, x: Tensor, quantized: Tensor | None) -> None:
-        grid, place = _grid_of(layer), None
+    def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x = args[0]
         if isinstance(layer, ActivationQuantizer):
             x = layer.operand(x)
-        if grid is not None:
-            scale, zero_point = (value.reshape(-1, *[1] * (x.ndim - 1)) for value in grid(x))
-            place = x.float() / scale + zero_point
-        self.parts.append((_some(x), None if place is None else _some(place), None if quantized is None else _some(quantized)))
+            self.parts["quantized"].append(_thinned(output))
+        if self.grid is not None:
+            scale, zero_point = (value.reshape(-1, *[1] * (x.ndim - 1)) for value in self.grid(x))
+            self.parts["grid"].append(_thinned(x.float() / scale + zero_point))
+        self.parts["raw"].append(_thinned(x))
 
     def close(self, t: int) -> None:
-        raw, grid, quantized = (
-            None if column[0] is None else _some(torch.cat(column)) for column in zip(*self.parts, strict=True)
-        )
-        self.parts = []
-        assert raw is not None
-        seen = self.seen
-        seen.t.append(t)
-        seen.raw.append(_quantiles(raw))
-        seen.moments["raw"].append((float(raw.mean()), float(raw.std())))
-        if grid is not None:
-            seen.grid.append(_quantiles(grid))
-            seen.moments["grid"].append((float(grid.mean()), float(grid.std())))
-            assert seen.levels is not None
-            seen.clipped.append(float(((grid.round() < 0) | (grid.round() > seen.levels)).double().mean()))
-        if quantized is not None:
-            seen.quantized.append(_quantiles(quantized))
-            seen.error.append(float((quantized - raw).square().mean() / raw.var()))
+        """Sum up what came in at t."""
+        values = {name: _thinned(torch.cat(parts)) for name, parts in self.parts.items()}
+        self.parts.clear()
+        self.distribution.t.append(t)
+        for name, x in values.items():
+            getattr(self.distribution, name).append(_quantiles(x))
+            if name in self.distribution.moments:
+                self.distribution.moments[name].append((float(x.mean()), float(x.std())))
+        if "grid" in values:
+            codes = values["grid"].round()
+            self.distribution.clipped.append(float(((codes < 0) | (codes > (self.distribution.levels or 0))).double().mean()))
+        if "quantized" in values:
+            raw = values["raw"]
+            self.distribution.error.append(float((values["quantized"] - raw).square().mean() / raw.var()))
 
 
 def _grid_of(layer: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
@@ -194,7 +182,7 @@ def _grid_of(layer: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]] | No
     return None
 
 
-def _some(x: Tensor) -> Tensor:
+def _thinned(x: Tensor) -> Tensor:
     """At most `VALUES` of x, evenly taken, float64 on the CPU."""
     flat = x.reshape(-1)
     return flat[:: max(1, flat.numel() // VALUES)].cpu().double()

@@ -1,4 +1,4 @@
-"""The paper's two claims on a run, and on others beside it, as pictures and numbers."""
+"""The paper's two claims on a run, and on others laid over it, as pictures and numbers."""
 
 from __future__ import annotations
 
@@ -8,24 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qdm_lightning.base.files import write_json
 from qdm_lightning.diagnosis.activations import Distribution, activation_distributions, choose_layers, layers_of
+from qdm_lightning.diagnosis.spec import DiagnosisConfig
 from qdm_lightning.diagnosis.trajectory_error import TrajectoryError, trajectory_error
 from qdm_lightning.diffusion.sampling import image_seeds
 from qdm_lightning.display.plots import BoxPanel, Line, Panel, save_png
-from qdm_lightning.evaluation.plan import image_sampler, restored_sampler
 from qdm_lightning.evaluation.protocol import run_label
-from qdm_lightning.evaluation.sample import spread
-from qdm_lightning.evaluation.spec import DiagnosisConfig, listed
+from qdm_lightning.evaluation.spec import listed
+from qdm_lightning.evaluation.subject import Subject
+from qdm_lightning.evaluation.trajectory import spread
 from qdm_lightning.loggers.media import log_pictures
-from qdm_lightning.models.image_sampler import ImageSampler
 from qdm_lightning.runs.provenance import environment, git_commit, versions
 from qdm_lightning.training.experiment import Experiment
-from qdm_lightning.training.restore import restore_teacher, run_loggers
-
-FOLDER = "diagnosis"
+from qdm_lightning.training.restore import run_loggers
 
 
 @dataclass(frozen=True)
@@ -38,14 +35,12 @@ class Diagnosis:
 
 
 @dataclass(frozen=True)
-class _Subject:
-    """One run under diagnosis; `teacher` is None where the network itself is the teacher."""
+class _RunDiagnosis:
+    """One run's activations by layer, and its trajectory error; None where the network itself is the teacher."""
 
-    experiment: Experiment
-    which: str
-    origin: dict[str, Any]
-    image_sampler: ImageSampler
-    teacher: ImageSampler | None
+    subject: Subject
+    activations: dict[str, Distribution]
+    error: TrajectoryError | None
 
 
 def diagnose(experiments: Sequence[Experiment], config: DiagnosisConfig, progress: Any) -> Diagnosis:
@@ -57,110 +52,102 @@ def diagnose(experiments: Sequence[Experiment], config: DiagnosisConfig, progres
         progress: shows the stages.
 
     Raises:
-        FileNotFoundError, ValueError: bad input, told before anything is computed.
+        FileNotFoundError, ValueError: bad input, found before anything is computed.
     """
-    subjects = _named([_subject(experiment, config) for experiment in experiments])
-    first = next(iter(subjects.values()))
-    names = choose_layers(layers_of(first.image_sampler.network), listed(config.layers) or None)
-    layers = {run: _distributions(subject, names, config, progress) for run, subject in subjects.items()}
-    trajectory_errors = {run: _trajectory_error(s, config, progress) for run, s in subjects.items() if s.teacher is not None}
-    folder = Path(config.out).expanduser().resolve() if config.out else first.experiment.run_dir / FOLDER
-    record = _record(subjects, layers, trajectory_errors, config)
+    subjects = [Subject.restored(experiment, config) for experiment in experiments]
+    layers = choose_layers(layers_of(subjects[0].image_sampler.network), listed(config.layers) or None)
+    runs = {
+        name: _RunDiagnosis(
+            subject, _activations(subject, layers, config, progress), _trajectory_error(subject, config, progress)
+        )
+        for name, subject in _named(subjects).items()
+    }
+    run_dir = experiments[0].run_dir
+    folder = Path(config.out).expanduser().resolve() if config.out else run_dir / "diagnosis"
     pictures = {"activations": folder / "activations.png"}
-    save_png(pictures["activations"], _box_rows(names, layers), "Inputs of layers by timestep: boxes 25-75 %, whiskers 1-99 %")
-    if trajectory_errors:
+    save_png(pictures["activations"], _box_rows(layers, runs), "Inputs of layers by timestep: boxes 25-75 %, whiskers 1-99 %")
+    errors = {name: run.error for name, run in runs.items() if run.error is not None}
+    if errors:
         pictures["error"] = folder / "error.png"
-        save_png(pictures["error"], [_curve_panels(trajectory_errors)], "Student against teacher from the same noise")
+        save_png(pictures["error"], [_curve_panels(errors)], "Student against teacher from the same noise")
+    record = {
+        "runs": {name: _record(run) for name, run in runs.items()},
+        "num_images": config.num_images,
+        "sampler": asdict(experiments[0].sampler),
+        "diffusion": asdict(experiments[0].diffusion),
+        "environment": environment(subjects[0].image_sampler.device),
+        "versions": versions(),
+        "git": git_commit(),
+    }
     write_json(folder / "diagnosis.json", record)
-    _log(first.experiment, pictures, record)
+    _log(experiments[0], pictures, errors)
     return Diagnosis(record, folder, pictures)
 
 
-def _subject(experiment: Experiment, config: DiagnosisConfig) -> _Subject:
-    which, restored, drawn_by = restored_sampler(experiment, config)
-    teacher = None
-    if which == "student":
-        teacher = image_sampler(experiment, restore_teacher(experiment, drawn_by.device), drawn_by.device)
-    return _Subject(experiment, which, restored.origin, drawn_by, teacher)
-
-
-def _named(subjects: Sequence[_Subject]) -> dict[str, _Subject]:
+def _named(subjects: Sequence[Subject]) -> dict[str, Subject]:
     """Subjects by short names; by the names of their folders where those are the same."""
-    short = [run_label(subject.experiment.run_dir.name) for subject in subjects]
-    if len(set(short)) < len(short):
-        short = [subject.experiment.run_dir.name for subject in subjects]
-    return {
-        name if short.count(name) == 1 else f"{name} ({k})": s for k, (name, s) in enumerate(zip(short, subjects, strict=True))
-    }
+    folders = [subject.experiment.run_dir.name for subject in subjects]
+    names = [run_label(folder) for folder in folders]
+    names = names if len(set(names)) == len(names) else folders
+    unique = [name if names.count(name) == 1 else f"{name} ({k})" for k, name in enumerate(names)]
+    return dict(zip(unique, subjects, strict=True))
 
 
-def _distributions(subject: _Subject, names: Sequence[str], config: DiagnosisConfig, progress: Any) -> dict[str, Distribution]:
-    """By layer; layers that this run has not are left out, and said."""
-    drawn_by, experiment = subject.image_sampler, subject.experiment
-    there = layers_of(drawn_by.network)
-    absent = [name for name in names if name not in there]
+def _activations(subject: Subject, layers: Sequence[str], config: DiagnosisConfig, progress: Any) -> dict[str, Distribution]:
+    """Distributions by layer; layers that this run has not are left out, with a line that says so."""
+    experiment, network = subject.experiment, subject.image_sampler.network
+    own = layers_of(network)
+    absent = [name for name in layers if name not in own]
     if absent:
         progress.say(f"{experiment.run_dir.name} has no layer {', '.join(absent)}: left out of its plots")
     experiment.data.setup()
-    total = experiment.diffusion.num_train_timesteps
-    steps = sorted(set(spread(range(total), config.timesteps)))
-    with progress.stage("activations", len(steps), "timesteps") as stage:
-        found = activation_distributions(
-            drawn_by.network,
-            [name for name in names if name in there],
-            _images(experiment.data.val_images, config.num_images),
+    images = experiment.data.val_images
+    timesteps = spread(range(experiment.diffusion.num_train_timesteps), config.timesteps)
+    with progress.stage("activations", len(timesteps), "timesteps") as stage:
+        return activation_distributions(
+            network,
+            [name for name in layers if name in own],
+            images[torch.arange(config.num_images) % len(images)],
             experiment.diffusion,
-            steps,
-            device=drawn_by.device,
+            timesteps,
+            device=subject.image_sampler.device,
             batch_size=experiment.sampler.batch_size,
-            on_step=lambda: stage.advance(1),
+            on_step=stage.advance,
         )
-    return {distribution.layer: distribution for distribution in found}
 
 
-def _images(images: Tensor, count: int) -> Tensor:
-    return images[torch.arange(count) % len(images)]
-
-
-def _trajectory_error(subject: _Subject, config: DiagnosisConfig, progress: Any) -> TrajectoryError:
-    assert subject.teacher is not None
+def _trajectory_error(subject: Subject, config: DiagnosisConfig, progress: Any) -> TrajectoryError | None:
+    teacher, student = subject.teacher(), subject.image_sampler
+    if teacher is None:
+        return None
     seeds = image_seeds(0, config.num_images)
-    with progress.stage("trajectories", 2 * subject.image_sampler.steps(len(seeds)), "steps") as stage:
-        return trajectory_error(subject.teacher, subject.image_sampler, seeds, config.points, lambda: stage.advance(1))
+    with progress.stage("trajectories", 2 * student.steps(len(seeds)), "steps") as stage:
+        return trajectory_error(teacher, student, seeds, config.points, stage.advance)
 
 
-def _box_rows(names: Sequence[str], layers: Mapping[str, Mapping[str, Distribution]]) -> list[list[BoxPanel]]:
+def _box_rows(layers: Sequence[str], runs: Mapping[str, _RunDiagnosis]) -> list[list[BoxPanel]]:
     """A row for each layer: raw, on the grid, quantized; raw alone where no run quantizes."""
     rows = []
-    quantized = any(d.grid for found in layers.values() for d in found.values())
-    for name in names:
-        here = {run: found[name] for run, found in layers.items() if name in found}
-        t = next(iter(here.values())).t
-        panels = [BoxPanel(title=name, ylabel="x", timesteps=t, boxes={run: d.raw for run, d in here.items()})]
+    quantized = any(d.grid for run in runs.values() for d in run.activations.values())
+    for layer in layers:
+        by_run = {name: run.activations[layer] for name, run in runs.items() if layer in run.activations}
+        t = next(iter(by_run.values())).t
+        limits = sorted({0.0, *(float(d.levels) for d in by_run.values() if d.levels is not None)})
+        kinds: list[tuple[str, str, str, list[float]]] = [("raw", layer, "x", [])]
         if quantized:
-            levels = {float(d.levels) for d in here.values() if d.levels is not None}
-            panels += [
-                BoxPanel(
-                    title=f"{name}, as the quantizer sees it",
-                    ylabel="x / s + z (levels)",
-                    timesteps=t,
-                    boxes={run: d.grid for run, d in here.items() if d.grid},
-                    limits=sorted({0.0, *levels}),
-                ),
-                BoxPanel(
-                    title=f"{name}, quantized",
-                    ylabel="quantized x",
-                    timesteps=t,
-                    boxes={run: d.quantized for run, d in here.items() if d.quantized},
-                ),
-            ]
+            kinds.append(("grid", f"{layer}, as the quantizer sees it", "x / s + z (levels)", limits))
+            kinds.append(("quantized", f"{layer}, quantized", "quantized x", []))
+        panels = []
+        for kind, title, ylabel, lines in kinds:
+            boxes = {name: getattr(d, kind) for name, d in by_run.items() if getattr(d, kind)}
+            panels.append(BoxPanel(title=title, ylabel=ylabel, timesteps=t, boxes=boxes, limits=lines))
         rows.append(panels)
     return rows
 
 
-def _curve_panels(trajectory_errors: Mapping[str, TrajectoryError]) -> list[Panel]:
+def _curve_panels(errors: Mapping[str, TrajectoryError]) -> list[Panel]:
     def lines(name: str, first: int = 0, dash: str = "-") -> list[Line]:
-        return [Line(run, d.t[first:], getattr(d, name)[first:], dash=dash) for run, d in trajectory_errors.items()]
+        return [Line(run, d.t[first:], getattr(d, name)[first:], dash=dash) for run, d in errors.items()]
 
     def panel(title: str, ylabel: str, lines: list[Line], log_y: bool = False) -> Panel:
         xlabel = "timestep t (sampling goes to the right)"
@@ -179,47 +166,27 @@ def _curve_panels(trajectory_errors: Mapping[str, TrajectoryError]) -> list[Pane
     ]
 
 
-def _record(
-    subjects: Mapping[str, _Subject],
-    layers: Mapping[str, Mapping[str, Distribution]],
-    trajectory_errors: Mapping[str, TrajectoryError],
-    config: DiagnosisConfig,
-) -> dict[str, Any]:
-    runs = {}
-    for run, subject in subjects.items():
-        found = layers[run]
-        runs[run] = {
-            "run": str(subject.experiment.run_dir),
-            "network": subject.which,
-            "origin": subject.origin,
-            "activations": {name: asdict(d) for name, d in found.items()},
-            "oscillation": {name: {which: d.oscillation(which) for which in ("raw", "grid")} for name, d in found.items()},
-            "error": asdict(trajectory_errors[run]) if run in trajectory_errors else None,
-        }
-    first = next(iter(subjects.values()))
+def _record(run: _RunDiagnosis) -> dict[str, Any]:
+    oscillation = {name: {kind: d.oscillation(kind) for kind in ("raw", "grid")} for name, d in run.activations.items()}
     return {
-        "runs": runs,
-        "num_images": config.num_images,
-        "sampler": asdict(first.experiment.sampler),
-        "diffusion": asdict(first.experiment.diffusion),
-        "environment": environment(first.image_sampler.device),
-        "versions": versions(),
-        "git": git_commit(),
+        "run": str(run.subject.experiment.run_dir),
+        "network": run.subject.network,
+        "origin": run.subject.origin,
+        "activations": {name: asdict(distribution) for name, distribution in run.activations.items()},
+        "oscillation": oscillation,
+        "error": None if run.error is None else asdict(run.error),
     }
 
 
-def _log(experiment: Experiment, pictures: Mapping[str, Path], record: Mapping[str, Any]) -> None:
-    """Pictures and the final errors, to the loggers that the experiment names."""
-    if not experiment.loggers:
-        return
+def _log(experiment: Experiment, pictures: Mapping[str, Path], errors: Mapping[str, TrajectoryError]) -> None:
+    """Pictures and the errors of the finished images, to the loggers that the experiment names."""
     with run_loggers(experiment) as loggers:
         for name, path in pictures.items():
             log_pictures(loggers, f"diagnosis/{name}", path, 0)
         values = {
-            f"diagnosis/{name}/{run}": found["error"][name]
-            for run, found in record["runs"].items()
+            f"diagnosis/{name}/{run}": getattr(error, name)
+            for run, error in errors.items()
             for name in ("image_mse", "image_cosine")
-            if found["error"]
         }
         for logger in loggers:
             logger.log_metrics(values)

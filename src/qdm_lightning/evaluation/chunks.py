@@ -23,7 +23,7 @@ STALE = 3600.0
 
 @dataclass(frozen=True)
 class Chunk:
-    """Arrays by name, each with one row a seed, and what is told about them as plain data."""
+    """Arrays by name, each with one row a seed, and plain data about them all."""
 
     arrays: dict[str, np.ndarray]
     meta: dict[str, Any]
@@ -38,7 +38,7 @@ class ChunkFolder:
 
     Args:
         path: folder.
-        key: identity of what made them; a file with another one is damaged.
+        key: hash of what made them; a file with another one is damaged.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -54,9 +54,9 @@ class ChunkFolder:
             if len(array) != len(seeds):
                 raise ValueError(f"chunk of {len(seeds)} seeds: {name} has {len(array)} rows")
         text = json.dumps({"key": self.key, **meta}, sort_keys=True)
-        kept = {"seeds": np.array(seeds, dtype=np.int64), **arrays}
-        with atomic_path(self.file(seeds)) as beside, beside.open("wb") as stream:
-            np.savez(stream, **kept, meta=np.array(text), sha256=np.array(_digest(kept, text)))  # type: ignore[arg-type]
+        rows = {"seeds": np.array(seeds, dtype=np.int64), **arrays}
+        with atomic_path(self.file(seeds)) as part, part.open("wb") as stream:
+            np.savez(stream, **rows, meta=np.array(text), sha256=np.array(_digest(rows, text)))  # type: ignore[arg-type]
 
     def read(self, seeds: Sequence[int]) -> Chunk | None:
         """The chunk, None where it is absent.
@@ -89,11 +89,6 @@ class ChunkFolder:
 def seeds_hash(seeds: Sequence[int]) -> str:
     """SHA-256 (hexadecimal) of a list of seeds."""
     return hashlib.sha256(np.array(seeds, dtype="<i8").tobytes()).hexdigest()
-
-
-def array_hash(array: np.ndarray) -> str:
-    """SHA-256 (hexadecimal) over dtype, shape and bytes."""
-    return _digest({"": array}, "")
 
 
 def data_hash(data: Any) -> str:

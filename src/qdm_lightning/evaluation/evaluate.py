@@ -1,4 +1,4 @@
-"""One evaluation from beginning to end: draw, take features, score, write the record."""
+"""One evaluation from beginning to end: draw, take features, score, write evaluation.json."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from qdm_lightning.base.files import write_json
-from qdm_lightning.diffusion.sampling import timesteps
+from qdm_lightning.data.module import content_hash
+from qdm_lightning.diffusion.sampling import image_seeds, timesteps
 from qdm_lightning.display.progress import Progress
 from qdm_lightning.evaluation import protocol, scores
 from qdm_lightning.evaluation.chunks import Chunk, ChunkFolder, data_hash, seeds_hash
-from qdm_lightning.evaluation.feature_cache import FeatureCache
-from qdm_lightning.evaluation.plan import Plan, plan_evaluation
-from qdm_lightning.evaluation.real import RealImages, real_images, statistics
-from qdm_lightning.evaluation.spec import EvaluationConfig, format_seeds, listed, parse_shard
-from qdm_lightning.metrics.reference import Reference
+from qdm_lightning.evaluation.feature_cache import Chunks, FeatureCache
+from qdm_lightning.evaluation.spec import EvaluationConfig, format_seeds, listed, parse_seeds, parse_shard
+from qdm_lightning.evaluation.subject import Subject
+from qdm_lightning.metrics.reference import Reference, import_reference, reference
 from qdm_lightning.metrics.weights import state_hash
 from qdm_lightning.runs.provenance import environment, git_commit, hardware, versions
 from qdm_lightning.training.devices import share
@@ -32,16 +32,15 @@ from qdm_lightning.training.restore import set_up
 from qdm_lightning.training.spec import TrainerConfig
 
 FORMAT = 1
-CHUNKS = "chunks"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` returns: the record as in evaluation.json (None from a shard), its folder, records to stand beside."""
+    """What `evaluate` returns: the record as in evaluation.json (None from a shard), its folder, records of the same table."""
 
     record: dict[str, Any] | None
     folder: Path
-    beside: list[dict[str, Any]]
+    others: list[dict[str, Any]]
 
 
 def evaluate(experiment: Experiment, config: EvaluationConfig, progress: Any) -> Evaluation:
@@ -51,147 +50,217 @@ def evaluate(experiment: Experiment, config: EvaluationConfig, progress: Any) ->
 
     Args:
         experiment: from the run's own configuration, with the sampler, the feature network and the data of this evaluation.
-        config: the rest of what was asked for.
+        config: what else was typed.
         progress: shows the stages.
 
     Raises:
-        FileNotFoundError, ValueError: what is asked for cannot be done; told before an image is drawn. With `merge`, also
+        FileNotFoundError, ValueError: what is asked for cannot be done, found before an image is drawn. With `merge`, also
             where an image is missing.
     """
-    plan = plan_evaluation(experiment, config)
-    index, count = parse_shard(config.shard)
-    asked = listed(config.scores) or None
-    network = experiment.feature_network.to(plan.image_sampler.device)
-    base = Path(config.out).expanduser().resolve() if config.out else experiment.run_dir / protocol.FOLDER
-    feature_cache = _feature_cache(plan, network, base, config.keep_images)
-    if config.shard is not None:
-        scores.choose(asked, len(plan.seeds), network, None, config.reference is None)
-        _fill(feature_cache, plan, plan.chunks[index::count], experiment, config, progress)
-        progress.say(_shard_line(feature_cache, plan.chunks, config))
-        return Evaluation(None, base, [])
-    real = real_images(experiment, config.reference)
-    choice = scores.choose(asked, len(plan.seeds), network, real.count, real.images is not None)
-    record = _record(experiment, plan, real, choice)
-    folder = base if config.out else base / _name(record)
-    others = _beside(experiment.run_dir, record)
-    others += [r for against in listed(config.against) for r in protocol.comparable(against, record["protocol"], config.force)]
-    done = _earlier(folder, record)
-    if done is None:
-        if config.merge:
-            _gather(feature_cache, plan.chunks)
+    evaluator = Evaluator(experiment, config, progress)
+    return evaluator.run() if config.shard is None else evaluator.run_shard()
+
+
+class Evaluator:
+    """The stages of one evaluation; arguments as of `evaluate`.
+
+    Attributes:
+        subject: the network that is measured.
+        seeds, chunks: of its images, as one list and as the lists that share a file.
+        folder: of the chunks, and of the folders of results.
+        cache: the features of its images.
+    """
+
+    def __init__(self, experiment: Experiment, config: EvaluationConfig, progress: Any) -> None:
+        self.experiment, self.config, self.progress = experiment, config, progress
+        self.subject = Subject.restored(experiment, config)
+        seed = experiment.seed if config.seed is None else config.seed
+        count = config.num_samples or experiment.num_samples
+        self.seeds = image_seeds(seed, count) if config.seeds is None else parse_seeds(config.seeds)
+        size = config.images_per_file(experiment.sampler.batch_size)
+        self.chunks = [self.seeds[first : first + size] for first in range(0, len(self.seeds), size)]
+        self.folder = Path(config.out).expanduser().resolve() if config.out else experiment.run_dir / protocol.FOLDER
+        self.cache = self._cache()
+
+    def _cache(self) -> FeatureCache:
+        image_sampler = self.subject.image_sampler
+        network = self.experiment.feature_network.to(image_sampler.device)
+        key, weights = data_hash(self.subject.identity()), state_hash(network)
+        folder = self.folder / "chunks" / key[:16]
+        return FeatureCache(
+            image_sampler=image_sampler,
+            feature_network=network,
+            images=ChunkFolder(folder / "images", key) if self.config.keep_images else None,
+            features=ChunkFolder(folder / f"features_{network.name}_{weights[:8]}", data_hash([key, weights])),
+        )
+
+    def run_shard(self) -> Evaluation:
+        """Make this shard's features, and score nothing."""
+        imported = self.config.reference is not None
+        scores.choose(listed(self.config.scores), len(self.seeds), self.cache.feature_network, None, not imported)
+        index, count = parse_shard(self.config.shard)
+        self._fill(self.chunks[index::count])
+        made = sum(len(seeds) for seeds in self.chunks if self.cache.features.file(seeds).is_file())
+        complete = made == len(self.seeds)
+        after = "the same command without shard= scores them" if complete else "the other shards draw the rest"
+        self.progress.say(f"shard {self.config.shard} is done: {made} of {len(self.seeds)} images are there; {after}")
+        return Evaluation(None, self.folder, [])
+
+    def run(self) -> Evaluation:
+        """Make the features that are missing, score them all, and write the result; one of before is returned as it is."""
+        config, run_dir = self.config, self.experiment.run_dir
+        imported = None
+        if config.reference is not None:
+            imported = import_reference(Path(config.reference).expanduser().resolve(), self.cache.feature_network)
+        real = self._real_images(imported)
+        network = self.cache.feature_network
+        choice = scores.choose(listed(config.scores), len(self.seeds), network, real["count"], imported is None)
+        record = self._record(real, choice)
+        folder = self.folder if config.out else self.folder / _folder_name(record)
+        others = _others(run_dir, record)
+        for against in listed(config.against):
+            others += protocol.comparable(against, record["protocol"], config.force)
+        result = _earlier(folder, record)
+        if result is None:
+            if not config.merge:
+                self._fill(self.chunks)
+            chunks = self.cache.read(self.chunks)
+            statistics = imported or self._statistics(real["source"], bool({"kid", "prc"} & set(choice.taken)))
+            result = self._result(record, chunks, statistics, choice)
+            write_json(folder / protocol.RESULT, result)
+            log_evaluation(self.experiment, result, folder / protocol.RESULT)
         else:
-            _fill(feature_cache, plan, plan.chunks, experiment, config, progress)
-        done = _score(record, feature_cache, plan, statistics(experiment, real, choice, progress), choice, progress)
-        write_json(folder / protocol.RESULT, done)
-        log_evaluation(experiment, done, folder / protocol.RESULT)
-    else:
-        progress.say(f"measured before: {folder / protocol.RESULT}")
-    if not config.out:
-        write_json(experiment.run_dir / protocol.RESULT, done)
-    return Evaluation(done, folder, others)
+            self.progress.say(f"measured before: {folder / protocol.RESULT}")
+        if not config.out:
+            write_json(run_dir / protocol.RESULT, result)
+        return Evaluation(result, folder, others)
+
+    def _fill(self, chunks: Chunks) -> None:
+        """Make what is missing of `chunks`, in several processes where there are devices for them."""
+        missing = self.cache.missing(chunks, self.progress.say)
+        if not missing:
+            return
+        identity = self.cache.features.path.parent / "identity.json"
+        if not identity.is_file():
+            write_json(identity, self.subject.identity())
+        if self.config.devices > 1:
+            work = partial(_fill_share, self.cache, missing, self.experiment.trainer, self.progress.mode)
+            share(work, self.config.accelerator, self.config.devices)
+        else:
+            self.cache.fill(missing, self.progress, before=self.cache.steps(chunks) - self.cache.steps(missing))
+
+    def _real_images(self, imported: Reference | None) -> dict[str, Any]:
+        """Provenance of the real images: `source` (hash of their content, or of imported statistics), `count`, `from`."""
+        if imported is not None:
+            return {"source": imported.sha256, "count": imported.moments.count, "from": imported.source}
+        self.experiment.data.setup()
+        images = self.experiment.data.train_images
+        origin = f"training images of {self.experiment.resolved['data'].get('_target_')}"
+        return {"source": content_hash(images), "count": len(images), "from": origin}
+
+    def _statistics(self, images_hash: str, keep_features: bool) -> Reference:
+        """What scores need of the training images, from the cache where it is there."""
+        images, batches = self.experiment.data.train_images, list[int]()
+        with self.progress.stage("reference", len(images), "images") as stage:
+
+            def on_batch(count: int) -> None:
+                batches.append(count)
+                stage.advance(count)
+
+            statistics = reference(
+                self.cache.feature_network,
+                images,
+                images_hash=images_hash,
+                cache=Path(self.experiment.paths.cache),
+                keep_features=keep_features,
+                on_batch=on_batch,
+                say=self.progress.say,
+            )
+            if not batches:
+                stage.skip(len(images))  # the cache had them
+        return statistics
+
+    def _record(self, real: Mapping[str, Any], choice: scores.Choice) -> dict[str, Any]:
+        """The record of this evaluation before it is made: all but the scores and what they took."""
+        experiment, subject, network = self.experiment, self.subject, self.cache.feature_network
+        measured_by = protocol.protocol(network, len(self.seeds), real)
+        images = {"count": len(self.seeds), "seeds": format_seeds(self.seeds), "sha256": seeds_hash(self.seeds)}
+        identity = {"protocol": measured_by, "images": images, "scores": choice.taken, **subject.identity()}
+        bits = [experiment.quant.weight_bits, experiment.quant.act_bits]
+        return {
+            "format": FORMAT,
+            "identity": data_hash(identity),
+            "run": str(experiment.run_dir),
+            "name": experiment.run_dir.name,
+            "network": subject.network,
+            "bits": bits if subject.network == "student" else None,
+            "origin": subject.origin,
+            "sampler": asdict(experiment.sampler),
+            "network_calls": len(timesteps(experiment.sampler, experiment.diffusion)),
+            "diffusion": asdict(experiment.diffusion),
+            "images": {**images, "shape": list(subject.image_sampler.shape)},
+            "metric": protocol.metric_provenance(network),
+            "reference": real,
+            "protocol": measured_by,
+            "left_out": choice.left_out,
+        }
+
+    def _result(
+        self, record: Mapping[str, Any], chunks: Sequence[Chunk], statistics: Reference, choice: scores.Choice
+    ) -> dict[str, Any]:
+        """The record with its scores."""
+        network, begin = self.cache.feature_network, time.perf_counter()
+        with self.progress.stage("scores", len(choice.taken), "scores") as stage:
+            values = scores.compute(choice.taken, chunks, statistics, network, stage.advance)
+        environments = list({data_hash(chunk.meta["environment"]): chunk.meta["environment"] for chunk in chunks}.values())
+        warnings = [*_mixed(environments), *scores.few(choice.taken, len(self.seeds), network)]
+        for line in warnings:
+            self.progress.say(f"warning: {line}")
+        digests = b"".join(chunk.arrays["images_sha256"].tobytes() for chunk in chunks)
+        seconds = {name: round(sum(chunk.meta["seconds"][name] for chunk in chunks), 3) for name in ("sampling", "features")}
+        self.cache.features.sweep()
+        here = environment(self.subject.image_sampler.device)
+        here.pop("fake_quantization")  # scoring quantizes nothing
+        return {
+            **record,
+            "scores": values,
+            "floor": scores.floor(statistics, network),
+            "reference": {**record["reference"], "moments_sha256": statistics.sha256},
+            "images": {**record["images"], "sha256_of_images": hashlib.sha256(digests).hexdigest()},
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": {**seconds, "scores": round(time.perf_counter() - begin, 3)},
+            "drawn_on": environments,
+            "scored_on": here,
+            "warnings": warnings,
+            "versions": versions(),
+            "hardware": hardware(),
+            "git": git_commit(),
+        }
 
 
-def _feature_cache(plan: Plan, network: nn.Module, base: Path, keep_images: bool) -> FeatureCache:
-    key, weights = data_hash(plan.identity), state_hash(network)
-    folder = base / CHUNKS / key[:16]
-    return FeatureCache(
-        image_sampler=plan.image_sampler,
-        feature_network=network,
-        images=ChunkFolder(folder / "images", key) if keep_images else None,
-        features=ChunkFolder(folder / f"features_{network.name}_{weights[:8]}", data_hash([key, weights])),
-    )
-
-
-class _Share:
-    """What one of several processes does; pickled to get there. No dataclass: Lightning would take it apart."""
-
-    def __init__(self, feature_cache: FeatureCache, chunks: Sequence[Sequence[int]], trainer: TrainerConfig, mode: str) -> None:
-        self.feature_cache, self.chunks, self.trainer, self.mode = feature_cache, chunks, trainer, mode
-
-    def __call__(self, device: torch.device, index: int, count: int) -> None:
-        set_up(self.trainer)
-        self.feature_cache.image_sampler.device = device
-        self.feature_cache.image_sampler.network.to(device)
-        self.feature_cache.feature_network.to(device)
-        progress = Progress(self.mode if index == 0 else "silent")
-        _make(self.feature_cache, self.chunks[index::count], f"sampling (1 of {count} processes)", 0, progress)
-
-
-def _fill(
-    feature_cache: FeatureCache,
-    plan: Plan,
-    chunks: Sequence[Sequence[int]],
-    experiment: Experiment,
-    config: EvaluationConfig,
-    progress: Any,
+def _fill_share(
+    cache: FeatureCache, chunks: Chunks, trainer: TrainerConfig, mode: str, device: torch.device, index: int, count: int
 ) -> None:
-    """Make what is missing of the chunks, which are all of the plan's or a shard of them."""
-    missing = feature_cache.missing(chunks, progress.say)
-    told = feature_cache.features.path.parent / "identity.json"
-    if missing and not told.is_file():
-        write_json(told, plan.identity)
-    if missing and config.devices > 1:
-        share(_Share(feature_cache, missing, experiment.trainer, progress.mode), config.accelerator, config.devices)
-    elif missing:
-        before = sum(feature_cache.image_sampler.steps(len(seeds)) for seeds in chunks)
-        before -= sum(feature_cache.image_sampler.steps(len(seeds)) for seeds in missing)
-        _make(feature_cache, missing, "sampling", before, progress)
+    """What one of several processes makes of `chunks`; its arguments are pickled to get there."""
+    set_up(trainer)
+    cache.image_sampler.device = device
+    cache.image_sampler.network.to(device)
+    cache.feature_network.to(device)
+    progress = Progress(mode if index == 0 else "silent")
+    cache.fill(chunks[index::count], progress, f"sampling (1 of {count} processes)")
 
 
-def _make(feature_cache: FeatureCache, chunks: Sequence[Sequence[int]], name: str, before: int, progress: Any) -> None:
-    """Make chunks under a stage, in which `before` steps were done already."""
-    total = before + sum(feature_cache.image_sampler.steps(len(seeds)) for seeds in chunks)
-    with progress.stage(name, total, "steps") as stage:
-        if before:
-            stage.skip(before)
-        for seeds in chunks:
-            feature_cache.make(seeds, lambda: stage.advance(1), progress.say)
+def _folder_name(record: Mapping[str, Any]) -> str:
+    weights, count = record["origin"]["weights"], record["images"]["count"]
+    network = record["network"] if weights in ("ema", "calibrated") else f"{record['network']}_{weights}"
+    sampler = protocol.sampler_name(record["sampler"])
+    return f"{network}_{sampler}_{record['metric']['network']}_n{count}-{record['identity'][:8]}"
 
 
-def _shard_line(feature_cache: FeatureCache, chunks: Sequence[Sequence[int]], config: EvaluationConfig) -> str:
-    there = sum(len(seeds) for seeds in chunks if feature_cache.features.file(seeds).is_file())
-    total = sum(len(seeds) for seeds in chunks)
-    after = "the same command without shard= scores them" if there == total else "the other shards draw the rest"
-    return f"shard {config.shard} is done: {there} of {total} images are there; {after}"
-
-
-def _record(experiment: Experiment, plan: Plan, real: RealImages, choice: scores.Choice) -> dict[str, Any]:
-    """The record of an evaluation before it is made: all but the scores and what they took."""
-    quant = experiment.quant
-    reference_record = {"source": real.source, "count": real.count, "from": real.origin}
-    measured = protocol.protocol(experiment.feature_network, len(plan.seeds), reference_record)
-    seeds = {"count": len(plan.seeds), "seeds": format_seeds(plan.seeds), "sha256": seeds_hash(plan.seeds)}
-    what = {"protocol": measured, "images": seeds, "scores": choice.taken, **plan.identity}
-    return {
-        "format": FORMAT,
-        "identity": data_hash(what),
-        "run": str(experiment.run_dir),
-        "name": experiment.run_dir.name,
-        "network": plan.which,
-        "bits": [quant.weight_bits, quant.act_bits] if plan.which == "student" else None,
-        "origin": plan.restored.origin,
-        "sampler": asdict(experiment.sampler),
-        "network_calls": len(timesteps(experiment.sampler, experiment.diffusion)),
-        "diffusion": asdict(experiment.diffusion),
-        "images": {**seeds, "shape": list(plan.image_sampler.shape)},
-        "metric": protocol.metric_record(experiment.feature_network),
-        "reference": reference_record,
-        "protocol": measured,
-        "left_out": choice.left_out,
-    }
-
-
-def _name(record: Mapping[str, Any]) -> str:
-    weights = record["origin"]["weights"]
-    who = record["network"] if weights in ("ema", "calibrated") else f"{record['network']}_{weights}"
-    metric, count = record["metric"]["network"], record["images"]["count"]
-    return f"{who}_{protocol.sampler_name(record['sampler'])}_{metric}_n{count}-{record['identity'][:8]}"
-
-
-def _beside(run_dir: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The run's other results of this protocol and sampler: the teacher's beside the student's."""
-    found = [protocol.read_result(file) for file in sorted((run_dir / protocol.FOLDER).glob(f"*/{protocol.RESULT}"))]
-    alike = [r for r in found if r["protocol"] == record["protocol"] and r["sampler"] == record["sampler"]]
+def _others(run_dir: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The run's results of other images by this protocol and sampler: the teacher's for the student's."""
+    files = sorted((run_dir / protocol.FOLDER).glob(f"*/{protocol.RESULT}"))
+    alike = [r for r in map(protocol.read_result, files) if all(r[name] == record[name] for name in ("protocol", "sampler"))]
     return [r for r in alike if _measured(r) != _measured(record)]
 
 
@@ -204,70 +273,17 @@ def _earlier(folder: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     """The same evaluation, where it was made before. Raises ValueError where another one's result would be overwritten."""
     if not (folder / protocol.RESULT).is_file():
         return None
-    found = protocol.read_result(folder / protocol.RESULT)
-    found.pop("folder")
-    if found["identity"] != record["identity"]:
+    earlier = protocol.read_result(folder / protocol.RESULT)
+    if earlier["identity"] != record["identity"]:
         raise ValueError(
-            f"out={folder} holds the result of another evaluation ({found['network']}, "
-            f"{protocol.sampler_name(found['sampler'])}, {found['images']['count']} images): give another folder"
+            f"out={folder} holds the result of another evaluation ({earlier['network']}, "
+            f"{protocol.sampler_name(earlier['sampler'])}, {earlier['images']['count']} images): give another folder"
         )
-    return found
-
-
-def _score(
-    record: Mapping[str, Any], feature_cache: FeatureCache, plan: Plan, real: Reference, choice: scores.Choice, progress: Any
-) -> dict[str, Any]:
-    """The record with its scores.
-
-    Raises:
-        ValueError: an image is missing.
-    """
-    chunks = _gather(feature_cache, plan.chunks)
-    begin = time.perf_counter()
-    with progress.stage("scores", len(choice.taken), "scores") as stage:
-        found = scores.compute(choice.taken, chunks, real, feature_cache.feature_network, lambda: stage.advance(1))
-    distinct = list({data_hash(one): one for one in (chunk.meta["environment"] for chunk in chunks)}.values())
-    warnings = [*_mixed(distinct), *scores.few(choice.taken, len(plan.seeds), feature_cache.feature_network)]
-    for line in warnings:
-        progress.say(f"warning: {line}")
-    digests = b"".join(chunk.arrays["images_sha256"].tobytes() for chunk in chunks)
-    seconds = {name: round(sum(chunk.meta["seconds"][name] for chunk in chunks), 3) for name in ("sampling", "features")}
-    feature_cache.features.sweep()
-    here = environment(plan.image_sampler.device)
-    here.pop("fake_quantization")  # scoring quantizes nothing
-    return {
-        **record,
-        "scores": found,
-        "floor": scores.floor(real, feature_cache.feature_network),
-        "reference": {**record["reference"], "moments_sha256": real.sha256},
-        "images": {**record["images"], "sha256_of_images": hashlib.sha256(digests).hexdigest()},
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": {**seconds, "scores": round(time.perf_counter() - begin, 3)},
-        "drawn_on": distinct,
-        "scored_on": here,
-        "warnings": warnings,
-        "versions": versions(),
-        "hardware": hardware(),
-        "git": git_commit(),
-    }
+    return earlier
 
 
 def _mixed(environments: Sequence[Mapping[str, Any]]) -> list[str]:
     """A warning where the images were drawn in more than one environment."""
     differing = sorted({name for one in environments for name in one if one[name] != environments[0][name]})
-    if not differing:
-        return []
-    return [f"images were drawn in different surroundings ({', '.join(differing)}): their last bits may differ"]
-
-
-def _gather(feature_cache: FeatureCache, chunks: Sequence[Sequence[int]]) -> list[Chunk]:
-    """Features of all images. Raises ValueError unless each of them is there: 50,000 means 50,000."""
-    found = [feature_cache.features.read(seeds) for seeds in chunks]
-    missing = [seeds for seeds, chunk in zip(chunks, found, strict=True) if chunk is None]
-    if missing:
-        lacking, total = sum(map(len, missing)), sum(map(len, chunks))
-        raise ValueError(
-            f"{lacking} of {total} images are missing, the first has seed {missing[0][0]}: the shards are not done; "
-            "leave out merge=true to draw them here"
-        )
-    return [chunk for chunk in found if chunk is not None]
+    line = f"images were drawn in different surroundings ({', '.join(differing)}): their last bits may differ"
+    return [line] if differing else []

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ from qdm_lightning.metrics.frechet import feature_batches
 from qdm_lightning.models.image_sampler import ImageSampler
 from qdm_lightning.runs.provenance import environment
 
-Step = Callable[[], None]
-Say = Callable[[str], None]
+Chunks = Sequence[Sequence[int]]
+"""Seeds of images, in lists of those that share a file."""
 
 
 @dataclass(kw_only=True)
@@ -27,7 +28,7 @@ class FeatureCache:
 
     Args:
         image_sampler: draws.
-        feature_network: of the scores; on the image_sampler's device.
+        feature_network: of the scores; on the device of `image_sampler`.
         images: where images are kept; None keeps none.
         features: where features are kept, with logits where the network has them, and each image's SHA-256.
     """
@@ -37,40 +38,67 @@ class FeatureCache:
     images: ChunkFolder | None
     features: ChunkFolder
 
-    def missing(self, chunks: Sequence[Sequence[int]], say: Say) -> list[Sequence[int]]:
-        """Those of the chunks of seeds whose features are not there, or are damaged; `say` tells of the latter."""
+    def missing(self, chunks: Chunks, say: Callable[[str], None]) -> list[Sequence[int]]:
+        """Those of the chunks whose features are not there, or are damaged; `say` tells of the latter."""
         return [seeds for seeds in chunks if _read(self.features, seeds, say) is None]
 
-    def make(self, seeds: Sequence[int], on_step: Step, say: Say) -> None:
-        """Features of one chunk, from its images where they are there; `on_step` is called as by `ImageSampler.draw`."""
-        drawn = _read(self.images, seeds, say) if self.images is not None else None
-        if drawn is None:
-            drawn = self._draw(seeds, on_step)
-        else:
-            for _ in range(self.image_sampler.steps(len(seeds))):
-                on_step()
+    def steps(self, chunks: Chunks) -> int:
+        """Steps of sampling that the images of `chunks` take."""
+        return sum(self.image_sampler.steps(len(seeds)) for seeds in chunks)
+
+    def fill(self, chunks: Chunks, progress: Any, stage: str = "sampling", before: int = 0) -> None:
+        """Make chunks, from their images where they are there.
+
+        Args:
+            progress: shows a stage of the name `stage`, in which `before` steps were done already.
+        """
+        with progress.stage(stage, before + self.steps(chunks), "steps") as shown:
+            if before:
+                shown.skip(before)
+            for seeds in chunks:
+                images = None if self.images is None else _read(self.images, seeds, progress.say)
+                if images is None:
+                    images = self._draw(seeds, shown.advance)
+                else:
+                    shown.advance(self.image_sampler.steps(len(seeds)))
+                self._take_features(seeds, images)
+
+    def _take_features(self, seeds: Sequence[int], images: Chunk) -> None:
         begin = time.perf_counter()
-        pixels = torch.from_numpy(drawn.arrays["images"])
+        pixels = torch.from_numpy(images.arrays["images"])
         names = ("features", "logits") if hasattr(self.feature_network, "features_and_logits") else ("features",)
         batches = list(feature_batches(self.feature_network, pixels, logits="logits" in names))
         arrays = {name: torch.cat(parts).numpy() for name, parts in zip(names, zip(*batches, strict=True), strict=True)}
-        arrays["images_sha256"] = image_hashes(drawn.arrays["images"])
-        seconds = {**drawn.meta["seconds"], "features": time.perf_counter() - begin}
-        self.features.write(seeds, arrays, {"seconds": seconds, "environment": drawn.meta["environment"]})
+        arrays["images_sha256"] = _image_hashes(images.arrays["images"])
+        seconds = {**images.meta["seconds"], "features": time.perf_counter() - begin}
+        self.features.write(seeds, arrays, {"seconds": seconds, "environment": images.meta["environment"]})
 
-    def _draw(self, seeds: Sequence[int], on_step: Step) -> Chunk:
+    def _draw(self, seeds: Sequence[int], on_step: Callable[[], None]) -> Chunk:
         begin = time.perf_counter()
         images = to_uint8(self.image_sampler.draw(seeds, on_step)).numpy()
-        meta = {
-            "seconds": {"sampling": time.perf_counter() - begin},
-            "environment": environment(self.image_sampler.device),
-        }
+        seconds = {"sampling": time.perf_counter() - begin}
+        meta = {"seconds": seconds, "environment": environment(self.image_sampler.device)}
         if self.images is not None:
             self.images.write(seeds, {"images": images}, meta)
         return Chunk({"images": images}, meta)
 
+    def read(self, chunks: Chunks) -> list[Chunk]:
+        """Features of all images.
 
-def _read(folder: ChunkFolder, seeds: Sequence[int], say: Say) -> Chunk | None:
+        Raises:
+            ValueError: an image is missing (50,000 means 50,000), or a file is damaged.
+        """
+        features = {tuple(seeds): self.features.read(seeds) for seeds in chunks}
+        missing = [seeds for seeds, chunk in features.items() if chunk is None]
+        if missing:
+            raise ValueError(
+                f"{sum(map(len, missing))} of {sum(map(len, chunks))} images are missing, the first has seed {missing[0][0]}: "
+                "the shards are not done; leave out merge=true to draw them here"
+            )
+        return [chunk for chunk in features.values() if chunk is not None]
+
+
+def _read(folder: ChunkFolder, seeds: Sequence[int], say: Callable[[str], None]) -> Chunk | None:
     try:
         return folder.read(seeds)
     except DamagedChunk as error:
@@ -78,7 +106,7 @@ def _read(folder: ChunkFolder, seeds: Sequence[int], say: Say) -> Chunk | None:
         return None
 
 
-def image_hashes(images: np.ndarray) -> np.ndarray:
+def _image_hashes(images: np.ndarray) -> np.ndarray:
     """SHA-256 of the bytes of each image (N, C, H, W) uint8, as (N, 32) uint8."""
     digests = [hashlib.sha256(np.ascontiguousarray(image).data).digest() for image in images]
     return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(len(images), 32)

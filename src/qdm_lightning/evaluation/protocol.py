@@ -27,7 +27,7 @@ def protocol(network: nn.Module, num_samples: int, reference: Mapping[str, Any])
     Args:
         network: of the features.
         num_samples: generated images.
-        reference: record of the real images: `source` (hash of their content, or of imported moments) and `count`.
+        reference: the real images: `source` (hash of their content, or of imported moments) and `count`.
     """
     return {
         **PROTOCOL,
@@ -50,50 +50,35 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[A
     return {name: (a.get(name), b.get(name)) for name in dict.fromkeys([*a, *b]) if a.get(name) != b.get(name)}
 
 
-def check_same(records: Sequence[Mapping[str, Any]], force: bool = False) -> None:
-    """Refuse records of different protocols, unless `force`.
-
-    Raises:
-        ValueError: two of them differ; the message says in what.
-    """
-    for record in records[1:]:
-        different = differences(records[0]["protocol"], record["protocol"])
-        if different and not force:
-            say = ", ".join(f"{name} {_short(a)} against {_short(b)}" for name, (a, b) in different.items())
-            raise ValueError(
-                f"{record['folder']} was measured by another protocol ({say}): its scores do not compare; "
-                "measure it alike, or type force=true"
-            )
-
-
 def _short(value: Any) -> str:
     text = str(value)
     return text[:12] if len(text) == 64 else text
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """A record from its evaluation.json, with `folder`, where it lies.
+def read_result(file: Path) -> dict[str, Any]:
+    """A record from its evaluation.json.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no record of ours.
+        ValueError: damaged, or no record of ours.
     """
     try:
-        record = json.loads(path.read_text("utf-8"))
-        known = isinstance(record, dict) and {"protocol", "scores", "sampler", "identity"} <= set(record)
+        record = json.loads(file.read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not known:
-        raise ValueError(f"{path} is no record of an evaluation")
-    return {**record, "folder": str(path.parent)}
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(record, dict) or not {"protocol", "scores", "sampler", "identity"} <= set(record):
+        raise ValueError(f"{file} is no record of an evaluation")
+    return record
 
 
-def results_in(folder: str | Path) -> list[dict[str, Any]]:
-    """All records of a run (or the one of an evaluation's folder), sorted by their folders.
+def comparable(folder: str | Path, wanted: Mapping[str, Any], force: bool) -> list[dict[str, Any]]:
+    """Records with the protocol `wanted`; all of them where `force`.
+
+    Args:
+        folder: of a run (all its evaluations, sorted by their folders), or of one evaluation.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: one of them is damaged.
+        FileNotFoundError: there is no record.
+        ValueError: one is damaged, or none has that protocol; the message says what differs in the nearest.
     """
     path = Path(folder).expanduser().resolve()
     files = sorted((path / FOLDER).glob(f"*/{RESULT}")) or sorted(path.glob(RESULT))
@@ -101,43 +86,35 @@ def results_in(folder: str | Path) -> list[dict[str, Any]]:
         raise FileNotFoundError(
             f"against={folder} holds no {RESULT}: python -m qdm_lightning.evaluate run={folder} makes one for a run"
         )
-    return [read_result(file) for file in files]
+    records = {file: read_result(file) for file in files}
+    different = {file: differences(wanted, record["protocol"]) for file, record in records.items()}
+    alike = [record for file, record in records.items() if force or not different[file]]
+    if alike:
+        return alike
+    nearest = min(files, key=lambda file: len(different[file]))
+    say = ", ".join(f"{name} {_short(a)} against {_short(b)}" for name, (a, b) in different[nearest].items())
+    raise ValueError(
+        f"{nearest.parent} was measured by another protocol ({say}): its scores do not compare; "
+        "measure it alike, or type force=true"
+    )
 
 
-def comparable(folder: str | Path, wanted: Mapping[str, Any], force: bool) -> list[dict[str, Any]]:
-    """Records in `folder` with the protocol `wanted`; all of them where `force`.
-
-    Raises:
-        FileNotFoundError: there is no record.
-        ValueError: none has that protocol; the message says what differs in the nearest.
-    """
-    found = results_in(folder)
-    alike = [record for record in found if not differences(wanted, record["protocol"])]
-    if force or alike:
-        return found if force else alike
-    nearest = min(found, key=lambda record: len(differences(wanted, record["protocol"])))
-    check_same([{"protocol": dict(wanted)}, nearest])
-    raise AssertionError("check_same refuses what differs")
-
-
-def table(records: Sequence[Mapping[str, Any]], force: bool = False) -> Table:
+def table(records: Sequence[Mapping[str, Any]]) -> Table:
     """Records below one another: what was measured, how it was drawn, its scores.
 
     Args:
-        records: as in evaluation.json.
-        force: take different protocols together; each row then says how many images and which network it is about.
-
-    Raises:
-        ValueError: different protocols without `force`.
+        records: as in evaluation.json. Where their protocols differ, the title says so, and each row says how many images
+            and which real ones it is about.
     """
-    check_same(records, force)
     mixed = any(differences(records[0]["protocol"], record["protocol"]) for record in records)
     keys = list(dict.fromkeys(key for record in records for key in record["scores"] if not key.endswith("_std")))
     shown = Table(title="different protocols: these scores do not compare" if mixed else None)
     for name in ("run", "network", "sampler", *(("protocol",) if mixed else ()), *keys):
         shown.add_column(name, justify="right" if name in keys else "left", overflow="fold")
     for record in records:
-        cells = [run_label(record["name"]), network_name(record), sampler_name(record["sampler"])]
+        bits = f" W{record['bits'][0]}A{record['bits'][1]}" if record.get("bits") else ""
+        network = f"{record['network']}{bits}, {record['origin']['weights']}"
+        cells = [run_label(record["name"]), network, sampler_name(record["sampler"])]
         if mixed:
             cells.append(f"{record['protocol']['num_samples']} images, {_short(record['protocol']['reference'])}")
         shown.add_row(*cells, *(_score(record["scores"], key) for key in keys))
@@ -151,12 +128,6 @@ def run_label(name: str) -> str:
     ('w4a4_normalize_replace_ddim_seed0', 'mine')
     """
     return re.sub(r"^\d{4}-\d\d-\d\d_[\d-]+_", "", name)
-
-
-def network_name(record: Mapping[str, Any]) -> str:
-    """Such as `student W4A4, ema`."""
-    bits = record.get("bits")
-    return f"{record['network']}{f' W{bits[0]}A{bits[1]}' if bits else ''}, {record['origin']['weights']}"
 
 
 def sampler_name(sampler: Mapping[str, Any]) -> str:
@@ -180,16 +151,14 @@ def sampler_name(sampler: Mapping[str, Any]) -> str:
 def _score(scores: Mapping[str, float], key: str) -> str:
     if key not in scores:
         return "-"
-    deviation = scores.get(f"{key}_std")
-    return f"{scores[key]:.4g}" if deviation is None else f"{scores[key]:.4g} ± {deviation:.2g}"
+    std = scores.get(f"{key}_std")
+    return f"{scores[key]:.4g}" if std is None else f"{scores[key]:.4g} ± {std:.2g}"
 
 
-def metric_record(network: nn.Module) -> dict[str, Any]:
+def metric_provenance(network: nn.Module) -> dict[str, Any]:
     """The feature network: its name, width and weights, and under which keys its scores stand."""
     keys = metric_keys(network)
-    names = dict(
-        zip(SCORES, (keys["frechet"], keys["score"], keys["kernel"], [keys["precision"], keys["recall"]]), strict=True)
-    )
+    by_score = (keys["frechet"], keys["score"], keys["kernel"], [keys["precision"], keys["recall"]])
     return {
         "network": network.name,
         "class": f"{type(network).__module__}.{type(network).__qualname__}",
@@ -197,5 +166,5 @@ def metric_record(network: nn.Module) -> dict[str, Any]:
         "weights_sha256": state_hash(network),
         "weights_file_sha256": getattr(network, "weights_sha256", None),
         "batch_size": batch_size_of(network),
-        "keys": names,
+        "keys": dict(zip(SCORES, by_score, strict=True)),
     }

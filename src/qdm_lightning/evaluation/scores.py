@@ -24,11 +24,11 @@ class Choice:
     left_out: dict[str, str]
 
 
-def choose(asked: Sequence[str] | None, count: int, network: nn.Module, real_count: int | None, real_features: bool) -> Choice:
+def choose(wanted: Sequence[str], count: int, network: nn.Module, real_count: int | None, real_features: bool) -> Choice:
     """Decide which of `SCORES` to compute.
 
     Args:
-        asked: what the user wants, all of it; None takes whatever can be had.
+        wanted: what the user wants, all of it; none takes whatever can be had.
         count: generated images.
         network: feature network.
         real_count: images behind the reference; None where it is not known.
@@ -53,19 +53,18 @@ def choose(asked: Sequence[str] | None, count: int, network: nn.Module, real_cou
             reasons[score] = "the reference holds mean and covariance alone: leave out reference="
         elif score in ("kid", "prc") and real_count is not None and real_count < least[score]:
             reasons[score] = f"{least[score]} real images are needed, not {real_count}"
-    for score in asked or ():
+    for score in wanted:
         if score in reasons:
             raise ValueError(f"scores={score} cannot be had: {reasons[score]}")
-    wanted = [score for score in SCORES if asked is None or score in asked]
-    return Choice([s for s in wanted if s not in reasons], {s: reasons[s] for s in wanted if s in reasons})
+    taken = [score for score in SCORES if score in (wanted or SCORES) and score not in reasons]
+    return Choice(taken, {} if wanted else reasons)
 
 
 def few(taken: Sequence[str], count: int, network: nn.Module) -> list[str]:
     """A warning where `count` images are too few for a covariance of full rank."""
     dim = int(network.dim)  # type: ignore[arg-type]
-    if "fd" not in taken or count > dim:
-        return []
-    return [f"{count} images for {dim} features: their covariance is singular, and the Frechet distance biased upwards"]
+    line = f"{count} images for {dim} features: their covariance is singular, and the Frechet distance biased upwards"
+    return [line] if "fd" in taken and count <= dim else []
 
 
 def compute(
@@ -83,11 +82,11 @@ def compute(
     Raises:
         ValueError: features that are not finite.
     """
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for score in taken:
-        found |= {key: float(value) for key, value in _score(score, chunks, reference, network).items()}
+        values |= {key: float(value) for key, value in _score(score, chunks, reference, network).items()}
         on_score()
-    return found
+    return values
 
 
 def _score(score: str, chunks: Sequence[Chunk], reference: Reference, network: nn.Module) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Settings of the commands that measure an earlier run. Imports no torch."""
+"""Settings of `evaluate` and `sample`, and what every command has that restores a network of a run. Imports no torch."""
 
 from __future__ import annotations
 
@@ -107,16 +107,19 @@ class RestoreConfig:
     compile: str | None = None
 
     def __post_init__(self) -> None:
-        if self.network is not None:
-            one_of("network", self.network, NETWORKS)
-        one_of("weights", self.weights, WEIGHTS)
+        choices = {
+            "network": NETWORKS,
+            "weights": WEIGHTS,
+            "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
+            "compile": ("auto", "on", "off"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) is not None:
+                one_of(name, getattr(self, name), allowed)
         if self.checkpoint not in ("best", "last") and not Path(self.checkpoint).expanduser().is_file():
             raise FileNotFoundError(f"checkpoint={self.checkpoint}: no such file; type checkpoint=best, last, or a .ckpt file")
-        one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps"))
         if self.threads is not None:
             at_least("threads", self.threads, 0)
-        if self.compile is not None:
-            one_of("compile", self.compile, ("auto", "on", "off"))
 
 
 @dataclass(kw_only=True)
@@ -155,19 +158,17 @@ class EvaluationConfig(RestoreConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, least in {"num_samples": 2, "seed": 0, "devices": 1}.items():
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), least)
         count = None if self.seeds is None else len(parse_seeds(self.seeds))
-        if self.num_samples is not None:
-            at_least("num_samples", self.num_samples, 2)
         if count is not None and self.num_samples not in (None, count):
             raise ValueError(
                 f"num_samples={self.num_samples}, but seeds={self.seeds} are {count} images: leave out one of them"
             )
         if self.seeds is not None and self.seed is not None:
             raise ValueError("seed= picks the images of a run seed, seeds= names the images themselves: leave out one of them")
-        if self.seed is not None:
-            at_least("seed", self.seed, 0)
         parse_shard(self.shard)
-        at_least("devices", self.devices, 1)
         if self.merge and self.shard is not None:
             raise ValueError("merge=true scores what all shards left: leave out shard=")
         for score in listed(self.scores):
@@ -208,32 +209,3 @@ class SampleConfig(RestoreConfig):
         parse_seeds(self.seeds)
         parse_shard(self.shard)
         at_least("trajectory_seeds", self.trajectory_seeds, 1)
-
-
-@dataclass(kw_only=True)
-class DiagnosisConfig(RestoreConfig):
-    """The paper's two claims on a run: activations that oscillate over t, and an error that gathers over the steps.
-
-    Args:
-        against: one or several folders of further runs, laid over this one.
-        layers: one or several name patterns of the layers whose inputs are shown; None picks six, spread over the network.
-        num_images: held-out images that are noised for the activations, and images whose trajectories are compared.
-        timesteps: how many timesteps the activations are shown at, spread evenly.
-        points: at most so many steps of the trajectory are compared, spread evenly.
-        out: folder of the pictures; None takes `<run>/diagnosis`.
-    """
-
-    against: Any = None
-    layers: Any = None
-    num_images: int = 64
-    timesteps: int = 10
-    points: int = 50
-    out: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least("num_images", self.num_images, 2)
-        at_least("timesteps", self.timesteps, 2)
-        at_least("points", self.points, 2)
-        if self.layers is not None and not listed(self.layers):
-            raise ValueError("layers=[] shows nothing: leave it out, or type for example layers='[*attentions*]'")

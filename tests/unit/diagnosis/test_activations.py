@@ -39,8 +39,10 @@ def quantized(activation, bits=4):
 
 def look(network, names=("middle",), timesteps=(0, 500, 999), count=8, darkest=0):
     images = torch.randint(darkest, 256, (count, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    found = activation_distributions(network, names, images, DIFFUSION, timesteps, device=torch.device("cpu"), batch_size=3)
-    return found, images
+    distributions = activation_distributions(
+        network, names, images, DIFFUSION, timesteps, device=torch.device("cpu"), batch_size=3
+    )
+    return *distributions.values(), images
 
 
 def expected(images, t):
@@ -53,22 +55,27 @@ def test_raw_grid_and_quantized_values_by_hand():
     network = quantized(LSQActivation)
     quantizer = network.unet.middle.input_quantizer
     quantizer.set_grid(torch.tensor([0.5]), torch.tensor([8.0]))
-    (found,), images = look(network)
-    assert (found.layer, found.quantizer, found.levels, found.t) == ("middle", "LSQActivation", 15, [0, 500, 999])
-    for k, t in enumerate(found.t):
+    distribution, images = look(network)
+    assert (distribution.layer, distribution.quantizer, distribution.levels, distribution.t) == (
+        "middle",
+        "LSQActivation",
+        15,
+        [0, 500, 999],
+    )
+    for k, t in enumerate(distribution.t):
         x = expected(images, t).double().numpy().ravel()
         codes = np.clip(np.round(x / 0.5) + 8, 0, 15)
         levels = [0.01, 0.25, 0.5, 0.75, 0.99]
-        assert found.raw[k] == pytest.approx(np.quantile(x, levels), abs=1e-5)
-        assert found.grid[k] == pytest.approx(np.quantile(x / 0.5 + 8, levels), abs=1e-5)
-        assert found.quantized[k] == pytest.approx(np.quantile(0.5 * (codes - 8), levels), abs=1e-5)
+        assert distribution.raw[k] == pytest.approx(np.quantile(x, levels), abs=1e-5)
+        assert distribution.grid[k] == pytest.approx(np.quantile(x / 0.5 + 8, levels), abs=1e-5)
+        assert distribution.quantized[k] == pytest.approx(np.quantile(0.5 * (codes - 8), levels), abs=1e-5)
         place = np.round(x / 0.5) + 8
-        assert found.clipped[k] == pytest.approx(np.mean((place < 0) | (place > 15)), abs=1e-9)
-        assert found.error[k] == pytest.approx(np.mean((0.5 * (codes - 8) - x) ** 2) / np.var(x, ddof=1), rel=1e-4)
-        assert found.moments["raw"][k] == pytest.approx((x.mean(), x.std(ddof=1)), rel=1e-4)
-    means, deviations = np.array(found.moments["raw"]).T
-    assert found.oscillation("raw") == pytest.approx(
-        {"center": means.std() / deviations.mean(), "spread": deviations.max() / deviations.min()}
+        assert distribution.clipped[k] == pytest.approx(np.mean((place < 0) | (place > 15)), abs=1e-9)
+        assert distribution.error[k] == pytest.approx(np.mean((0.5 * (codes - 8) - x) ** 2) / np.var(x, ddof=1), rel=1e-4)
+        assert distribution.moments["raw"][k] == pytest.approx((x.mean(), x.std(ddof=1)), rel=1e-4)
+    means, stds = np.array(distribution.moments["raw"]).T
+    assert distribution.oscillation("raw") == pytest.approx(
+        {"center": means.std() / stds.mean(), "spread": stds.max() / stds.min()}
     )
     assert not network.unet.middle.input_quantizer._forward_hooks
 
@@ -76,8 +83,8 @@ def test_raw_grid_and_quantized_values_by_hand():
 def test_normalization_steadies_what_the_quantizer_sees():
     network = quantized(NormalizedActivation, bits=8)
     network.unet.middle.input_quantizer.set_grid(torch.tensor([0.05]), torch.tensor([128.0]))
-    (found,), _ = look(network, darkest=120)
-    raw, grid = found.oscillation("raw"), found.oscillation("grid")
+    distribution, _ = look(network, darkest=120)
+    raw, grid = distribution.oscillation("raw"), distribution.oscillation("grid")
     assert raw["spread"] > 1.5
     assert raw["center"] > 0.2
     assert grid["spread"] < 1.05
@@ -85,10 +92,10 @@ def test_normalization_steadies_what_the_quantizer_sees():
 
 
 def test_a_float_network_shows_raw_values_alone():
-    (found,), images = look(Denoiser(Small()).eval())
-    assert (found.quantizer, found.levels, found.grid, found.quantized) == (None, None, [], [])
-    assert found.oscillation("grid") is None
-    assert found.raw[1][2] == pytest.approx(float(expected(images, 500).quantile(0.5)), abs=1e-6)
+    distribution, images = look(Denoiser(Small()).eval())
+    assert (distribution.quantizer, distribution.levels, distribution.grid, distribution.quantized) == (None, None, [], [])
+    assert distribution.oscillation("grid") is None
+    assert distribution.raw[1][2] == pytest.approx(float(expected(images, 500).quantile(0.5)), abs=1e-6)
 
 
 def test_choice_of_layers(tiny_run):

@@ -28,9 +28,9 @@ def same(a, b):
 def count_drawn(monkeypatch):
     drawn, draw = [], ImageSampler.draw
 
-    def counting(self, seeds, on_step=None):
+    def counting(self, seeds, *args):
         drawn.extend(seeds)
-        return draw(self, seeds, on_step)
+        return draw(self, seeds, *args)
 
     monkeypatch.setattr(ImageSampler, "draw", counting)
     return drawn
@@ -126,6 +126,15 @@ def test_too_few_images_are_a_warning_that_the_record_keeps(run_copy, capsys):
     assert evaluate(run_copy, ["num_samples=64", "scores=is"], Progress("silent")).record["warnings"] == []
 
 
+def test_the_reference_ends_complete_whether_computed_or_cached(run_copy, tmp_path, capsys):
+    for out in ("computed", "cached"):
+        places = [f"paths.cache={tmp_path}", f"out={run_copy / out}"]
+        evaluate(run_copy, ["num_samples=16", "scores=fd", *places], Progress("plain"))
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reference:")]
+        assert lines[-1].startswith("reference: 1500/1500 images")
+        assert (len(lines) == 1) == (out == "cached")
+
+
 def test_images_need_not_be_kept_and_then_serve_other_metrics(run_copy, whole, monkeypatch):
     without = measured(run_copy, "keep_images=false", f"out={run_copy / 'other'}")
     same(without.record, whole)
@@ -164,10 +173,10 @@ def test_results_of_other_protocols_are_refused_before_anything_is_drawn(run_cop
         evaluate(run_copy, ["num_samples=48", f"against={small.folder}"], Progress("silent"))
     assert not drawn
     forced = evaluate(run_copy, ["num_samples=48", f"against={small.folder}", "force=true"], Progress("silent"))
-    assert [r["protocol"]["num_samples"] for r in forced.beside] == [32]
+    assert [r["protocol"]["num_samples"] for r in forced.others] == [32]
     teacher = measured(run_copy, "network=teacher")
-    assert [r["network"] for r in teacher.beside] == ["student"]
-    assert [r["network"] for r in measured(run_copy, "scores=fd").beside] == ["teacher"]  # not the student once more
+    assert [r["network"] for r in teacher.others] == ["student"]
+    assert [r["network"] for r in measured(run_copy, "scores=fd").others] == ["teacher"]  # not the student once more
 
 
 def test_a_result_is_never_overwritten_by_another(run_copy):

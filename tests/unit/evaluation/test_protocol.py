@@ -3,7 +3,7 @@ import json
 import pytest
 from rich.console import Console
 
-from qdm_lightning.evaluation.protocol import check_same, comparable, results_in, table
+from qdm_lightning.evaluation.protocol import comparable, read_result, table
 
 SAMPLER = {"kind": "ddim", "steps": 50, "spacing": "uniform", "eta": 0.0, "variance": "fixed_large", "clip_sample": True}
 
@@ -38,29 +38,30 @@ def test_one_protocol_shares_a_table():
     assert "protocol" not in text
 
 
-def test_different_protocols_do_not():
-    records = [record(fd_digits=3.0), record("ptq4dm", 10000, fd_digits=2.0)]
-    with pytest.raises(
-        ValueError, match=r"ptq4dm was measured by another protocol \(num_samples 1000 against 10000\).*force=true"
-    ):
-        table(records)
-    assert "do not compare" in shown(table(records, force=True))
-    check_same(records, force=True)
+def test_a_table_of_different_protocols_says_so():
+    text = shown(table([record(fd_digits=3.0), record("ptq4dm", 10000, fd_digits=2.0)]))
+    assert "do not compare" in text
+    assert "10000 images, aaaaaaaaaaaa" in text
 
 
 def test_records_of_a_folder(tmp_path):
+    wanted = record()["protocol"]
     with pytest.raises(FileNotFoundError, match=r"holds no evaluation.json: python -m qdm_lightning.evaluate"):
-        results_in(tmp_path)
+        comparable(tmp_path, wanted, force=True)
     for name, count in (("a", 1000), ("b", 50000)):
         (tmp_path / "evaluations" / name).mkdir(parents=True)
         (tmp_path / "evaluations" / name / "evaluation.json").write_text(json.dumps(record(name, count)))
-    assert [r["name"] for r in results_in(tmp_path)] == ["a", "b"]
-    assert [r["name"] for r in results_in(tmp_path / "evaluations" / "b")] == ["b"]
-    wanted = record()["protocol"]
     assert [r["name"] for r in comparable(tmp_path, wanted, force=False)] == ["a"]
     assert [r["name"] for r in comparable(tmp_path, wanted, force=True)] == ["a", "b"]
-    with pytest.raises(ValueError, match="num_samples 10000 against"):
+    assert [r["name"] for r in comparable(tmp_path / "evaluations" / "b", wanted, force=True)] == ["b"]
+    with pytest.raises(ValueError, match=r"b was measured by another protocol \(num_samples 1000 against 50000\).*force=true"):
+        comparable(tmp_path / "evaluations" / "b", wanted, force=False)
+    with pytest.raises(ValueError, match=r"a was measured by another protocol \(num_samples 10000 against 1000\)"):
         comparable(tmp_path, {**wanted, "num_samples": 10000}, force=False)
-    (tmp_path / "evaluations" / "a" / "evaluation.json").write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
-        results_in(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is damaged"), ("[]", "is no record"), ('{"scores": {}}', "is no record")])
+def test_what_is_no_record(tmp_path, text, message):
+    (tmp_path / "evaluation.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_result(tmp_path / "evaluation.json")

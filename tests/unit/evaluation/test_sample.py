@@ -1,20 +1,17 @@
 import json
 import random
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from qdm_lightning.base.checks import UserError
-from qdm_lightning.cli.stored import compose, experiment, settings_of
-from qdm_lightning.diffusion.images import to_uint8
 from qdm_lightning.display.progress import Progress
 from qdm_lightning.evaluate import evaluate
 from qdm_lightning.evaluation import sample as pictures
 from qdm_lightning.evaluation.chunks import ChunkFolder, data_hash
-from qdm_lightning.evaluation.sample import read_picture, save_picture, spread, trajectory
-from qdm_lightning.sample import SampleRootConfig, sample
+from qdm_lightning.evaluation.sample import read_picture, save_picture
+from qdm_lightning.sample import sample
 
 
 def drawn(run, *overrides):
@@ -35,7 +32,7 @@ def test_64_seeds_a_shuffled_subset_and_shards_give_equal_pixels(together, tiny_
     assert sorted(whole) == list(range(64))
     subset = random.Random(0).sample(range(64), 20)
     some = drawn(tiny_run, f"seeds={subset}".replace(" ", ""), f"out={tmp_path / 'subset'}")
-    assert (some.drawn, some.found) == (20, 0)
+    assert (some.drawn, some.present) == (20, 0)
     for shard in (2, 3, 1):
         assert drawn(tiny_run, "seeds=0-63", f"shard={shard}/3", f"out={tmp_path / 'shards'}").grid is None
     for folder, seeds in ((some.folder, subset), (tmp_path / "shards", range(64))):
@@ -43,9 +40,9 @@ def test_64_seeds_a_shuffled_subset_and_shards_give_equal_pixels(together, tiny_
         assert sorted(found) == sorted(seeds)
         assert all(torch.equal(image, whole[seed]) for seed, image in found.items())
     assert len({image.numpy().tobytes() for image in whole.values()}) == 64
-    done = drawn(tiny_run, "seeds=0-63", f"out={tmp_path / 'shards'}")
-    assert (done.drawn, done.found, done.grid) == (0, 64, tmp_path / "shards" / "grid.png")
-    assert done.grid.read_bytes() == together.grid.read_bytes()
+    again = drawn(tiny_run, "seeds=0-63", f"out={tmp_path / 'shards'}")
+    assert (again.drawn, again.present, again.grid) == (0, 64, tmp_path / "shards" / "grid.png")
+    assert again.grid.read_bytes() == together.grid.read_bytes()
 
 
 def test_they_are_the_images_that_are_evaluated(together, run_copy):
@@ -63,6 +60,7 @@ def test_a_picture_tells_how_it_was_made(together, tiny_run):
     assert (record["seed"], record["run"], record["network"], record["sampler"]["steps"]) == (5, tiny_run.name, "student", 4)
     assert len(record["checkpoint_sha256"]) == 64
     assert record["environment"]["threads"] == 1
+    assert record["environment"]["fake_quantization"] == "eager"  # as it ran, not as it stood before
 
 
 def test_color_pictures(tmp_path):
@@ -99,7 +97,7 @@ def test_interrupted_and_started_again(run_copy, together, monkeypatch):
         drawn(run_copy, "seeds=0-63")
     monkeypatch.setattr(pictures, "save_picture", save)
     result = drawn(run_copy, "seeds=0-63")
-    assert (result.drawn, result.found) == (44, 20)
+    assert (result.drawn, result.present) == (44, 20)
     whole = pixels(together.folder)
     assert all(torch.equal(image, whole[seed]) for seed, image in pixels(result.folder).items())
 
@@ -109,21 +107,3 @@ def test_trajectories(run_copy, together):
     assert sorted(file.name for file in result.folder.glob("trajectory*")) == ["trajectory_4.png", "trajectory_9.png"]
     with Image.open(result.folder / "trajectory_9.png") as picture:
         assert picture.height > 4 * 64  # teacher and student, x_t and x_0
-
-
-def test_a_trajectory_ends_in_the_image(tiny_run, together):
-    cfg = compose("sample", SampleRootConfig, tiny_run)
-    _, _, drawn_by = pictures.restored_sampler(experiment(cfg), settings_of(cfg))
-    way = trajectory(drawn_by, [5, 6], points=3)
-    assert way.t == [750, 250, 0]
-    assert way.x.shape == way.x0.shape == (3, 2, 1, 8, 8)
-    assert torch.equal(to_uint8(way.images[0]), read_picture(together.folder / "5.png")[0])
-    torch.testing.assert_close(way.x0[-1].clamp(-1, 1), way.images, atol=1e-5, rtol=0)  # DDIM's last step is its prediction
-    start = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(6))
-    torch.testing.assert_close(way.x[0, 1], start)
-
-
-def test_spread():
-    assert spread(list(range(5)), 5) == [0, 1, 2, 3, 4]
-    assert spread(list(range(100)), 4) == [0, 33, 66, 99]
-    assert np.diff(spread(list(range(1000)), 50)).max() <= 21

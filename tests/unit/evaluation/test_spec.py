@@ -3,7 +3,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qdm_lightning.evaluation.spec import (
-    DiagnosisConfig,
     EvaluationConfig,
     RestoreConfig,
     SampleConfig,
@@ -60,10 +59,6 @@ def test_bad_shards(shard):
         (EvaluationConfig, {"scores": []}, "asks for nothing"),
         (EvaluationConfig, {"reference": "missing.npz"}, "reference=missing.npz: no such file"),
         (SampleConfig, {"trajectory_seeds": 0}, "trajectory_seeds=0"),
-        (DiagnosisConfig, {"num_images": 1}, "num_images=1"),
-        (DiagnosisConfig, {"timesteps": 1}, "timesteps=1"),
-        (DiagnosisConfig, {"points": 1}, "points=1"),
-        (DiagnosisConfig, {"layers": []}, "shows nothing"),
     ],
 )
 def test_bad_settings(schema, settings, message):

@@ -1,0 +1,81 @@
+"""The network of a run that a command measures, ready to draw, and what determines its images."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from qdm_lightning.diffusion.sampling import timesteps
+from qdm_lightning.evaluation.chunks import data_hash
+from qdm_lightning.evaluation.spec import RestoreConfig
+from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.models.image_sampler import ImageSampler
+from qdm_lightning.training.devices import measuring_device
+from qdm_lightning.training.experiment import Experiment
+from qdm_lightning.training.restore import restore, restore_teacher, set_up
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A restored network of a run.
+
+    Attributes:
+        experiment: of the run, with the sampler of this command.
+        network: `student` or `teacher`.
+        origin: where its weights come from: `file`, `weights`, `sha256`, `step`.
+        image_sampler: draws with it.
+    """
+
+    experiment: Experiment
+    network: str
+    origin: dict[str, Any]
+    image_sampler: ImageSampler
+
+    @classmethod
+    def restored(cls, experiment: Experiment, config: RestoreConfig) -> Subject:
+        """The network that `config` means.
+
+        Raises:
+            FileNotFoundError, ValueError: the run has no such network, or the sampler has more steps than T.
+        """
+        set_up(experiment.trainer)
+        device = measuring_device(config.accelerator)
+        network = config.network or ("teacher" if experiment.quant.is_float else "student")
+        weights = restore(experiment, network, config.weights, config.checkpoint, device)
+        image_sampler = _image_sampler(experiment, weights.network, device)
+        return cls(experiment=experiment, network=network, origin=weights.origin, image_sampler=image_sampler)
+
+    def teacher(self) -> ImageSampler | None:
+        """The teacher beside this student; None where this is a teacher."""
+        if self.network == "teacher":
+            return None
+        device = self.image_sampler.device
+        return _image_sampler(self.experiment, restore_teacher(self.experiment, device).network, device)
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that determines an image beside its seed and the machine."""
+        names = ("quant", "taq") if self.network == "student" else ()
+        return {
+            "network": self.network,
+            "weights": self.origin["weights"],
+            "checkpoint_sha256": self.origin["sha256"],
+            "settings_sha256": data_hash({name: self.experiment.resolved[name] for name in names}),
+            "sampler": asdict(self.experiment.sampler),
+            "diffusion": asdict(self.experiment.diffusion),
+            "shape": list(self.image_sampler.shape),
+        }
+
+
+def _image_sampler(experiment: Experiment, network: Denoiser, device: torch.device) -> ImageSampler:
+    timesteps(experiment.sampler, experiment.diffusion)  # raises for more steps than T
+    config: Any = network.unet.config
+    size = config.sample_size
+    return ImageSampler(
+        network=network,
+        sampler=experiment.sampler,
+        diffusion=experiment.diffusion,
+        shape=(config.in_channels, *((size, size) if isinstance(size, int) else size)),
+        device=device,
+    )
