@@ -13,7 +13,7 @@ def test_split_covers_all_digits_once():
     assert counts.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # as scikit-learn's description says
 
 
-def test_grey_values_are_the_sixteenths_of_the_source():
+def test_gray_values_are_the_sixteenths_of_the_source():
     (train, _), (val, _) = load_digits()
     levels = {round(v * 255 / 16) for v in range(17)}
     assert set(torch.cat([train, val]).unique().tolist()) == levels

@@ -63,7 +63,7 @@ def test_area_filter_averages_the_central_square(tmp_path, rng):
     assert as_set(images[:, 0]) == as_set(expected)
 
 
-def test_color_becomes_grey_and_grey_becomes_color(tmp_path):
+def test_color_becomes_gray_and_gray_becomes_color(tmp_path):
     Image.new("RGB", (2, 2), (255, 0, 0)).save(tmp_path / "red.png")
     Image.new("L", (2, 2), 9).save(tmp_path / "gray.png")
     gray, _ = load(tmp_path, channels=1)
