@@ -7,7 +7,7 @@ micro-batches of one size, because a U-Net's float32 result changes with the bat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from qdm_lightning.diffusion.process import alphas_cumprod, noise_scheduler
+from qdm_lightning.diffusion.process import alphas_cumprod, noise_scheduler, predicted_x0
 from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
 
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -52,7 +52,7 @@ def ddim_step(
 ) -> Tensor:
     """One step of DDIM (eq. 12 and 16) between any two timesteps.
 
-    x0 = (x - sqrt(1 - abar) eps) / sqrt(abar), clipped to [-1, 1] where `clip`, and then eps follows the clipped x0;
+    x0 is `predicted_x0`, clipped to [-1, 1] where `clip`, and then eps follows the clipped x0;
     sigma = eta sqrt((1 - abar_prev) / (1 - abar)) sqrt(1 - abar / abar_prev);
     x_prev = sqrt(abar_prev) x0 + sqrt(1 - abar_prev - sigma^2) eps + sigma noise.
 
@@ -61,7 +61,7 @@ def ddim_step(
         alpha_bar, alpha_bar_prev: scalars at this timestep and at the next lower one (1 after the last).
         noise: standard normal, as `x`; None where eta is 0.
     """
-    x0 = (x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
+    x0 = predicted_x0(x, eps, alpha_bar)
     if clip:
         x0 = x0.clamp(-1, 1)
         eps = (x - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
@@ -118,42 +118,7 @@ def image_seeds(seed: int, count: int, start: int = 0) -> list[int]:
     return [(seed * 2654435761 + index) % SEEDS for index in range(start, start + count)]
 
 
-def sample_batches(
-    network: Network,
-    sampler: SamplerConfig,
-    diffusion: DiffusionConfig,
-    *,
-    shape: tuple[int, int, int],
-    seeds: Sequence[int],
-    device: torch.device | str = "cpu",
-    on_step: Callable[[], None] | None = None,
-    on_state: Callable[[int, Tensor, Tensor], None] | None = None,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """As `sample`, one micro-batch after the other: yields (its seeds, their images)."""
-    outside = [seed for seed in seeds if not 0 <= seed < SEEDS]
-    if outside:
-        raise ValueError(f"seed {outside[0]} of an image is not allowed: it must lie in [0, {SEEDS - 1}]")
-    step, calls = step_function(sampler, diffusion), timesteps(sampler, diffusion)
-
-    @torch.no_grad()
-    def denoise(chunk: list[int]) -> Tensor:
-        padded = chunk + chunk[-1:] * (sampler.batch_size - len(chunk))
-        generators = [torch.Generator().manual_seed(seed) for seed in padded]
-        x = randn_tensor((len(padded), *shape), generators, torch.device(device), torch.float32)
-        for t in calls:
-            eps = network(x, torch.full((len(padded),), t, dtype=torch.int64, device=device)).float()
-            if on_state is not None:
-                on_state(t, x[: len(chunk)], eps[: len(chunk)])
-            x = step(eps, t, x, generators)
-            if on_step is not None:
-                on_step()
-        return x[: len(chunk)].clamp(-1, 1).cpu()
-
-    for first in range(0, len(seeds), sampler.batch_size):
-        chunk = list(seeds[first : first + sampler.batch_size])
-        yield chunk, denoise(chunk)
-
-
+@torch.no_grad()
 def sample(
     network: Network,
     sampler: SamplerConfig,
@@ -182,7 +147,21 @@ def sample(
     Raises:
         ValueError: more steps than T, or a seed outside 0..2^32-1.
     """
-    batches = sample_batches(
-        network, sampler, diffusion, shape=shape, seeds=seeds, device=device, on_step=on_step, on_state=on_state
-    )
-    return torch.cat([torch.empty(0, *shape), *(images for _, images in batches)])
+    outside = [seed for seed in seeds if not 0 <= seed < SEEDS]
+    if outside:
+        raise ValueError(f"seed {outside[0]} of an image is not allowed: it must lie in [0, {SEEDS - 1}]")
+    step, calls, images = step_function(sampler, diffusion), timesteps(sampler, diffusion), [torch.empty(0, *shape)]
+    for first in range(0, len(seeds), sampler.batch_size):
+        chunk = list(seeds[first : first + sampler.batch_size])
+        padded = chunk + chunk[-1:] * (sampler.batch_size - len(chunk))
+        generators = [torch.Generator().manual_seed(seed) for seed in padded]
+        x = randn_tensor((len(padded), *shape), generators, torch.device(device), torch.float32)
+        for t in calls:
+            eps = network(x, torch.full((len(padded),), t, dtype=torch.int64, device=device)).float()
+            if on_state is not None:
+                on_state(t, x[: len(chunk)], eps[: len(chunk)])
+            x = step(eps, t, x, generators)
+            if on_step is not None:
+                on_step()
+        images.append(x[: len(chunk)].clamp(-1, 1).cpu())
+    return torch.cat(images)
