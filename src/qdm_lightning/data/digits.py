@@ -34,8 +34,7 @@ class DigitsData(ImageDataModule):
     """1,500 digits to train on and 297 held out, 1x8x8. Options: the fields of `DigitsConfig`."""
 
     def __init__(self, **options: Any) -> None:
-        config = DigitsConfig(**options)
-        super().__init__(batch_size=config.batch_size, flip=config.flip, channels=1, image_size=8)
+        super().__init__(DigitsConfig(**options), channels=1, image_size=8)
 
     def load(self) -> tuple[Tensor, Tensor]:
         """The embedded digits: (1500, 1, 8, 8) and (297, 1, 8, 8) uint8."""
