@@ -82,7 +82,7 @@ def unet_from_ddim(state: Mapping[str, Tensor], image_size: int | None = None) -
         image_size: in pixels; None takes the size whose single level with attention is 16x16.
 
     Raises:
-        ValueError: keys that are missing, unknown or of another shape, or a size that cannot be told.
+        ValueError: keys that are missing, unknown or of another shape, or a size that does not follow from them.
     """
     unet = build_unet(**_architecture(state, image_size))
     levels = len(unet.down_blocks)
@@ -151,10 +151,10 @@ def _plain_shortcut(key: str, value: Tensor) -> str:
 
 
 def _check_keys(missing: set[str], unknown: set[str]) -> None:
-    parts = []
-    for what, keys in (("missing", missing), ("unknown", unknown)):
-        if keys:
-            more = ", ..." if len(keys) > _SHOWN_KEYS else ""
-            parts.append(f"{len(keys)} {what} keys: {', '.join(sorted(keys)[:_SHOWN_KEYS])}{more}")
+    parts = [
+        f"{len(keys)} {what} keys: {', '.join(sorted(keys)[:_SHOWN_KEYS])}{', ...' if len(keys) > _SHOWN_KEYS else ''}"
+        for what, keys in (("missing", missing), ("unknown", unknown))
+        if keys
+    ]
     if parts:
         raise ValueError(f"checkpoint is not one of the DDIM code's U-Net: {'; '.join(parts)}")
