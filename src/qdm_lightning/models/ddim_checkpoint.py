@@ -135,9 +135,7 @@ def _ddim_key(key: str, levels: int) -> str:
     'up.3.attn.2.proj_out.bias'
     """
     for pattern, prefix in _PREFIXES:
-        key, found = re.subn(f"^{pattern}", prefix, key)
-        if found:
-            break
+        key = re.sub(f"^{pattern}", prefix, key)
     for theirs, original in _LAYERS:
         key = key.replace(f".{theirs}.", f".{original}.")
     return re.sub(r"^up\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", key)
@@ -145,9 +143,8 @@ def _ddim_key(key: str, levels: int) -> str:
 
 def _plain_shortcut(key: str, value: Tensor) -> str:
     """Their two names of a shortcut are one layer where it is 1x1; a 3x3 `conv_shortcut` keeps its name and is refused."""
-    if value.dim() == 4 and value.shape[2:] != (1, 1):
-        return key
-    return key.replace(".conv_shortcut.", ".nin_shortcut.")
+    wide = value.dim() == 4 and value.shape[2:] != (1, 1)
+    return key if wide else key.replace(".conv_shortcut.", ".nin_shortcut.")
 
 
 def _check_keys(missing: set[str], unknown: set[str]) -> None:
