@@ -68,7 +68,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left of their writing of `path`. For the holder of its lock: nobody else may be writing."""
+    """Remove the temporary files of processes that were killed while writing `path`. Whoever calls this holds its lock."""
     for temporary in path.parent.glob(f".{path.name}.*.tmp"):
         temporary.unlink(missing_ok=True)
 

@@ -28,8 +28,8 @@ _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 def picture_files(folder: Path) -> list[Path]:
     """Every file below `folder` whose ending names a format that Pillow reads, sorted by path; hidden ones are left out."""
     endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
-    return [folder / path for path in sorted(p for p in found if not any(part.startswith(".") for part in p.parts))]
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
+    return [folder / path for path in sorted(p for p in paths if not any(part.startswith(".") for part in p.parts))]
 
 
 def decode(path: Path, channels: int) -> Image.Image:

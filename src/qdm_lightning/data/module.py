@@ -79,12 +79,12 @@ class ImageDataModule(LightningDataModule):
 
     Args:
         config: settings of the data set.
-        channels, image_size: of one image; `image_size` may be None where only the files know it.
+        channels, image_size: channels and edge in pixels of one image; `image_size` is None where only the files know it.
 
     Attributes:
         batch_size: images of one training step, over all ranks together.
         flip: whether training mirrors images at random (the training step does it, not the data module).
-        channels, image_size: of one image, from `setup` on those of the files.
+        channels, image_size: channels and edge in pixels of one image, as the files have them from `setup` on.
         seed, start_step: seed and first step of the training batches; the runner sets them before `train_dataloader`.
     """
 

@@ -106,8 +106,8 @@ def feature_batches(
 
 def features(network: nn.Module, images: Tensor, batch_size: int | None = None) -> Tensor:
     """Features (N, dim) float32 of `images` (N, C, H, W) uint8, on the CPU. Arguments and errors: `feature_batches`."""
-    parts = [rows for (rows,) in feature_batches(network, images, batch_size)]
-    return torch.cat(parts) if parts else torch.empty(0, int(network.dim))  # type: ignore[arg-type]
+    rows = (rows for (rows,) in feature_batches(network, images, batch_size))
+    return torch.cat([torch.empty(0, int(network.dim)), *rows])  # type: ignore[arg-type]
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:

@@ -22,7 +22,7 @@ class InceptionFeatures(nn.Module):
 
     Attributes:
         name: `inception` over the published weights, whose distance is FID; over others `inception_<8 digits of their hash>`.
-        weights_sha256: of the weights file.
+        weights_sha256: SHA-256 (hexadecimal) of the weights file.
 
     Args:
         weights: see `InceptionMetric`.

@@ -56,7 +56,7 @@ def reference(
         batch_size: images that go through the network together; None takes `batch_size_of(network)`.
         keep_features: keep and return the features too (kernel distance, precision and recall need them).
         on_batch: called with the number of images after every batch; not called where the cache has the result.
-        say: told of a cache that is damaged: it is made again.
+        say: called with a line about a damaged cache, which is made again.
 
     Raises:
         ValueError: fewer than two images, or images or features that do not fit.

@@ -64,7 +64,7 @@ class ResNet20Features(nn.Module):
     Images of another size are resampled to 32x32, as `resize` says; gray ones get three equal channels.
 
     Attributes:
-        weights_sha256: of the weights file.
+        weights_sha256: SHA-256 (hexadecimal) of the weights file.
 
     Args:
         weights: see `ResNet20Metric`.

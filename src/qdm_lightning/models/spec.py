@@ -25,7 +25,7 @@ class UNetConfig:
         norm_num_groups, norm_eps: groups and epsilon of every GroupNorm.
         dropout: probability inside each residual layer while the teacher trains.
         downsample_padding: 1 pads both sides, 0 pads right and bottom alone, as DDPM's code.
-        freq_shift, flip_sin_to_cos: of the sinusoidal time embedding; 1 and false are DDPM's.
+        freq_shift, flip_sin_to_cos: form of the sinusoidal time embedding; 1 and false are DDPM's.
         resnet_time_scale_shift: `default` adds the time embedding, `scale_shift` modulates the norm with it.
 
     Raises:

@@ -29,7 +29,9 @@ def test_batches_give_the_moments_of_the_whole(size, block, monkeypatch):
     assert moments.count == 97
 
 
-def test_features_are_left_as_they_were():
+@pytest.mark.parametrize("block", [1, 4096])
+def test_features_are_left_as_they_were(block, monkeypatch):
+    monkeypatch.setattr(moments_module, "BLOCK", block)
     x = rows().double()
     Moments.of(x)
     assert torch.equal(x, rows().double())
