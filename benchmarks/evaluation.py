@@ -111,7 +111,7 @@ class _Images(Dataset[Tensor]):
 
 def scores(count: int) -> Variants:
     """Frechet distance, kernel distance, precision and recall of `count` noised digits against the 1,500 real ones."""
-    (real, _), _ = load_digits()
+    real, _ = load_digits()
     noise = 30 * torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     generated = (real[torch.arange(count) % len(real)] + noise).round().clamp(0, 255).to(torch.uint8)
     network = DigitsFeatures()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
+from qdm_lightning.base.checks import one_line
 from qdm_lightning.diffusion.spec import DiffusionConfig
 
 BAD_INPUT = 2
@@ -19,7 +19,7 @@ def convert(checkpoint: str | Path, folder: str | Path, image_size: int | None =
     Args:
         checkpoint: file of ermongroup/ddim: a state dict, or the training code's list, of which the EMA is taken.
         folder: made, or replaced if it is a diffusers pipeline.
-        image_size: in pixels, where it cannot be told from the level with attention (16x16 in DDPM and DDIM).
+        image_size: in pixels, where it does not follow from the level with attention (16x16 in DDPM and DDIM).
 
     Returns:
         One line: what was written.
@@ -33,7 +33,7 @@ def convert(checkpoint: str | Path, folder: str | Path, image_size: int | None =
 
     state, which = read_checkpoint(checkpoint)
     unet = unet_from_ddim(state, image_size)
-    written = save_pipeline(unet, asdict(DiffusionConfig()), folder)
+    written = save_pipeline(unet, DiffusionConfig(), folder)
     config, count = unet.config, sum(parameter.numel() for parameter in unet.parameters())
     size = f"{config.in_channels}x{config.sample_size}x{config.sample_size}"
     return f"{written}: {count:,} parameters, images {size}{', ' if which else ''}{which}"
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(convert(args.checkpoint, args.folder, args.image_size))
     except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
     print(f"as a teacher: python -m qdm_lightning.train teacher=pretrained teacher.path={args.folder}")
     return 0

@@ -65,7 +65,7 @@ def test_every_score_is_torch_fidelitys(pictures, tiny_run, root, monkeypatch):
     monkeypatch.setitem(PROTOCOL, "kid_subsets", 10)
     real = root / "real"
     real.mkdir()
-    for index, image in enumerate(load_digits()[0][0]):
+    for index, image in enumerate(load_digits()[0]):
         Image.fromarray(image[0].numpy()).save(real / f"{index:05d}.png")
     torch_fidelity.register_feature_extractor("digits-of-evaluation", Extractor)
     monkeypatch.setattr(multiprocessing, "cpu_count", lambda: 0)  # its loader then starts no processes

@@ -34,9 +34,9 @@ def whitened(x):
 
 def test_gaussians_of_known_distance():
     x = whitened(rows(300, 5, 0))
-    mean, deviations = torch.tensor([[1.0, -2.0, 0.5, 0.0, 3.0], [0.5, 1.0, 2.0, 3.0, 0.1]], dtype=torch.float64)
-    known = (mean**2).sum() + ((deviations - 1) ** 2).sum()  # commuting covariances: sum of (sigma_a - sigma_b)^2
-    assert frechet_distance(x, whitened(rows(400, 5, 1)) * deviations + mean) == pytest.approx(known.item(), rel=1e-9)
+    mean, std = torch.tensor([[1.0, -2.0, 0.5, 0.0, 3.0], [0.5, 1.0, 2.0, 3.0, 0.1]], dtype=torch.float64)
+    known = (mean**2).sum() + ((std - 1) ** 2).sum()  # commuting covariances: sum of (sigma_a - sigma_b)^2
+    assert frechet_distance(x, whitened(rows(400, 5, 1)) * std + mean) == pytest.approx(known.item(), rel=1e-9)
 
 
 def test_one_dimension():

@@ -110,10 +110,10 @@ def test_distance_of_moments_equals_torchmetrics_torch_fidelity_and_scipy(count,
 
 
 def test_analytic_gaussians():
-    mu, deviations = np.array([1.0, -2.0, 3.0]), np.array([0.5, 2.0, 3.0])
+    mu, std = np.array([1.0, -2.0, 3.0]), np.array([0.5, 2.0, 3.0])
     unit = Moments(mu=np.zeros(3), sigma=np.eye(3))
-    assert frechet(unit, Moments(mu=mu, sigma=np.diag(deviations**2))) == pytest.approx(14 + 0.25 + 1 + 4, rel=1e-12)
+    assert frechet(unit, Moments(mu=mu, sigma=np.diag(std**2))) == pytest.approx(14 + 0.25 + 1 + 4, rel=1e-12)
     rotation = np.linalg.qr(np.random.RandomState(0).randn(3, 3))[0]
-    turned = Moments(mu=rotation @ mu, sigma=rotation @ np.diag(deviations**2) @ rotation.T)
+    turned = Moments(mu=rotation @ mu, sigma=rotation @ np.diag(std**2) @ rotation.T)
     assert frechet(unit, turned) == pytest.approx(14 + 0.25 + 1 + 4, rel=1e-12)
     assert frechet(turned, turned) == pytest.approx(0, abs=1e-12)

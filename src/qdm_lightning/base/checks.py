@@ -15,6 +15,11 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def first_line(error: Exception) -> str:
+    """First line of an error's message, or its type where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def one_of(name: str, value: object, allowed: Collection[object]) -> None:
     """Raise ValueError unless `value` is in `allowed`. `name` is the override to type, such as `sampler.spacing`."""
     if value not in allowed:

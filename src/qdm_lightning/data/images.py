@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 import torch
 from PIL import Image
 from torch import Tensor
 
-from qdm_lightning.data.cache import cached, in_threads, listing_key
-from qdm_lightning.data.image_files import MODES, channels_first, decode, picture_files, resize
+from qdm_lightning.base.files import reading
+from qdm_lightning.data.cache import cached, listing_key
+from qdm_lightning.data.image_files import MODES, channels_first, decode, in_threads, picture_files, resize
 from qdm_lightning.data.module import ImageDataModule
 from qdm_lightning.data.spec import ImagesConfig
 
@@ -27,8 +25,7 @@ class ImagesData(ImageDataModule):
 
     def __init__(self, **options: Any) -> None:
         self.config = ImagesConfig(**options)
-        config = self.config
-        super().__init__(batch_size=config.batch_size, flip=config.flip, channels=config.channels, image_size=config.image_size)
+        super().__init__(self.config, channels=self.config.channels, image_size=self.config.image_size)
 
     def load(self) -> tuple[Tensor, Tensor]:
         """Decode everything. Raises ValueError for a damaged or unfit file, FileNotFoundError where there is no picture."""
@@ -58,16 +55,20 @@ def _from_folder(folder: Path, config: ImagesConfig) -> tuple[Tensor, Tensor]:
         log.warning("data.path=%s: %d files are hidden or no pictures and are left out", config.path, others)
     train, val = split(len(paths), config.val_fraction)
     paths = [paths[index] for index in train + val]
-    edge = config.image_size or decode(paths[0], config.channels, str(paths[0])).width
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    settings = {"data": "images", "size": config.image_size, "channels": config.channels, "filter": config.filter}
-    key = listing_key(zip(names, paths, strict=True), train=len(train), pillow=PIL.__version__, **settings)
+    edge = config.image_size or decode(paths[0], config.channels).width
+    key = listing_key(
+        ((path.relative_to(folder).as_posix(), path) for path in paths),
+        data="images",
+        train=len(train),
+        size=config.image_size,
+        channels=config.channels,
+        filter=config.filter,
+    )
 
     def pixels(path: Path) -> np.ndarray:
-        return _pixels(decode(path, config.channels, str(path)), edge, config, str(path))
+        return _pixels(decode(path, config.channels), edge, config, str(path))
 
-    shape = (len(paths), config.channels, edge, edge)
-    images = cached(Path(config.cache) if config.cache else None, key, shape, lambda: in_threads(pixels, paths))
+    images = cached(config.cache, key, (len(paths), config.channels, edge, edge), in_threads(pixels, paths))
     return images[: len(train)], images[len(train) :]
 
 
@@ -99,16 +100,11 @@ def read_npz(path: Path) -> np.ndarray:
         ValueError: damaged, no .npz, several arrays and none called `images`, or another shape or dtype.
     """
     wanted = "an .npz of uint8 (N, H, W, C) with C 1 or 3 is wanted, array `images` or the sole array"
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            names = archive.files if isinstance(archive, np.lib.npyio.NpzFile) else []
-            if "images" not in names and len(names) != 1:
-                raise ValueError(f"it holds the arrays {', '.join(names) or '(none)'}")
-            images: np.ndarray = archive["images" if "images" in names else names[0]]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"data.path={path} cannot be read ({error}): {wanted}") from error
+    with reading(path, wanted) as stream, np.load(stream, allow_pickle=False) as archive:
+        sole = len(archive.files) == 1
+        images: np.ndarray = archive[archive.files[0] if sole else "images"]
     if images.ndim == 4 and images.shape[-1] == 1:
         images = images[..., 0]
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[-1] != 3) or not images.size:
-        raise ValueError(f"data.path={path} holds {images.dtype} {images.shape}: {wanted}")
+        raise ValueError(f"{path} holds {images.dtype} {images.shape}: {wanted}")
     return images

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
-from itertools import count
+from itertools import chain, count
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
+
+from qdm_lightning.base.files import sha256
+from qdm_lightning.data.spec import DataConfig
 
 
 def epoch_permutation(length: int, seed: int, epoch: int) -> Tensor:
@@ -28,15 +30,12 @@ class StepBatches:
     Args:
         images: (N, C, H, W) uint8, N >= 1.
         batch_size: B, over all ranks together.
-        seed: of the permutations.
+        seed: seed of the permutations.
         start_step: k of the first batch that iteration yields.
     """
 
     def __init__(self, images: Tensor, *, batch_size: int, seed: int, start_step: int = 0) -> None:
-        self.images = images
-        self.batch_size = batch_size
-        self.seed = seed
-        self.start_step = start_step
+        self.images, self.batch_size, self.seed, self.start_step = images, batch_size, seed, start_step
         self._permutations: dict[int, Tensor] = {}
 
     def _permutation(self, epoch: int) -> Tensor:
@@ -78,21 +77,22 @@ class StepBatches:
 class ImageDataModule(LightningDataModule):
     """Unlabelled uint8 images, some to train on and some held out. A data set implements `load`.
 
+    Args:
+        config: settings of the data set.
+        channels, image_size: channels and edge in pixels of one image; `image_size` is None where only the files know it.
+
     Attributes:
         batch_size: images of one training step, over all ranks together.
         flip: whether training mirrors images at random (the training step does it, not the data module).
-        channels, image_size: of one image; `image_size` may be None before `setup`, where only the files know it.
-        seed, start_step: of the training batches; the runner sets them before `train_dataloader`.
+        channels, image_size: channels and edge in pixels of one image, as the files have them from `setup` on.
+        seed, start_step: seed and first step of the training batches; the runner sets them before `train_dataloader`.
     """
 
-    def __init__(self, *, batch_size: int, flip: bool, channels: int, image_size: int | None) -> None:
+    def __init__(self, config: DataConfig, channels: int, image_size: int | None) -> None:
         super().__init__()
-        self.batch_size = batch_size
-        self.flip = flip
-        self.channels = channels
-        self.image_size = image_size
-        self.seed = 0
-        self.start_step = 0
+        self.batch_size, self.flip = config.batch_size, config.flip
+        self.channels, self.image_size = channels, image_size
+        self.seed, self.start_step = 0, 0
         self._images: tuple[Tensor, Tensor] | None = None
         self._fingerprint: str | None = None
 
@@ -140,9 +140,5 @@ class ImageDataModule(LightningDataModule):
 
 def content_hash(*arrays: Tensor) -> str:
     """SHA-256 (hexadecimal) over shape and bytes of uint8 tensors, read in pieces so that memory-mapped ones may be large."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(str(tuple(array.shape)).encode())
-        for part in array.split(4096):
-            digest.update(part.contiguous().numpy())
-    return digest.hexdigest()
+    parts = (chain([str(tuple(array.shape))], (part.contiguous().numpy() for part in array.split(4096))) for array in arrays)
+    return sha256(chain.from_iterable(parts))

@@ -15,27 +15,37 @@ FILTERS = ("lanczos", "area", "bicubic", "bilinear")
 
 
 @dataclass(kw_only=True)
-class DigitsConfig:
-    """`data=digits`: the 1,797 handwritten 8x8 digits that ship with the package, 1,500 to train on and 297 held out.
+class DataConfig:
+    """What all data sets have in common.
 
     Args:
         batch_size: images of one training step, over all ranks together.
-        flip: mirror images at random in training. Off: a mirrored digit is no digit.
+        flip: mirror images at random in training.
 
     Raises:
         ValueError: `batch_size` below 1.
     """
 
-    _target_: str = "qdm_lightning.data.digits.DigitsData"
     batch_size: int = 64
-    flip: bool = False
+    flip: bool = True
 
     def __post_init__(self) -> None:
         at_least("data.batch_size", self.batch_size, 1)
 
 
 @dataclass(kw_only=True)
-class ImagesConfig:
+class DigitsConfig(DataConfig):
+    """`data=digits`: the 1,797 handwritten 8x8 digits that ship with the package, 1,500 to train on and 297 held out.
+
+    `flip` is off: a mirrored digit is no digit.
+    """
+
+    _target_: str = "qdm_lightning.data.digits.DigitsData"
+    flip: bool = False
+
+
+@dataclass(kw_only=True)
+class ImagesConfig(DataConfig):
     """`data=images`: the user's own pictures.
 
     Args:
@@ -47,8 +57,6 @@ class ImagesConfig:
         filter: resampling of the size change, one of `FILTERS`.
         val_fraction: share of the pictures that is held out, the same ones on every run.
         cache: folder for the decoded pictures of a folder, memory-mapped by later runs; None decodes anew, into memory.
-        batch_size: images of one training step, over all ranks together.
-        flip: mirror images at random in training.
 
     Raises:
         ValueError: no path, or a value outside its range.
@@ -62,10 +70,9 @@ class ImagesConfig:
     filter: str = "lanczos"
     val_fraction: float = 0.1
     cache: str | None = None
-    batch_size: int = 64
-    flip: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.path:
             raise ValueError("data=images needs pictures: type data.path=<folder of pictures, or .npz of uint8 (N, H, W, C)>")
         if not Path(self.path).expanduser().exists():
@@ -77,11 +84,10 @@ class ImagesConfig:
         one_of("data.channels", self.channels, (3, 1))
         one_of("data.filter", self.filter, FILTERS)
         between("data.val_fraction", self.val_fraction, 0.0, 0.5)
-        at_least("data.batch_size", self.batch_size, 1)
 
 
 @dataclass(kw_only=True)
-class _DownloadedConfig:
+class DownloadedConfig(DataConfig):
     """What the downloaded data sets have in common.
 
     Args:
@@ -90,8 +96,6 @@ class _DownloadedConfig:
         verify: compare with the published MD5 sums and numbers of images; False accepts other files of the same format.
         image_size: edge length in pixels.
         filter: resampling of a size change, one of `FILTERS`.
-        batch_size: images of one training step, over all ranks together.
-        flip: mirror images at random in training.
 
     Raises:
         ValueError: a value outside its range.
@@ -103,18 +107,17 @@ class _DownloadedConfig:
     image_size: int = 64
     filter: str = "area"
     batch_size: int = 128
-    flip: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.root:
             raise ValueError("data.root is empty: type data.root=<folder that holds the data set>")
         at_least("data.image_size", self.image_size, 1)
         one_of("data.filter", self.filter, FILTERS)
-        at_least("data.batch_size", self.batch_size, 1)
 
 
 @dataclass(kw_only=True)
-class Cifar10Config(_DownloadedConfig):
+class Cifar10Config(DownloadedConfig):
     """`data=cifar10`: 50,000 training images, the 10,000 test images held out.
 
     `root` holds torchvision's `cifar-10-batches-py/`. `image_size=16` takes means of 2x2 pixels (`filter=area`).
@@ -125,7 +128,7 @@ class Cifar10Config(_DownloadedConfig):
 
 
 @dataclass(kw_only=True)
-class CelebAConfig(_DownloadedConfig):
+class CelebAConfig(DownloadedConfig):
     """`data=celeba`: 162,770 aligned faces, the validation split held out.
 
     `root` holds torchvision's `celeba/` with `img_align_celeba/` and `list_eval_partition.txt`. The central square of `crop`
@@ -143,7 +146,7 @@ class CelebAConfig(_DownloadedConfig):
 
 
 @dataclass(kw_only=True)
-class ImageNet64Config(_DownloadedConfig):
+class ImageNet64Config(DownloadedConfig):
     """`data=imagenet64`: 1,281,167 images of ImageNet at 64x64, the validation set held out.
 
     `root` holds `train_data_batch_1.npz` to `train_data_batch_10.npz` and `val_data.npz`; the images are kept uncompressed in

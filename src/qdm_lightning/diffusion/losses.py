@@ -16,42 +16,24 @@ def per_sample_mse(target: Tensor, estimate: Tensor) -> Tensor:
     return (target.float() - estimate.float()).square().flatten(1).mean(1)
 
 
-def simple_loss(eps: Tensor, eps_q: Tensor) -> Tensor:
-    """L_simple = E || eps - eps_Q ||^2 as the mean over all elements (DDPM, eq. 14)."""
-    return per_sample_mse(eps, eps_q).mean()
+def student_errors(nem: NeMConfig, eps: Tensor, eps_fp: Tensor | None, eps_q: Tensor) -> Tensor:
+    """The student's training loss before the mean over samples, (B,): `off` L_simple, `replace` L_NeM, `add` the sum.
 
-
-def nem_loss(eps_fp: Tensor, eps_q: Tensor) -> Tensor:
-    """L_NeM = E || eps_FP - eps_Q ||^2 as the mean over all elements; no gradient reaches the teacher."""
-    return per_sample_mse(eps_fp.detach(), eps_q).mean()
-
-
-def student_errors(nem: NeMConfig, eps: Tensor | None, eps_fp: Tensor | None, eps_q: Tensor) -> Tensor:
-    """What `student_loss` averages: one value for each sample, (B,). Arguments and errors as there."""
-    if nem.mode == "off":
-        return per_sample_mse(_needed("eps", eps, nem), eps_q)
-    mimicking = per_sample_mse(_needed("eps_fp", eps_fp, nem).detach(), eps_q)
-    if nem.mode == "replace":
-        return mimicking
-    return per_sample_mse(_needed("eps", eps, nem), eps_q) + nem.weight * mimicking
-
-
-def student_loss(nem: NeMConfig, eps: Tensor | None, eps_fp: Tensor | None, eps_q: Tensor) -> Tensor:
-    """The student's training loss: `off` L_simple, `replace` L_NeM, `add` L_simple + lambda L_NeM.
+    L_simple = E || eps - eps_Q ||^2 (DDPM, eq. 14), L_NeM = E || eps_FP - eps_Q ||^2, the sum L_simple + lambda L_NeM. No
+    gradient reaches the teacher.
 
     Args:
         nem: mode, and lambda as `weight`.
-        eps: true noise; None where the mode does not read it (`replace`).
+        eps: true noise.
         eps_fp: the teacher's estimate; None where the mode does not read it (`off`).
         eps_q: the student's estimate.
 
     Raises:
-        ValueError: the mode reads a tensor that is None.
+        ValueError: the mode reads `eps_fp`, which is None.
     """
-    return student_errors(nem, eps, eps_fp, eps_q).mean()
-
-
-def _needed(name: str, value: Tensor | None, nem: NeMConfig) -> Tensor:
-    if value is None:
-        raise ValueError(f"nem.mode={nem.mode} needs {name}, which is None")
-    return value
+    if nem.mode == "off":
+        return per_sample_mse(eps, eps_q)
+    if eps_fp is None:
+        raise ValueError(f"nem.mode={nem.mode} needs eps_fp, which is None")
+    mimicking = per_sample_mse(eps_fp.detach(), eps_q)
+    return mimicking if nem.mode == "replace" else per_sample_mse(eps, eps_q) + nem.weight * mimicking

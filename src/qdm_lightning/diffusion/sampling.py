@@ -7,7 +7,7 @@ micro-batches of one size, because a U-Net's float32 result changes with the bat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from qdm_lightning.diffusion.process import alphas_cumprod, noise_scheduler
+from qdm_lightning.diffusion.process import alphas_cumprod, noise_scheduler, predicted_x0
 from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
 
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -45,17 +45,6 @@ def timesteps(sampler: SamplerConfig, diffusion: DiffusionConfig) -> list[int]:
         return [i * total // steps for i in reversed(range(steps))]
     spacing = math.sqrt(0.8 * total) / max(steps - 1, 1)
     return sorted({min(int((spacing * i) ** 2), total - 1) for i in range(steps)}, reverse=True)
-
-
-def predicted_x0(x: Tensor, eps: Tensor, alpha_bar: Tensor, clip: bool) -> Tensor:
-    """x0 = (x - sqrt(1 - abar) eps) / sqrt(abar) (DDIM, eq. 9), clipped to [-1, 1] where `clip`.
-
-    Args:
-        x, eps: state at t and noise estimate, (B, C, H, W).
-        alpha_bar: scalar at t.
-    """
-    x0 = (x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
-    return x0.clamp(-1, 1) if clip else x0
 
 
 def ddim_step(
@@ -128,42 +117,7 @@ def image_seeds(seed: int, count: int, start: int = 0) -> list[int]:
     return [(seed * 2654435761 + index) % SEEDS for index in range(start, start + count)]
 
 
-def sample_batches(
-    network: Network,
-    sampler: SamplerConfig,
-    diffusion: DiffusionConfig,
-    *,
-    shape: tuple[int, int, int],
-    seeds: Sequence[int],
-    device: torch.device | str = "cpu",
-    on_step: Callable[[], None] | None = None,
-    on_state: Callable[[int, Tensor, Tensor], None] | None = None,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """As `sample`, one micro-batch after the other: yields (its seeds, their images)."""
-    outside = [seed for seed in seeds if not 0 <= seed < SEEDS]
-    if outside:
-        raise ValueError(f"seed {outside[0]} of an image is not allowed: it must lie in [0, {SEEDS - 1}]")
-    step, calls = step_function(sampler, diffusion), timesteps(sampler, diffusion)
-
-    @torch.no_grad()
-    def denoise(chunk: list[int]) -> Tensor:
-        padded = chunk + chunk[-1:] * (sampler.batch_size - len(chunk))
-        generators = [torch.Generator().manual_seed(seed) for seed in padded]
-        x = randn_tensor((len(padded), *shape), generators, torch.device(device), torch.float32)
-        for t in calls:
-            eps = network(x, torch.full((len(padded),), t, dtype=torch.int64, device=device)).float()
-            if on_state is not None:
-                on_state(t, x[: len(chunk)], eps[: len(chunk)])
-            x = step(eps, t, x, generators)
-            if on_step is not None:
-                on_step()
-        return x[: len(chunk)].clamp(-1, 1).cpu()
-
-    for first in range(0, len(seeds), sampler.batch_size):
-        chunk = list(seeds[first : first + sampler.batch_size])
-        yield chunk, denoise(chunk)
-
-
+@torch.no_grad()
 def sample(
     network: Network,
     sampler: SamplerConfig,
@@ -192,7 +146,21 @@ def sample(
     Raises:
         ValueError: more steps than T, or a seed outside 0..2^32-1.
     """
-    batches = sample_batches(
-        network, sampler, diffusion, shape=shape, seeds=seeds, device=device, on_step=on_step, on_state=on_state
-    )
-    return torch.cat([torch.empty(0, *shape), *(images for _, images in batches)])
+    outside = [seed for seed in seeds if not 0 <= seed < SEEDS]
+    if outside:
+        raise ValueError(f"seed {outside[0]} of an image is not allowed: it must lie in [0, {SEEDS - 1}]")
+    step, calls, images = step_function(sampler, diffusion), timesteps(sampler, diffusion), [torch.empty(0, *shape)]
+    for first in range(0, len(seeds), sampler.batch_size):
+        chunk = list(seeds[first : first + sampler.batch_size])
+        padded = chunk + chunk[-1:] * (sampler.batch_size - len(chunk))
+        generators = [torch.Generator().manual_seed(seed) for seed in padded]
+        x = randn_tensor((len(padded), *shape), generators, torch.device(device), torch.float32)
+        for t in calls:
+            eps = network(x, torch.full((len(padded),), t, dtype=torch.int64, device=device)).float()
+            if on_state is not None:
+                on_state(t, x[: len(chunk)], eps[: len(chunk)])
+            x = step(eps, t, x, generators)
+            if on_step is not None:
+                on_step()
+        images.append(x[: len(chunk)].clamp(-1, 1).cpu())
+    return torch.cat(images)

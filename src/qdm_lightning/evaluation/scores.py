@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qdm_lightning.evaluation.chunks import Chunk
 from qdm_lightning.evaluation.spec import SCORES
 from qdm_lightning.metrics.frechet import halves_distance
-from qdm_lightning.metrics.moments import MomentsStream, frechet
+from qdm_lightning.metrics.moments import Moments, frechet
 from qdm_lightning.metrics.protocol import PROTOCOL, inception_score, kernel_distance, metric_keys, precision_recall
 from qdm_lightning.metrics.reference import Reference
 
@@ -92,10 +92,8 @@ def compute(
 def _score(score: str, chunks: Sequence[Chunk], reference: Reference, network: nn.Module) -> dict[str, float]:
     keys = metric_keys(network)
     if score == "fd":
-        stream = MomentsStream(int(network.dim))  # type: ignore[arg-type]
-        for index, chunk in enumerate(chunks):
-            stream.add(index, torch.from_numpy(chunk.arrays["features"]))
-        return {keys["frechet"]: frechet(stream.result(), reference.moments)}
+        moments = Moments.of_batches(torch.from_numpy(chunk.arrays["features"]) for chunk in chunks)
+        return {keys["frechet"]: frechet(moments, reference.moments)}
     if score == "is":
         return dict(zip((keys["score"], keys["score_std"]), inception_score(_joined(chunks, "logits")), strict=True))
     generated, real = _joined(chunks, "features"), reference.features

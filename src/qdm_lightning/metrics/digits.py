@@ -52,19 +52,19 @@ class DigitsFeatures(nn.Module):
         self.requires_grad_(False).eval()
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (N, 64) and class logits (N, 10), float32, of uint8 `images` (N, 1, 8, 8)."""
-        features = self.classifier.features(_scaled(images))
+        """Features (N, 64) and class logits (N, 10), float32, of uint8 `images` (N, 1, 8, 8).
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (1, 8, 8):
+            raise ValueError(
+                f"metrics=digits measures uint8 images (N, 1, 8, 8), not {images.dtype} {tuple(images.shape)}: "
+                "type data=digits, or another network, metrics=inception"
+            )
+        features = self.classifier.features(images.float() / 127.5 - 1.0)
         return features, self.classifier.classify(F.relu(features))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (N, 64) float32 of uint8 `images` (N, 1, 8, 8). Raises ValueError for another shape or dtype."""
-        return self.classifier.features(_scaled(images))
-
-
-def _scaled(images: Tensor) -> Tensor:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (1, 8, 8):
-        raise ValueError(
-            f"metrics=digits measures uint8 images (N, 1, 8, 8), not {images.dtype} {tuple(images.shape)}: "
-            "type data=digits, or another network, metrics=inception"
-        )
-    return images.float() / 127.5 - 1.0
+        """Features (N, 64) float32 of uint8 `images` (N, 1, 8, 8). Errors: `features_and_logits`."""
+        return self.features_and_logits(images)[0]

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+
+from qdm_lightning.metrics.moments import Moments, frechet
 
 PUBLISHED = "6726825d"
 """First digits of the SHA-256 of the Inception weights that FID is defined by; the published file's name carries them."""
@@ -105,25 +106,12 @@ def feature_batches(
 
 def features(network: nn.Module, images: Tensor, batch_size: int | None = None) -> Tensor:
     """Features (N, dim) float32 of `images` (N, C, H, W) uint8, on the CPU. Arguments and errors: `feature_batches`."""
-    parts = [rows for (rows,) in feature_batches(network, images, batch_size)]
-    return torch.cat(parts) if parts else torch.empty(0, int(network.dim))  # type: ignore[arg-type]
-
-
-class _Features(nn.Module):
-    """Stands where torchmetrics expects a network: the features are already there."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.num_features = dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
+    rows = (rows for (rows,) in feature_batches(network, images, batch_size))
+    return torch.cat([torch.empty(0, int(network.dim)), *rows])  # type: ignore[arg-type]
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """Frechet distance between the Gaussians fitted to two sets of features (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
-
-    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), S with N - 1; torchmetrics computes it, in float64.
+    """Frechet distance between the Gaussians fitted to two sets of features, see `moments.frechet`.
 
     Args:
         features_a: (N, dim), N >= 2.
@@ -132,18 +120,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     Raises:
         ValueError: fewer than two rows, different widths, or values that are not finite.
     """
-    for rows in (features_a, features_b):
-        if rows.ndim != 2 or len(rows) < 2 or rows.shape[1] != features_a.shape[1]:
-            raise ValueError(
-                f"a Frechet distance needs two sets of at least 2 feature vectors of one width, not "
-                f"{tuple(features_a.shape)} and {tuple(features_b.shape)}: draw more images, for example num_samples=1000"
-            )
-        if not torch.isfinite(rows).all():
-            raise ValueError("features hold values that are not finite: the images or the network's weights are broken")
-    metric = FrechetInceptionDistance(feature=_Features(features_a.shape[1]), sync_on_compute=False).set_dtype(torch.float64)
-    metric.update(features_a.double(), real=True)
-    metric.update(features_b.double(), real=False)
-    return float(metric.compute())
+    return frechet(Moments.of(features_a), Moments.of(features_b))
 
 
 def halves_distance(rows: Tensor) -> float:
@@ -157,8 +134,3 @@ def halves_distance(rows: Tensor) -> float:
     order = torch.from_numpy(np.random.RandomState(0).permutation(len(rows)))  # a stream that numpy promises for good
     half = len(rows) // 2
     return frechet_distance(rows[order[:half]], rows[order[half : 2 * half]])
-
-
-def floor_distance(images: Tensor, network: nn.Module) -> float:
-    """`halves_distance` of the features of `images` (N, C, H, W) uint8: what sampling alone costs; at least 4."""
-    return halves_distance(features(network, images))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
+from qdm_lightning.base.checks import first_line
+from qdm_lightning.base.files import file_hash, reading
 from qdm_lightning.metrics.frechet import PUBLISHED
 from qdm_lightning.metrics.spec import InceptionMetric
-from qdm_lightning.metrics.weights import color, file_hash
+from qdm_lightning.metrics.weights import color
 
 WEIGHTS = URL_INCEPTION_V3.rpartition("/")[2]
 
@@ -21,7 +22,7 @@ class InceptionFeatures(nn.Module):
 
     Attributes:
         name: `inception` over the published weights, whose distance is FID; over others `inception_<8 digits of their hash>`.
-        weights_sha256: of the weights file.
+        weights_sha256: SHA-256 (hexadecimal) of the weights file.
 
     Args:
         weights: see `InceptionMetric`.
@@ -47,7 +48,7 @@ class InceptionFeatures(nn.Module):
             )
         except RuntimeError as error:
             raise ValueError(
-                f"metrics.weights={path} does not hold Inception v3 as torch-fidelity has it: {_first(error)}"
+                f"metrics.weights={path} does not hold Inception v3 as torch-fidelity has it: {first_line(error)}"
             ) from error
         self.weights_sha256 = file_hash(path)
         published = self.weights_sha256.startswith(PUBLISHED)
@@ -74,7 +75,7 @@ def _published() -> Path:
         torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=PUBLISHED, progress=False)
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
-            f"metrics=inception needs {WEIGHTS}, which is not in {path.parent} and could not be fetched ({_first(error)}): "
+            f"metrics=inception needs {WEIGHTS}, which is not in {path.parent} and could not be fetched ({first_line(error)}): "
             f"get {URL_INCEPTION_V3} and type metrics.weights=<that file>"
         ) from error
     return path
@@ -82,15 +83,7 @@ def _published() -> Path:
 
 def _check(path: Path) -> None:
     """Raise ValueError unless the file is a plain state dict: torch-fidelity itself would run code that a file brings along."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"metrics.weights={path} is damaged or no weights file: {_first(error)}; fetch {URL_INCEPTION_V3}"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"metrics.weights={path} holds no state dict; fetch {URL_INCEPTION_V3}")
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    with reading(path, f"fetch {URL_INCEPTION_V3} and type metrics.weights=<that file>") as stream:
+        state = torch.load(stream, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError("it holds no state dict")

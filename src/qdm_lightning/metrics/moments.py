@@ -1,24 +1,22 @@
-"""Mean and covariance of features, streamed in float64, and the Frechet distance between two of them.
-
-A stream may arrive in any order: chunks are folded in the order of their index, so that the same chunks give the same bits.
-"""
+"""Mean and covariance of features in float64, and the Frechet distance between two of them."""
 
 from __future__ import annotations
 
-import os
-import zipfile
-import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
+from qdm_lightning.base.files import atomic_path, reading
+
 BLOCK = 4096
 """Rows that are folded together: each fold touches the whole covariance."""
+
+WANTED = "an .npz with arrays mu (dim,) and sigma (dim, dim) is wanted"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,105 +36,65 @@ class Moments:
     @classmethod
     def of(cls, features: Tensor) -> Moments:
         """Moments of features (N, dim). Raises ValueError below two vectors, or where a value is not finite."""
-        stream = MomentsStream(features.shape[-1])
-        stream.add(0, features)
-        return stream.result()
+        return cls.of_batches([features])
 
+    @classmethod
+    def of_batches(cls, batches: Iterable[Tensor]) -> Moments:
+        """Moments of features (n, dim) that come batch after batch, of which at most `BLOCK` rows and one batch are in memory.
 
-class MomentsStream:
-    """Moments of chunks of features that come one after another, in any order.
-
-    Chunks are gathered in the order of their index, and folded (Chan, Golub and LeVeque 1983, eq. 2.1) when `BLOCK` rows are
-    there: in memory are at most these and the chunks that came early.
-
-    Args:
-        dim: width of a feature vector.
-    """
-
-    def __init__(self, dim: int) -> None:
-        self.count = 0
-        self._mean = torch.zeros(dim, dtype=torch.float64)
-        self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
-        self._next = 0
-        self._early: dict[int, Tensor] = {}
-        self._gathered: list[Tensor] = []
-
-    def add(self, index: int, features: Tensor) -> None:
-        """Take chunk `index` (0, 1, 2, ...), features (n, dim) with n >= 1.
+        Blocks are folded into one another by Chan, Golub and LeVeque 1983, eq. 2.1: the same batches give the same bits.
 
         Raises:
-            ValueError: the chunk is already there, has another width or no rows, or holds values that are not finite.
+            ValueError: fewer than two vectors in all, or a value that is not finite.
         """
-        if index < self._next or index in self._early:
-            raise ValueError(f"chunk {index} of the features came twice")
-        if features.ndim != 2 or features.shape[1] != len(self._mean) or not len(features):
-            raise ValueError(f"chunk {index}: features (n, {len(self._mean)}) are wanted, not {tuple(features.shape)}")
+        count, mean, scatter = 0, torch.tensor(0.0), torch.tensor(0.0)
+        for rows in _blocks(batches):
+            total, block_mean = count + len(rows), rows.mean(0)
+            centered = rows.sub_(block_mean).numpy()
+            block_scatter = torch.from_numpy(centered.T @ centered)  # numpy knows that it is symmetric: half the work
+            shift = block_mean - mean
+            if count:
+                block_scatter += scatter
+                block_scatter += torch.outer(shift, shift) * (count * len(rows) / total)
+            count, mean, scatter = total, mean + shift * (len(rows) / total), block_scatter
+        if count < 2:
+            raise ValueError(f"{count} images have no covariance: at least 2 are needed, for example num_samples=1000")
+        return cls(mu=mean.numpy(), sigma=(scatter / (count - 1)).numpy(), count=count)
+
+
+def _blocks(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Copies of `batches` in float64 on the CPU, joined to at least `BLOCK` rows, the last one aside."""
+    block: list[Tensor] = []
+    for features in batches:
         if not torch.isfinite(features).all():
-            raise ValueError(f"chunk {index}: features are not finite, the images or the network's weights are broken")
-        self._early[index] = features.cpu()
-        while self._next in self._early:
-            self._gathered.append(self._early.pop(self._next))
-            self._next += 1
-            if sum(map(len, self._gathered)) >= BLOCK:
-                self._fold()
-
-    def _fold(self) -> None:
-        gathered, self._gathered = self._gathered, []
-        rows = (torch.cat(gathered) if len(gathered) > 1 else gathered[0]).to(torch.float64, copy=True)
-        mean = rows.mean(0)
-        centered = rows.sub_(mean).numpy()
-        scatter = torch.from_numpy(centered.T @ centered)  # numpy's product knows that it is symmetric: half the work
-        shift, count = mean - self._mean, self.count + len(rows)
-        if self.count:
-            scatter += self._scatter
-            scatter += torch.outer(shift, shift) * (self.count * len(rows) / count)
-        self._scatter = scatter
-        self._mean += shift * (len(rows) / count)
-        self.count = count
-
-    def result(self) -> Moments:
-        """Moments of all chunks so far. Raises ValueError below two vectors, or while a chunk before another is missing."""
-        if self._early:
-            raise ValueError(f"chunk {self._next} of the features is missing, while chunk {min(self._early)} is there")
-        if self._gathered:
-            self._fold()
-        if self.count < 2:
-            raise ValueError(f"{self.count} images have no covariance: at least 2 are needed")
-        return Moments(mu=self._mean.numpy().copy(), sigma=(self._scatter / (self.count - 1)).numpy(), count=self.count)
+            raise ValueError("features are not finite: the images or the network's weights are broken")
+        block.append(features.cpu())
+        if sum(map(len, block)) >= BLOCK:
+            yield torch.cat(block).double()
+            block = []
+    if any(map(len, block)):
+        yield torch.cat(block).double()
 
 
 def frechet(a: Moments, b: Moments) -> float:
-    """Frechet distance between two Gaussians, computed by torch-fidelity in float64 (Heusel et al. 2017, eq. 6).
+    """Frechet distance between two Gaussians (Heusel et al. 2017, arXiv 1706.08500, eq. 6), by torch-fidelity in float64.
+
+    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))
 
     Raises:
         ValueError: the moments have different widths.
     """
     if a.mu.shape != b.mu.shape:
         raise ValueError(f"moments of width {len(a.mu)} and {len(b.mu)} do not compare: they come from different networks")
-    first, second = (
-        {"mu": m.mu.astype(np.float64, copy=False), "sigma": m.sigma.astype(np.float64, copy=False)} for m in (a, b)
-    )
+    first, second = ({"mu": moments.mu, "sigma": moments.sigma} for moments in (a, b))
     return float(fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID])
 
 
-def save_moments(path: Path, moments: Moments) -> None:
-    """Write `mu`, `sigma` and `count` (-1: unknown) to an .npz, whole or not at all."""
-    count = -1 if moments.count is None else moments.count
-    save_arrays(path, mu=moments.mu, sigma=moments.sigma, count=np.int64(count))
-
-
-def save_arrays(path: Path, **arrays: Any) -> None:
-    """Write arrays to an .npz: beside (`<name>.<process>.part`), flushed to the disk, renamed."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with beside.open("wb") as stream:
-            np.savez(stream, **arrays)
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+def save_moments(path: Path, moments: Moments, **arrays: np.ndarray) -> None:
+    """Write `mu`, `sigma`, `count` (-1: unknown) and further `arrays` to an .npz, whole or not at all."""
+    count = np.int64(-1 if moments.count is None else moments.count)
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, mu=moments.mu, sigma=moments.sigma, count=count, **arrays)  # type: ignore[arg-type]
 
 
 def load_moments(path: Path, dim: int | None = None) -> Moments:
@@ -152,15 +110,10 @@ def load_moments(path: Path, dim: int | None = None) -> Moments:
     """
     path = path.expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; an .npz with arrays mu (dim,) and sigma (dim, dim) is wanted")
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            mu, sigma = archive["mu"].astype(np.float64), archive["sigma"].astype(np.float64)
-            count = int(archive["count"]) if "count" in archive.files else -1
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(
-            f"{path} is damaged or holds no statistics ({error}): an .npz with arrays mu and sigma is wanted"
-        ) from error
+        raise FileNotFoundError(f"{path}: no such file; {WANTED}")
+    with reading(path, WANTED) as stream, np.load(stream, allow_pickle=False) as archive:
+        mu, sigma = archive["mu"].astype(np.float64), archive["sigma"].astype(np.float64)
+        count = int(archive["count"]) if "count" in archive.files else -1
     width = len(mu) if dim is None and mu.ndim == 1 else dim
     if mu.shape != (width,) or sigma.shape != (width, width):
         raise ValueError(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +11,9 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+from qdm_lightning.base.files import data_hash, reading, remove_leftovers, sha256
 from qdm_lightning.metrics.frechet import batch_size_of, check_network, feature_batches
-from qdm_lightning.metrics.moments import Moments, MomentsStream, load_moments, save_arrays, save_moments
+from qdm_lightning.metrics.moments import Moments, load_moments, save_moments
 from qdm_lightning.metrics.protocol import PROTOCOL
 from qdm_lightning.metrics.weights import state_hash
 
@@ -27,7 +26,7 @@ class Reference:
         moments: mean and covariance of the real features.
         features: (N, dim) float32; None where they were not asked for, or where the statistics were imported.
         source: hash of the images, or path of the imported file.
-        sha256: hash of mean and covariance, as the record of a result names them.
+        sha256: hash of mean and covariance, by which a result names its reference.
     """
 
     moments: Moments
@@ -57,28 +56,25 @@ def reference(
         batch_size: images that go through the network together; None takes `batch_size_of(network)`.
         keep_features: keep and return the features too (kernel distance, precision and recall need them).
         on_batch: called with the number of images after every batch; not called where the cache has the result.
-        say: told of a cache that is damaged: it is made again.
+        say: called with a line about a damaged cache, which is made again.
 
     Raises:
         ValueError: fewer than two images, or images or features that do not fit.
     """
     batch_size = batch_size_of(check_network(network)) if batch_size is None else batch_size
-    moments_file, features_file = _files(network, images, images_hash, batch_size, cache)
-    if moments_file is None or features_file is None:
-        moments, rows = _compute(network, images, batch_size, keep_features, on_batch)
+    batches = (rows for (rows,) in feature_batches(network, images, batch_size, on_batch=on_batch))
+    if cache is None:
+        moments, features = _computed(batches, keep_features)
     else:
-        moments_file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{moments_file}.lock"):
-            for left in moments_file.parent.glob(f"{moments_file.stem}.*.part"):
-                left.unlink()  # of a killed process: who writes holds the lock
-            kept = _kept(moments_file, features_file if keep_features else None, int(network.dim), say)  # type: ignore[arg-type]
-            if kept is None:
-                kept = _compute(network, images, batch_size, keep_features, on_batch)
-                if kept[1] is not None:
-                    save_arrays(features_file, features=kept[1].numpy())
-                save_moments(moments_file, kept[0])
-            moments, rows = kept
-    return Reference(moments=moments, features=rows, source=images_hash, sha256=moments_hash(moments))
+        file = cache.expanduser() / "references" / f"{_key(network, images, images_hash, batch_size)}.npz"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            remove_leftovers(file)
+            stored = _stored(file, int(network.dim), keep_features, say)  # type: ignore[arg-type]
+            moments, features = _computed(batches, keep_features) if stored is None else stored
+            if stored is None:
+                save_moments(file, moments, **({} if features is None else {"features": features.numpy()}))
+    return Reference(moments=moments, features=features, source=images_hash, sha256=moments_hash(moments))
 
 
 def import_reference(path: Path, network: nn.Module) -> Reference:
@@ -89,17 +85,11 @@ def import_reference(path: Path, network: nn.Module) -> Reference:
 
 def moments_hash(moments: Moments) -> str:
     """SHA-256 (hexadecimal) over mean, covariance and count."""
-    digest = hashlib.sha256(f"{moments.mu.shape} {moments.count}".encode())
-    for array in (moments.mu, moments.sigma):
-        digest.update(array.astype("<f8").tobytes())
-    return digest.hexdigest()
+    arrays = (array.astype("<f8").tobytes() for array in (moments.mu, moments.sigma))
+    return sha256([f"{moments.mu.shape} {moments.count}", *arrays])
 
 
-def _files(
-    network: nn.Module, images: Tensor, images_hash: str, batch_size: int, cache: Path | None
-) -> tuple[Path | None, Path | None]:
-    if cache is None:
-        return None, None
+def _key(network: nn.Module, images: Tensor, images_hash: str, batch_size: int) -> str:
     key = {
         "protocol": PROTOCOL["version"],
         "images": images_hash,
@@ -110,42 +100,34 @@ def _files(
         "device": next((p.device.type for p in network.parameters()), "cpu"),
         "torch": torch.__version__,
     }
-    name = f"{network.name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}"
-    folder = cache.expanduser() / "references"
-    return folder / f"{name}.npz", folder / f"{name}.features.npz"
+    return f"{network.name}-{data_hash(key)[:32]}"
 
 
-def _compute(
-    network: nn.Module, images: Tensor, batch_size: int, keep: bool, on_batch: Callable[[int], None] | None
-) -> tuple[Moments, Tensor | None]:
-    stream, kept = MomentsStream(int(network.dim)), []  # type: ignore[arg-type]
-    for index, (rows,) in enumerate(feature_batches(network, images, batch_size, on_batch=on_batch)):
-        stream.add(index, rows)
-        if keep:
-            kept.append(rows)
-    return stream.result(), torch.cat(kept) if keep else None
+def _computed(batches: Iterable[Tensor], keep: bool) -> tuple[Moments, Tensor | None]:
+    if not keep:
+        return Moments.of_batches(batches), None
+    parts = list(batches)
+    return Moments.of_batches(parts), torch.cat(parts)
 
 
-def _kept(
-    moments_file: Path, features_file: Path | None, dim: int, say: Callable[[str], None]
-) -> tuple[Moments, Tensor | None] | None:
+def _stored(file: Path, dim: int, keep: bool, say: Callable[[str], None]) -> tuple[Moments, Tensor | None] | None:
     """What the cache has; None where anything is missing or damaged."""
-    if not all(file.is_file() for file in (moments_file, features_file) if file is not None):
+    if not file.is_file():
         return None
     try:
-        moments = load_moments(moments_file, dim)
-        return moments, None if features_file is None else _load_features(features_file, moments)
+        moments = load_moments(file, dim)
+        features = _load_features(file, moments) if keep else None
     except ValueError as error:
         say(f"{error}; it is made again")
         return None
+    return None if keep and features is None else (moments, features)
 
 
-def _load_features(path: Path, moments: Moments) -> Tensor:
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            rows = torch.from_numpy(archive["features"])
-    except Exception as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if rows.shape != (moments.count, len(moments.mu)):
-        raise ValueError(f"{path} is damaged: {tuple(rows.shape)} features, not ({moments.count}, {len(moments.mu)})")
+def _load_features(file: Path, moments: Moments) -> Tensor | None:
+    with reading(file) as stream, np.load(stream, allow_pickle=False) as archive:
+        if "features" not in archive.files:
+            return None
+        rows = torch.from_numpy(archive["features"])
+        if rows.shape != (moments.count, len(moments.mu)):
+            raise ValueError(f"{tuple(rows.shape)} features, not ({moments.count}, {len(moments.mu)})")
     return rows

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qdm_lightning.base.files import file_hash
 from qdm_lightning.metrics.spec import ResNet20Metric
-from qdm_lightning.metrics.weights import color, file_hash, read_state
+from qdm_lightning.metrics.weights import color, read_state
 
 MEAN = (0.485, 0.456, 0.406)
-DEVIATION = (0.229, 0.224, 0.225)
+STD = (0.229, 0.224, 0.225)
 """Of the RGB channels in [0, 1]: the weights were trained on inputs normalized by these."""
 
 
@@ -63,7 +64,7 @@ class ResNet20Features(nn.Module):
     Images of another size are resampled to 32x32, as `resize` says; gray ones get three equal channels.
 
     Attributes:
-        weights_sha256: of the weights file.
+        weights_sha256: SHA-256 (hexadecimal) of the weights file.
 
     Args:
         weights: see `ResNet20Metric`.
@@ -77,7 +78,7 @@ class ResNet20Features(nn.Module):
     dim = 64
     resize = "32x32, bilinear, antialiased where it shrinks"
     mean: Tensor
-    deviation: Tensor
+    std: Tensor
 
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()
@@ -86,7 +87,7 @@ class ResNet20Features(nn.Module):
         self._fill(path)
         self.weights_sha256 = file_hash(path)
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("deviation", torch.tensor(DEVIATION).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
     def _fill(self, path: Path) -> None:
@@ -105,7 +106,7 @@ class ResNet20Features(nn.Module):
         x = color(images, "metrics=resnet20").float() / 255
         if x.shape[-2:] != (32, 32):
             x = F.interpolate(x, (32, 32), mode="bilinear", align_corners=False, antialias=True)
-        features = self.network.features((x - self.mean) / self.deviation)
+        features = self.network.features((x - self.mean) / self.std)
         return features, self.network.linear(features)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -22,15 +22,14 @@ DIGITS = Path(__file__).parents[1] / "data" / "assets" / "digits.npz"
 STEPS = 1500
 BATCH = 64
 NOISED = 0.25
-"""Share of a batch that gets Gaussian noise, of a deviation uniform in [0, 1] (images in [-1, 1])."""
+"""Share of a batch that gets Gaussian noise, its std uniform in [0, 1] (images in [-1, 1])."""
 
 
 def load_digits(path: Path) -> tuple[Tensor, Tensor, Tensor]:
     """Images (1797, 1, 8, 8) in [-1, 1], labels (1797,) and the mask (1797,) of those held out."""
     with np.load(path, allow_pickle=False) as archive:
         images, labels = torch.from_numpy(archive["images"]), torch.from_numpy(archive["labels"]).long()
-        held_out = torch.zeros(len(images), dtype=torch.bool)
-        held_out[torch.from_numpy(archive["held_out"]).long()] = True
+        held_out = torch.from_numpy(np.isin(np.arange(len(images)), archive["held_out"]))
     return images[:, None].float() / 127.5 - 1.0, labels, held_out
 
 

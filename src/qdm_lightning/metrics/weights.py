@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import zipfile
-import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
+from qdm_lightning.base.files import reading, sha256
 
-def file_hash(path: Path) -> str:
-    """SHA-256 (hexadecimal) of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+def state_pieces(network: nn.Module) -> Iterator[Any]:
+    """Name, dtype, shape and bytes (in logical order) of every parameter and buffer, sorted by name, to be hashed."""
+    for name, value in sorted(network.state_dict().items()):
+        yield f"{name}\0{value.dtype}\0{tuple(value.shape)}\0"
+        yield value.detach().cpu().reshape(-1).view(torch.uint8).numpy()
 
 
 def state_hash(network: nn.Module) -> str:
-    """SHA-256 (hexadecimal) over name, dtype, shape and bytes of every parameter and buffer, sorted by name."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        array = value.detach().cpu().contiguous()
-        digest.update(f"{name}\0{array.dtype}\0{tuple(array.shape)}\0".encode())
-        digest.update(array.reshape(-1).view(torch.uint8).numpy() if array.numel() else b"")
-    return digest.hexdigest()
+    """SHA-256 (hexadecimal) of `state_pieces`."""
+    return sha256(state_pieces(network))
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -36,15 +32,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: the file has another ending, or is damaged.
     """
-    try:
+    wanted = "metrics.weights: an .npz or .safetensors file is wanted"
+    if path.suffix not in (".npz", ".safetensors"):
+        raise ValueError(f"{path} cannot be read; {wanted}")
+    with reading(path, wanted) as stream:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        if path.suffix == ".npz":
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-                return {name: torch.from_numpy(archive[name]) for name in archive.files}
-    except (OSError, ValueError, TypeError, EOFError, AttributeError, SafetensorError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"metrics.weights={path} is damaged: {error}") from error
-    raise ValueError(f"metrics.weights={path} cannot be read: an .npz or .safetensors file is wanted")
+            return load(stream.read())
+        archive = np.load(stream, allow_pickle=False)
+        return {name: torch.from_numpy(archive[name]) for name in archive.files}
 
 
 def color(images: Tensor, what: str) -> Tensor:

@@ -82,7 +82,7 @@ def unet_from_ddim(state: Mapping[str, Tensor], image_size: int | None = None) -
         image_size: in pixels; None takes the size whose single level with attention is 16x16.
 
     Raises:
-        ValueError: keys that are missing, unknown or of another shape, or a size that cannot be told.
+        ValueError: keys that are missing, unknown or of another shape, or a size that does not follow from them.
     """
     unet = build_unet(**_architecture(state, image_size))
     levels = len(unet.down_blocks)
@@ -135,9 +135,7 @@ def _ddim_key(key: str, levels: int) -> str:
     'up.3.attn.2.proj_out.bias'
     """
     for pattern, prefix in _PREFIXES:
-        key, found = re.subn(f"^{pattern}", prefix, key)
-        if found:
-            break
+        key = re.sub(f"^{pattern}", prefix, key)
     for theirs, original in _LAYERS:
         key = key.replace(f".{theirs}.", f".{original}.")
     return re.sub(r"^up\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", key)
@@ -145,16 +143,15 @@ def _ddim_key(key: str, levels: int) -> str:
 
 def _plain_shortcut(key: str, value: Tensor) -> str:
     """Their two names of a shortcut are one layer where it is 1x1; a 3x3 `conv_shortcut` keeps its name and is refused."""
-    if value.dim() == 4 and value.shape[2:] != (1, 1):
-        return key
-    return key.replace(".conv_shortcut.", ".nin_shortcut.")
+    wide = value.dim() == 4 and value.shape[2:] != (1, 1)
+    return key if wide else key.replace(".conv_shortcut.", ".nin_shortcut.")
 
 
 def _check_keys(missing: set[str], unknown: set[str]) -> None:
-    parts = []
-    for what, keys in (("missing", missing), ("unknown", unknown)):
-        if keys:
-            more = ", ..." if len(keys) > _SHOWN_KEYS else ""
-            parts.append(f"{len(keys)} {what} keys: {', '.join(sorted(keys)[:_SHOWN_KEYS])}{more}")
+    parts = [
+        f"{len(keys)} {what} keys: {', '.join(sorted(keys)[:_SHOWN_KEYS])}{', ...' if len(keys) > _SHOWN_KEYS else ''}"
+        for what, keys in (("missing", missing), ("unknown", unknown))
+        if keys
+    ]
     if parts:
         raise ValueError(f"checkpoint is not one of the DDIM code's U-Net: {'; '.join(parts)}")

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors import SafetensorError
 
+from qdm_lightning.base.checks import one_line
+from qdm_lightning.base.files import atomic_folder, read_json
+from qdm_lightning.diffusion.process import noise_scheduler
+from qdm_lightning.diffusion.spec import DiffusionConfig
+
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 _PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
 _CONFIGS = ("model_index.json", "config.json", "unet/config.json", "scheduler_config.json", "scheduler/scheduler_config.json")
-_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 
 
 def load_unet(path: str | Path) -> UNet2DModel:
@@ -32,29 +33,25 @@ def load_unet(path: str | Path) -> UNet2DModel:
         ValueError: not an unconditional `UNet2DModel`, damaged or incomplete files, a learned variance.
     """
     folder = _unet_folder(path)
-    config = _read_json(folder / "config.json")
-    _check_config(path, config)
-    if any((folder / name).is_file() for name in _WEIGHTS):
-        safetensors = True
-    elif (folder / _PICKLED_WEIGHTS).is_file():
-        safetensors = False
-    else:
+    _check_config(path, read_json(folder / "config.json"))
+    safetensors = any((folder / name).is_file() for name in _WEIGHTS)
+    if not safetensors and not (folder / _PICKLED_WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} has a config.json but no weights: expected {_WEIGHTS[0]}")
     try:
         unet, info = UNet2DModel.from_pretrained(
             str(folder), use_safetensors=safetensors, low_cpu_mem_usage=False, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be read as a U-Net: {_one_line(error)}") from error
+        raise ValueError(f"{folder} cannot be read as a U-Net: {one_line(error)}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[what]:
-            names = ", ".join(str(key) for key in info[what][:3])
-            raise ValueError(f"{folder}: weights do not fit config.json: {len(info[what])} {what.replace('_', ' ')}: {names}")
+        if keys := info[what]:
+            names = ", ".join(map(str, keys[:3]))
+            raise ValueError(f"{folder}: weights do not fit config.json: {len(keys)} {what.replace('_', ' ')}: {names}")
     return unet.float().eval()
 
 
 def load_diffusion(path: str | Path) -> dict[str, Any] | None:
-    """The diffusion process that a pretrained network was trained on: fields of `DiffusionConfig`; None if it is not told.
+    """The diffusion process that a pretrained network was trained on: fields of `DiffusionConfig`; None if no file says it.
 
     Args:
         path: as for `load_unet`; the schedule is looked for in `scheduler/`, beside the U-Net and beside its folder.
@@ -64,51 +61,38 @@ def load_diffusion(path: str | Path) -> dict[str, Any] | None:
         ValueError: a process that is not ours: another prediction than the noise, hand-made or rescaled betas.
     """
     folder = _unet_folder(path)
-    places = [folder, folder / "scheduler"] + ([folder.parent, folder.parent / "scheduler"] if folder.name == "unet" else [])
-    file = next((file for file in (place / "scheduler_config.json" for place in places) if file.is_file()), None)
+    places = [folder, folder.parent] if folder.name == "unet" else [folder]
+    candidates = (place / subfolder / "scheduler_config.json" for place in places for subfolder in ("", "scheduler"))
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
         return None
-    config = dict(DDPMScheduler().config) | _read_json(file)
+    config = {**DDPMScheduler().config, **read_json(file)}
     for name, ours in (("prediction_type", "epsilon"), ("trained_betas", None), ("rescale_betas_zero_snr", False)):
         if config[name] != ours:
             raise ValueError(f"{file}: {name}={config[name]} is not supported: it must be {ours}")
-    return {name: config[name] for name in _SCHEDULE}
+    return {field.name: config[field.name] for field in fields(DiffusionConfig)}
 
 
-def save_pipeline(unet: UNet2DModel, diffusion: Mapping[str, Any], folder: str | Path) -> Path:
+def save_pipeline(unet: UNet2DModel, diffusion: DiffusionConfig, folder: str | Path) -> Path:
     """Write a folder that `DDPMPipeline.from_pretrained` and `load_unet` read; it appears whole or not at all.
 
     Args:
         unet: any device, precision and memory layout; written as it is, in safetensors.
-        diffusion: fields of `DiffusionConfig` (others are refused), for the scheduler.
+        diffusion: the process that the network was trained on, for the scheduler.
         folder: replaced if it is a pipeline already.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: `folder` exists and is not a pipeline, or `diffusion` has a field that is unknown.
+        ValueError: `folder` exists and is not a pipeline.
     """
     folder = Path(folder).expanduser().absolute()
-    unknown = set(diffusion) - set(_SCHEDULE)
-    if unknown:
-        raise ValueError(f"diffusion has no field {', '.join(sorted(unknown))}: choose from {', '.join(_SCHEDULE)}")
     if folder.exists() and not (folder / "model_index.json").is_file() and (folder.is_file() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not a pipeline: give another folder, or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scheduler = DDPMScheduler(**diffusion, variance_type="fixed_large", clip_sample=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(scratch / "new", safe_serialization=True)
-        for file in sorted((scratch / "new").rglob("*")):
-            _sync(file)
-        _sync(scratch / "new")
-        if folder.exists():
-            folder.rename(scratch / "old")
-        (scratch / "new").rename(folder)
-        _sync(folder.parent)
-    finally:
-        shutil.rmtree(scratch)
+    scheduler = noise_scheduler(diffusion, variance_type="fixed_large", clip_sample=True)
+    with atomic_folder(folder) as new:
+        DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(new, safe_serialization=True)
     return folder
 
 
@@ -140,7 +124,7 @@ def _download(name: str) -> Path:
         if not any(folder.rglob("*.safetensors")):
             snapshot_download(name, allow_patterns=[_PICKLED_WEIGHTS, f"unet/{_PICKLED_WEIGHTS}"])
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{absent}, or a hub id that can be reached ({_one_line(error)})") from error
+        raise FileNotFoundError(f"{absent}, or a hub id that can be reached ({one_line(error)})") from error
     return folder
 
 
@@ -153,26 +137,3 @@ def _check_config(path: str | Path, config: Mapping[str, Any]) -> None:
     channels, estimated = config.get("in_channels", 3), config.get("out_channels", 3)
     if channels != estimated:
         raise ValueError(f"{path} has {channels} channels in and {estimated} out (a learned variance?): they must be equal")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{file} is damaged: {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged: it holds no JSON object")
-    return content
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or folder to disk, so that a rename never publishes what a crash could empty."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

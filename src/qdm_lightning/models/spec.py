@@ -22,10 +22,10 @@ class UNetConfig:
         layers_per_block: residual layers of a level (one more on the way up).
         attention_head_dim: channels of an attention head; None: one head of all channels.
         add_attention: attention in the middle block.
-        norm_num_groups, norm_eps: of every GroupNorm.
+        norm_num_groups, norm_eps: groups and epsilon of every GroupNorm.
         dropout: probability inside each residual layer while the teacher trains.
         downsample_padding: 1 pads both sides, 0 pads right and bottom alone, as DDPM's code.
-        freq_shift, flip_sin_to_cos: of the sinusoidal time embedding; 1 and false are DDPM's.
+        freq_shift, flip_sin_to_cos: form of the sinusoidal time embedding; 1 and false are DDPM's.
         resnet_time_scale_shift: `default` adds the time embedding, `scale_shift` modulates the norm with it.
 
     Raises:
@@ -52,7 +52,13 @@ class UNetConfig:
     resnet_time_scale_shift: str = "default"
 
     def __post_init__(self) -> None:
-        self._check_ranges()
+        for name in ("sample_size", "in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
+            at_least(f"model.{name}", getattr(self, name), 1)
+        positive("model.norm_eps", self.norm_eps)
+        between("model.dropout", self.dropout, 0.0, 0.999)
+        one_of("model.downsample_padding", self.downsample_padding, (0, 1))
+        one_of("model.freq_shift", self.freq_shift, (0, 1))
+        one_of("model.resnet_time_scale_shift", self.resnet_time_scale_shift, ("default", "scale_shift"))
         levels = len(self.block_out_channels)
         at_least("number of model.block_out_channels", levels, 1)
         for name, allowed in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
@@ -70,18 +76,6 @@ class UNetConfig:
                 f"model.sample_size={self.sample_size} cannot be halved {levels - 1} times: "
                 f"it must be a multiple of {2 ** (levels - 1)}"
             )
-        self._check_divisors()
-
-    def _check_ranges(self) -> None:
-        for name in ("sample_size", "in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
-            at_least(f"model.{name}", getattr(self, name), 1)
-        positive("model.norm_eps", self.norm_eps)
-        between("model.dropout", self.dropout, 0.0, 0.999)
-        one_of("model.downsample_padding", self.downsample_padding, (0, 1))
-        one_of("model.freq_shift", self.freq_shift, (0, 1))
-        one_of("model.resnet_time_scale_shift", self.resnet_time_scale_shift, ("default", "scale_shift"))
-
-    def _check_divisors(self) -> None:
         for channels in self.block_out_channels:
             at_least("model.block_out_channels", channels, 1)
             for name in ("norm_num_groups", "attention_head_dim"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from diffusers import UNet2DModel
@@ -21,11 +20,10 @@ def build_unet(**settings: Any) -> UNet2DModel:
     Raises:
         ValueError: a setting that is unknown, missing or not allowed.
     """
-    plain: dict[str, Any] = {name: list(value) if name in _LISTS else value for name, value in settings.items()}
     try:
-        config = UNetConfig(**plain)
+        config = UNetConfig(**settings)
     except TypeError as error:
         raise ValueError(f"model: {str(error).removeprefix('UNetConfig.__init__() ')}") from None
-    arguments = asdict(config)
+    arguments = {name: tuple(value) if name in _LISTS else value for name, value in vars(config).items()}
     del arguments["_target_"]
-    return UNet2DModel(**{name: tuple(value) if name in _LISTS else value for name, value in arguments.items()})
+    return UNet2DModel(**arguments)

@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qdm_lightning.base.files import file_hash
 from qdm_lightning.loggers import finish, named_loggers
-from qdm_lightning.metrics.weights import file_hash, state_hash
+from qdm_lightning.metrics.weights import state_hash
 from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.models.diffusers_io import load_unet
 from qdm_lightning.quantization import compiled

@@ -75,7 +75,7 @@ def obtain_teacher(
         )
         record = {"source": config.source, "path": str(config.path)}
     _check_shape(experiment, unet)
-    save_pipeline(unet, asdict(experiment.diffusion), kept)
+    save_pipeline(unet, experiment.diffusion, kept)
     write_json(origin, record)
     return unet.eval(), record
 
@@ -97,7 +97,7 @@ def _cached(
             fitted = _train(experiment, validation, work / "checkpoints", progress, loggers)
             staged = work / "publish"
             shutil.rmtree(staged, ignore_errors=True)
-            save_pipeline(fitted.pop("unet"), asdict(experiment.diffusion), staged)
+            save_pipeline(fitted.pop("unet"), experiment.diffusion, staged)
             write_json(staged / "teacher.json", {"key": key, "settings": settings, **fitted})
             shutil.rmtree(folder, ignore_errors=True)
             staged.rename(folder)

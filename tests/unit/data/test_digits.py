@@ -1,22 +1,25 @@
+import numpy as np
 import pytest
 import torch
 
 from qdm_lightning.data.digits import DigitsData, load_digits
+from qdm_lightning.metrics.train_digits import DIGITS
 
 
 def test_split_covers_all_digits_once():
-    (train, train_labels), (val, val_labels) = load_digits()
+    train, val = load_digits()
     assert train.shape == (1500, 1, 8, 8)
     assert val.shape == (297, 1, 8, 8)
     assert train.dtype == val.dtype == torch.uint8
-    counts = torch.bincount(torch.cat([train_labels, val_labels]), minlength=10)
+    with np.load(DIGITS) as archive:
+        assert sorted(map(bytes, archive["images"])) == sorted(map(bytes, torch.cat([train, val]).numpy()))
+        counts = np.bincount(archive["labels"])
     assert counts.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # as scikit-learn's description says
 
 
-def test_grey_values_are_the_sixteenths_of_the_source():
-    (train, _), (val, _) = load_digits()
+def test_gray_values_are_the_sixteenths_of_the_source():
     levels = {round(v * 255 / 16) for v in range(17)}
-    assert set(torch.cat([train, val]).unique().tolist()) == levels
+    assert set(torch.cat(load_digits()).unique().tolist()) == levels
 
 
 def test_data_module():

@@ -63,7 +63,7 @@ def test_area_filter_averages_the_central_square(tmp_path, rng):
     assert as_set(images[:, 0]) == as_set(expected)
 
 
-def test_color_becomes_grey_and_grey_becomes_color(tmp_path):
+def test_color_becomes_gray_and_gray_becomes_color(tmp_path):
     Image.new("RGB", (2, 2), (255, 0, 0)).save(tmp_path / "red.png")
     Image.new("L", (2, 2), 9).save(tmp_path / "gray.png")
     gray, _ = load(tmp_path, channels=1)
@@ -126,7 +126,7 @@ def test_damaged_npz_is_named(tmp_path, rng):
     whole[400] ^= 1
     for damaged in (bytes(whole), bytes(whole[:-40]), b"junk", b""):
         (tmp_path / "x.npz").write_bytes(damaged)
-        refused(tmp_path / "x.npz", ValueError, r"x\.npz cannot be read")
+        refused(tmp_path / "x.npz", ValueError, r"x\.npz is damaged")
 
 
 def test_a_folder_is_decoded_once(tmp_path, rng, monkeypatch):

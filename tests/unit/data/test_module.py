@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from qdm_lightning.data.module import ImageDataModule, StepBatches
+from qdm_lightning.data.spec import DigitsConfig
 
 
 def numbered(count):
@@ -14,7 +15,7 @@ def numbered(count):
 
 class Fixed(ImageDataModule):
     def __init__(self, train, val, batch_size=2):
-        super().__init__(batch_size=batch_size, flip=False, channels=1, image_size=1)
+        super().__init__(DigitsConfig(batch_size=batch_size), channels=1, image_size=1)
         self.arrays = train, val
         self.loads = 0
 

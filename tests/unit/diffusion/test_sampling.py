@@ -3,7 +3,7 @@ import torch
 from diffusers import UNet2DModel
 
 from qdm_lightning.diffusion.images import to_uint8
-from qdm_lightning.diffusion.sampling import SEEDS, image_seeds, sample, sample_batches, timesteps
+from qdm_lightning.diffusion.sampling import SEEDS, image_seeds, sample, timesteps
 from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
 
 DIFFUSION = DiffusionConfig()
@@ -88,8 +88,8 @@ def test_images_are_clamped_float_and_without_graph(network):
 
 
 def test_gradients_are_left_as_they_were(network):
-    for _ in sample_batches(network, SamplerConfig(steps=1, batch_size=1), DIFFUSION, shape=SHAPE, seeds=[0, 1]):
-        assert torch.is_grad_enabled()
+    sample(network, SamplerConfig(steps=1, batch_size=1), DIFFUSION, shape=SHAPE, seeds=[0, 1])
+    assert torch.is_grad_enabled()
 
 
 def test_network_sees_full_micro_batches_and_callbacks_real_images(network):

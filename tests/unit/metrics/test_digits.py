@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from qdm_lightning.metrics.digits import DigitsFeatures
-from qdm_lightning.metrics.frechet import features, floor_distance, frechet_distance, frechet_key
+from qdm_lightning.metrics.frechet import features, frechet_distance, frechet_key, halves_distance
 from qdm_lightning.metrics.train_digits import DIGITS
 
 
@@ -43,12 +43,13 @@ def test_distance_grows_with_noise_and_stands_clear_of_the_floor(network, digits
     real = features(network, train)
     distances = [frechet_distance(real, features(network, noised(train, sigma))) for sigma in (0.1, 0.2, 0.3, 0.5, 1.0)]
     assert distances == sorted(distances)
-    assert 2 * floor_distance(train, network) < distances[1]
+    assert 2 * halves_distance(real) < distances[1]
 
 
 def test_blur_and_missing_classes_are_seen(network, digits):
     train, _, _ = digits
-    real, floor = features(network, train), floor_distance(train, network)
+    real = features(network, train)
+    floor = halves_distance(real)
     blurred = torch.nn.functional.avg_pool2d(train.float(), 3, 1, padding=1).to(torch.uint8)
     assert frechet_distance(real, features(network, blurred)) > 10 * floor
     eight_classes = train[network.features_and_logits(train)[1].argmax(1) < 8]

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -5,7 +6,6 @@ from torch import nn
 from qdm_lightning.metrics.frechet import (
     check_network,
     features,
-    floor_distance,
     frechet_distance,
     frechet_key,
     halves_distance,
@@ -66,9 +66,11 @@ def test_wrong_width_is_refused():
 
 def test_too_few_or_broken_features_are_refused():
     good = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    for bad in (good[:1], good[:0], good[:, :2]):
+    for few in (good[:1], good[:0]):
         with pytest.raises(ValueError, match="at least 2"):
-            frechet_distance(good, bad)
+            frechet_distance(good, few)
+    with pytest.raises(ValueError, match="width 3 and 2 do not compare"):
+        frechet_distance(good, good[:, :2])
     with pytest.raises(ValueError, match="not finite"):
         frechet_distance(good, good / 0)
     with pytest.raises(ValueError, match="at least 4"):
@@ -76,8 +78,8 @@ def test_too_few_or_broken_features_are_refused():
 
 
 def test_floor_is_the_distance_of_disjoint_halves():
-    images = pictures(100)
-    floor = floor_distance(images, Pixels())
-    assert floor == floor_distance(images, Pixels())
-    rows = images.flatten(1)
+    rows = pictures(100).flatten(1)
+    floor = halves_distance(rows)
+    order = np.random.RandomState(0).permutation(100)
+    assert floor == frechet_distance(rows[order[:50]], rows[order[50:]]) > 0
     assert frechet_distance(rows, rows) < 1e-6 * floor

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from qdm_lightning.metrics.frechet import features
-from qdm_lightning.metrics.moments import Moments, save_moments
+from qdm_lightning.metrics.moments import Moments, load_moments, save_moments
 from qdm_lightning.metrics.reference import import_reference, reference
 from qdm_lightning.metrics.weights import state_hash
 
@@ -65,21 +65,28 @@ def test_weights_images_and_batch_size_have_references_of_their_own(tmp_path):
 
 def test_a_damaged_cache_is_told_and_made_again(tmp_path):
     first = take(Linear(), tmp_path, keep_features=True)
-    files = sorted((tmp_path / "references").glob("*.npz"))
-    assert len(files) == 2
-    for file in files:
-        for damage in (
-            lambda content: content[:300] + bytes([content[300] ^ 1]) + content[301:],
-            lambda content: content[:-30],
-        ):
-            whole, said = file.read_bytes(), []
-            file.write_bytes(damage(whole))
-            again = take(Linear(), tmp_path, keep_features=True, say=said.append)
-            assert len(said) == 1
-            assert f"{file.name} is damaged" in said[0]
-            assert again.sha256 == first.sha256
-            assert torch.equal(again.features, first.features)
-            assert file.read_bytes() == whole
+    (file,) = (tmp_path / "references").glob("*.npz")
+    whole = file.read_bytes()
+    in_features = whole.index(first.features.numpy().tobytes())
+    damages = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in (300, in_features)]
+    for damaged in (*damages, whole[:-30]):
+        said = []
+        file.write_bytes(damaged)
+        again = take(Linear(), tmp_path, keep_features=True, say=said.append)
+        assert len(said) == 1
+        assert f"{file.name} is damaged" in said[0]
+        assert again.sha256 == first.sha256
+        assert torch.equal(again.features, first.features)
+        assert file.read_bytes() == whole
+
+
+def test_features_of_another_shape_are_damaged(tmp_path):
+    take(Linear(), tmp_path)
+    (file,) = (tmp_path / "references").glob("*.npz")
+    save_moments(file, load_moments(file), features=np.zeros((7, 3), np.float32))
+    said = []
+    assert take(Linear(), tmp_path, keep_features=True, say=said.append).features.shape == (20, 3)
+    assert f"{file.name} is damaged: (7, 3) features, not (20, 3)" in said[0]
 
 
 def test_an_interruption_leaves_nothing(tmp_path):
@@ -88,18 +95,16 @@ def test_an_interruption_leaves_nothing(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         take(Linear(), tmp_path, on_batch=interrupt)
-    assert not list((tmp_path / "references").glob("*.npz"))
-    assert not list((tmp_path / "references").glob("*.part"))
+    assert not [file for file in (tmp_path / "references").iterdir() if file.suffix != ".lock"]
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
     take(Linear(), tmp_path)
     (moments,) = (tmp_path / "references").glob("*.npz")
-    left = [moments.with_name(f"{name}.123.part") for name in (moments.name, f"{moments.stem}.features.npz")]
-    for file in left:
-        file.write_bytes(b"half")
+    half = moments.with_name(f".{moments.name}.123.tmp")
+    half.write_bytes(b"half")
     take(Linear(), tmp_path)
-    assert not any(file.exists() for file in left)
+    assert not half.exists()
 
 
 def test_published_statistics_take_the_place_of_images(tmp_path):

@@ -40,8 +40,8 @@ def by_hand(state, images):
         at = [state[f"{name}.{part}"].view(1, -1, 1, 1) for part in ("running_mean", "running_var", "weight", "bias")]
         return (x - at[0]) / (at[1] + 1e-5).sqrt() * at[2] + at[3]
 
-    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    x = ((images.permute(0, 2, 3, 1) / 255 - mean) / deviation).permute(0, 3, 1, 2)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x = ((images.permute(0, 2, 3, 1) / 255 - mean) / std).permute(0, 3, 1, 2)
     x = normed(F.conv2d(x, state["conv1.weight"], padding=1), "bn1").relu()
     for stage in (1, 2, 3):
         for block in range(3):
@@ -66,7 +66,7 @@ def test_network_is_the_papers(weights):
     assert not network.training
 
 
-def test_small_images_are_enlarged_bilinearly_and_grey_ones_colored(weights):
+def test_small_images_are_enlarged_bilinearly_and_gray_ones_colored(weights):
     network = ResNet20Features(str(weights))
     flat = torch.full((2, 3, 16, 16), 77, dtype=torch.uint8)
     torch.testing.assert_close(network(flat), network(torch.full((2, 3, 32, 32), 77, dtype=torch.uint8)))
