@@ -13,21 +13,13 @@ import time
 import numpy as np
 import pytest
 
-from qdm_lightning.cli import app as cli
-from qdm_lightning.cli import stored as runs
-from qdm_lightning.diagnose import DiagnoseConfig
-from qdm_lightning.diagnose import _task as diagnose_task
+from qdm_lightning.cli.app import BAD_INPUT
+from qdm_lightning.diagnose import diagnose
 from qdm_lightning.display.progress import Progress
-from qdm_lightning.evaluate import EvaluateConfig, evaluate
-from qdm_lightning.evaluate import _task as evaluate_task
-from qdm_lightning.sample import SampleRootConfig, sample
-from qdm_lightning.sample import _task as sample_task
+from qdm_lightning.evaluate import evaluate
+from qdm_lightning.sample import sample
 
-COMMANDS = {
-    "evaluate": (EvaluateConfig, evaluate_task),
-    "sample": (SampleRootConfig, sample_task),
-    "diagnose": (DiagnoseConfig, diagnose_task),
-}
+COMMANDS = {"evaluate": evaluate, "sample": sample, "diagnose": diagnose}
 
 READY = multiprocessing.get_context("forkserver")
 """Processes that have imported everything when they begin: kills then fall on the work."""
@@ -151,11 +143,11 @@ def test_three_processes_of_lightning(run_copy, tiny_run, tmp_path):
 def test_bad_input_is_one_line_and_leaves_nothing(name, arguments, message, run_copy, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = {path for path in run_copy.rglob("*") if "chunks" not in path.parts and path.name != "evaluations"}
-    schema, task = COMMANDS[name]
+    monkeypatch.setattr(sys, "argv", [name, *(argument.format(run=run_copy) for argument in arguments)])
     with pytest.raises(SystemExit) as ended:
-        runs.main(name, schema, task, (), [argument.format(run=run_copy) for argument in arguments])
+        COMMANDS[name].main()
     error = capsys.readouterr().err
-    assert ended.value.code == cli.BAD_INPUT
+    assert ended.value.code == BAD_INPUT
     assert message in error
     assert error.count("\n") == 1
     after = {path for path in run_copy.rglob("*") if "chunks" not in path.parts and path.name != "evaluations"}
@@ -164,8 +156,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, arguments, message, run_
 
 def test_a_sweep_over_samplers_and_the_closing_table(run_copy, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    arguments = [f"run={run_copy}", "-m", "sampler.steps=2,3", "scores=fd", "num_samples=32"]
-    runs.main("evaluate", EvaluateConfig, evaluate_task, (), arguments)
+    arguments = ["-m", f"run={run_copy}", "sampler.steps=2,3", "scores=fd", "num_samples=32"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+    evaluate.main()
     said = capsys.readouterr().out
     assert "ddim2" in said
     assert "ddim3" in said
@@ -173,19 +166,21 @@ def test_a_sweep_over_samplers_and_the_closing_table(run_copy, tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_stored_run_may_not_bring_code_along(run_copy, capsys):
+def test_a_stored_run_may_not_bring_code_along(run_copy, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate", f"run={run_copy}"])
     config = run_copy / "config.yaml"
     config.write_text(config.read_text().replace("qdm_lightning.quantization.quantizer.LSQWeight", "os.system"))
     with pytest.raises(SystemExit):
-        runs.main("evaluate", EvaluateConfig, evaluate_task, (), [f"run={run_copy}"])
+        evaluate.main()
     assert "would run os.system (quant.weight_quantizer._target_)" in capsys.readouterr().err
 
 
-def test_a_run_with_a_quantizer_of_the_users_own_must_be_trusted(run_copy, capsys):
+def test_a_run_with_a_quantizer_of_the_users_own_must_be_trusted(run_copy, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate", f"run={run_copy}"])
     config = run_copy / "config.yaml"
     config.write_text(config.read_text().replace("qdm_lightning.quantization.quantizer.LSQActivation", f"{__name__}.Own"))
     with pytest.raises(SystemExit):
-        runs.main("evaluate", EvaluateConfig, evaluate_task, (), [f"run={run_copy}"])
+        evaluate.main()
     said = capsys.readouterr().err
     trust = f"quant.act_quantizer._target_={__name__}.Own"
     assert f"type {trust}" in said

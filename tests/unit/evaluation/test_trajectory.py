@@ -1,15 +1,13 @@
 import numpy as np
 import torch
-from qdm_lightning.cli.stored import compose, experiment, settings_of
 
 from qdm_lightning.evaluation.subject import Subject
 from qdm_lightning.evaluation.trajectory import follow, spread
-from qdm_lightning.sample import SampleRootConfig
+from qdm_lightning.sample import sample
 
 
 def test_a_trajectory_ends_in_the_image(tiny_run):
-    cfg = compose("sample", SampleRootConfig, tiny_run)
-    subject = Subject.restored(experiment(cfg), settings_of(cfg))
+    subject = Subject.restored(*sample.check(sample.compose(tiny_run)))
     trajectory = follow(subject.image_sampler, [5, 6], points=3)
     assert trajectory.t == [750, 250, 0]
     assert trajectory.x.shape == trajectory.x0.shape == (3, 2, 1, 8, 8)

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from qdm_lightning import load_student
-from qdm_lightning.cli.stored import compose, experiment
-from qdm_lightning.evaluate import EvaluateConfig
+from qdm_lightning.evaluate import evaluate
 from qdm_lightning.quantization.timestep import timesteps
 from qdm_lightning.training.checkpoint_io import load_checkpoint
 from qdm_lightning.training.restore import restore, restore_student, restore_teacher
@@ -15,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def of(run):
-    return experiment(compose("evaluate", EvaluateConfig, run))
+    return evaluate.check(evaluate.compose(run))[0]
 
 
 def test_the_averaged_student_is_the_one_that_the_run_saved(tiny_run):
