@@ -96,7 +96,7 @@ class RestoreConfig:
         checkpoint: the student's checkpoint, `best`, `last`, or a .ckpt file.
         accelerator: as in `lightning.Trainer`.
         threads: CPU threads of torch; None as the run was trained (0: torch's own choice). Changes the last bits of an image.
-        compile: whether fake quantization is compiled, `auto`, `on`, `off`; None as the run was trained. Changes the last bits of an image.
+        compile: compile fake quantization? `auto`, `on`, `off`; None as the run was trained. Changes the last bits of an image.
     """
 
     network: str | None = None
