@@ -111,7 +111,7 @@ def activation_distributions(
 
     Args:
         network: in eval mode, on `device`.
-        names: of `layers_of(network)`.
+        names: names of layers, as in `layers_of(network)`.
         images: (N, C, H, W) uint8; the noise is the same at each timestep and for each network.
         batch_size: images that go through the network together.
         on_step: called after every timestep.

@@ -47,7 +47,7 @@ def diagnose(experiments: Sequence[Experiment], config: DiagnosisConfig, progres
     """Diagnose the first run, others laid over it.
 
     Args:
-        experiments: of the runs, all with the sampler of the first.
+        experiments: one for each run, all with the sampler of the first.
         config: what is shown.
         progress: shows the stages.
 

@@ -18,10 +18,10 @@ class TrajectoryError:
     """How far the student's trajectories are from the teacher's, at timesteps `t` (S,), falling; lists have S entries.
 
     Attributes:
-        mse, cosine: of the states x_t; the first is the common noise.
-        noise_mse, noise_cosine: of the noise estimates along either one's own trajectory.
-        step_mse: of the student's noise estimate at the teacher's states: the error of one step, nothing accumulated.
-        image_mse, image_cosine: of the finished images.
+        mse, cosine: mean squared error and mean cosine between the states x_t; the first is the common noise.
+        noise_mse, noise_cosine: the same between the noise estimates, each along its own trajectory.
+        step_mse: error of the student's noise estimate at the teacher's states: that of one step, nothing accumulated.
+        image_mse, image_cosine: the same between the finished images.
     """
 
     t: list[int]
@@ -40,7 +40,7 @@ def trajectory_error(
     """Follow the images of `seeds` with both networks.
 
     Args:
-        teacher, student: of one sampler.
+        teacher, student: draw with one and the same sampler.
         points: at most so many timesteps are compared, first and last among them.
         on_step: called after every step of either.
     """

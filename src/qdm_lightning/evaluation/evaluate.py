@@ -66,8 +66,8 @@ class Evaluator:
 
     Attributes:
         subject: the network that is measured.
-        seeds, chunks: of its images, as one list and as the lists that share a file.
-        folder: of the chunks, and of the folders of results.
+        seeds, chunks: seeds of its images, as one list, and as lists of those that share a file.
+        folder: holds the chunks, and a folder for each result.
         cache: the features of its images.
     """
 

@@ -28,7 +28,7 @@ class FeatureCache:
 
     Args:
         image_sampler: draws.
-        feature_network: of the scores; on the device of `image_sampler`.
+        feature_network: takes the features, on the device of `image_sampler`.
         images: where images are kept; None keeps none.
         features: where features are kept, with logits where the network has them, and each image's SHA-256.
     """

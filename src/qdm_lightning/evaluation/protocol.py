@@ -25,7 +25,7 @@ def protocol(network: nn.Module, num_samples: int, reference: Mapping[str, Any])
     """Everything that two scores must share to be compared: the checkpoint and its sampler are what is compared.
 
     Args:
-        network: of the features.
+        network: feature network.
         num_samples: generated images.
         reference: the real images: `source` (hash of their content, or of imported moments) and `count`.
     """
@@ -74,7 +74,7 @@ def comparable(folder: str | Path, wanted: Mapping[str, Any], force: bool) -> li
     """Records with the protocol `wanted`; all of them where `force`.
 
     Args:
-        folder: of a run (all its evaluations, sorted by their folders), or of one evaluation.
+        folder: a run (all its evaluations, sorted by their folders), or the folder of one evaluation.
 
     Raises:
         FileNotFoundError: there is no record.

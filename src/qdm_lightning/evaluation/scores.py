@@ -73,10 +73,10 @@ def compute(
     """The scores by the keys under which they are logged.
 
     Args:
-        taken: of `SCORES`, as `choose` allows.
+        taken: names of scores, as `choose` allows them.
         chunks: features of the generated images, in the order of their seeds.
-        reference: of the real images, with features where a score needs them.
-        network: whose features they are.
+        reference: statistics of the real images, with features where a score needs them.
+        network: feature network that they come from.
         on_score: called after every score.
 
     Raises:

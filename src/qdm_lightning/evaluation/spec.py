@@ -92,11 +92,11 @@ class RestoreConfig:
 
     Args:
         network: `student` or `teacher`; None takes the student where the run has one.
-        weights: of the student: `ema` (what a run measures at its end) or `raw` (as the optimizer left them).
-        checkpoint: of the student: `best`, `last`, or a .ckpt file.
+        weights: the student's weights, `ema` (what a run measures at its end) or `raw` (as the optimizer left them).
+        checkpoint: the student's checkpoint, `best`, `last`, or a .ckpt file.
         accelerator: as in `lightning.Trainer`.
         threads: CPU threads of torch; None as the run was trained (0: torch's own choice). Changes the last bits of an image.
-        compile: of fake quantization, `auto`, `on`, `off`; None as the run was trained. Changes the last bits of an image.
+        compile: compile fake quantization? `auto`, `on`, `off`; None as the run was trained. Changes the last bits of an image.
     """
 
     network: str | None = None

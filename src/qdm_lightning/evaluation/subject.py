@@ -22,7 +22,7 @@ class Subject:
     """A restored network of a run.
 
     Attributes:
-        experiment: of the run, with the sampler of this command.
+        experiment: the run's own, with the sampler of this command.
         network: `student` or `teacher`.
         origin: where its weights come from: `file`, `weights`, `sha256`, `step`.
         image_sampler: draws with it.
