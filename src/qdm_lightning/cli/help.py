@@ -15,7 +15,7 @@ COMMANDS = {
     "train": "a full-precision teacher, its quantized student, images of both and a distance for each",
     "evaluate": "scores of a run, with their record: Frechet distance, Inception Score, kernel distance, precision, recall",
     "sample": "pictures of chosen seeds, and their way through the steps, teacher above student",
-    "diagnose": "activations over the timesteps and the error that gathers over the steps, of one run or several",
+    "diagnose": "activations over the timesteps and the error that accumulates over the steps, of one run or several",
     "report": "finished runs as one HTML page, Markdown and CSV: intervals over seeds, differences to a baseline, figures",
     "dashboard": "the ablation's dashboard in a W&B project, as code",
     "convert": "a checkpoint of the original DDIM code becomes a diffusers folder",
