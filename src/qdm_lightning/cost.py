@@ -56,7 +56,7 @@ def show(report: CostReport) -> None:
     screen.print("\n".join(lines), markup=False, highlight=False)
 
 
-main = Cost(show, EXAMPLES).main
+main = Cost(EXAMPLES, show).main
 
 if __name__ == "__main__":
     main()

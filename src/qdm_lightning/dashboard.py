@@ -13,7 +13,6 @@ from typing import Any
 from qdm_lightning.base.checks import UserError
 from qdm_lightning.base.files import write_json
 from qdm_lightning.cli.app import Command
-from qdm_lightning.cli.app import main as run_command
 from qdm_lightning.cli.schema import plain, register_root
 from qdm_lightning.cli.validate import refuse_unknown
 
@@ -45,48 +44,45 @@ class DashboardConfig:
     json: str | None = None
 
 
-def check(cfg: Any) -> DashboardConfig:
-    """The settings, unless something is missing that the dashboard needs."""
-    refuse_unknown(cfg)
-    settings = DashboardConfig(**plain(cfg))
-    if not settings.entity:
-        raise UserError("entity is missing: type entity=<your W&B user or team>")
-    if find_spec("wandb_workspaces") is None:
-        raise UserError("the dashboard needs wandb-workspaces: pip install 'qdm-lightning[dashboards]'")
-    if settings.json is None:
-        from qdm_lightning.loggers.wandb_run import logged_in
+class Dashboard(Command):
+    """`python -m qdm_lightning.dashboard`."""
 
-        if not logged_in():
-            raise UserError("W&B has no key of yours: type wandb login, or json=FILE to send nothing")
-    return settings
+    def check(self, cfg: Any) -> DashboardConfig:
+        """The settings, unless something is missing that the dashboard needs."""
+        refuse_unknown(cfg)
+        settings = DashboardConfig(**plain(cfg))
+        if not settings.entity:
+            raise UserError("entity is missing: type entity=<your W&B user or team>")
+        if find_spec("wandb_workspaces") is None:
+            raise UserError("the dashboard needs wandb-workspaces: pip install 'qdm-lightning[dashboards]'")
+        if settings.json is None:
+            from qdm_lightning.loggers.wandb_run import logged_in
 
+            if not logged_in():
+                raise UserError("W&B has no key of yours: type wandb login, or json=FILE to send nothing")
+        return settings
 
-def work(settings: DashboardConfig, folder: Path) -> None:
-    """Send the workspace, or write it."""
-    from qdm_lightning.loggers.workspace import save, workspace
+    def work(self, settings: DashboardConfig, folder: Path) -> None:
+        """Send the workspace, or write it."""
+        from qdm_lightning.loggers.workspace import save, workspace
 
-    arguments = asdict(settings)
-    file = arguments.pop("json")
-    made = workspace(**arguments)
-    try:
-        if file is None:
-            print(f"dashboard: {save(made)}")
-            return
-        write_json(Path(file).expanduser(), made._to_model().model_dump(by_alias=True, exclude_none=True, mode="json"))
-    except OSError as error:
-        raise UserError(f"json={file} cannot be written: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    print(f"written: {file}\nnext:\n  python -m qdm_lightning.dashboard entity={settings.entity}  sends it to W&B")
+        file, arguments = settings.json, asdict(settings)
+        del arguments["json"]
+        board = workspace(**arguments)
+        try:
+            if file is None:
+                self.show(f"dashboard: {save(board)}")
+                return
+            write_json(Path(file).expanduser(), board._to_model().model_dump(by_alias=True, exclude_none=True, mode="json"))
+        except OSError as error:
+            raise UserError(f"json={file} cannot be written: {error.strerror}") from error
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.show(f"written: {file}\nnext:\n  python -m qdm_lightning.dashboard entity={settings.entity}  sends it to W&B")
 
 
 register_root("dashboard", DashboardConfig)
-
-
-def main() -> None:
-    """Console command."""
-    run_command(Command(name="dashboard", examples=EXAMPLES, check=check, work=work))
-
+main = Dashboard("dashboard", EXAMPLES, print).main
 
 if __name__ == "__main__":
     main()

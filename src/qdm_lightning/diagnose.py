@@ -35,7 +35,7 @@ class DiagnoseConfig(RunConfig, DiagnosisConfig):
     logger: Any = field(default_factory=dict)
 
 
-def work(*arguments: Any) -> Diagnosis:
+def do(*arguments: Any) -> Diagnosis:
     """See `diagnosis.diagnose.diagnose`."""
     from qdm_lightning.diagnosis.diagnose import diagnose
 
@@ -60,7 +60,7 @@ def show(result: Diagnosis, settings: DiagnoseConfig) -> None:
     print("\n".join(following_lines(following)))
 
 
-diagnose = RunCommand("diagnose", DiagnoseConfig, work, show, EXAMPLES, others=lambda settings: listed(settings.against))
+diagnose = RunCommand("diagnose", DiagnoseConfig, do, show, EXAMPLES, others=lambda settings: listed(settings.against))
 main = diagnose.main
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class EvaluateConfig(RunConfig, EvaluationConfig):
     logger: Any = field(default_factory=dict)
 
 
-def work(*arguments: Any) -> Evaluation:
+def do(*arguments: Any) -> Evaluation:
     """See `evaluation.evaluate.evaluate`."""
     from qdm_lightning.evaluation.evaluate import evaluate
 
@@ -64,7 +64,7 @@ def show(result: Evaluation, settings: EvaluateConfig) -> None:
     screen.print("\n".join([*lines, *following_lines(following)]), markup=False, highlight=False)
 
 
-evaluate = RunCommand("evaluate", EvaluateConfig, work, show, EXAMPLES)
+evaluate = RunCommand("evaluate", EvaluateConfig, do, show, EXAMPLES)
 main = evaluate.main
 
 if __name__ == "__main__":

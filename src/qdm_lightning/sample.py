@@ -28,7 +28,7 @@ class SampleRootConfig(RunConfig, SampleConfig):
     """Root of `conf/sample.yaml`."""
 
 
-def work(*arguments: Any) -> Pictures:
+def do(*arguments: Any) -> Pictures:
     """See `evaluation.sample.draw_pictures`."""
     from qdm_lightning.evaluation.sample import draw_pictures
 
@@ -45,7 +45,7 @@ def show(result: Pictures, settings: SampleRootConfig) -> None:
     print("\n".join(following_lines([(f"python -m qdm_lightning.evaluate run={settings.run}", "the run's scores")])))
 
 
-sample = RunCommand("sample", SampleRootConfig, work, show, EXAMPLES)
+sample = RunCommand("sample", SampleRootConfig, do, show, EXAMPLES)
 main = sample.main
 
 if __name__ == "__main__":

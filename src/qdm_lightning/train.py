@@ -49,7 +49,7 @@ def show(result: Result) -> None:
 
 def main() -> None:
     """Console script `qdm-train`."""
-    Training(show, EXAMPLES).main()
+    Training("train", EXAMPLES, show).main()
 
 
 if __name__ == "__main__":

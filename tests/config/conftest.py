@@ -17,7 +17,7 @@ def command_line(monkeypatch):
 
     def run(command: app.Command, *words: str) -> None:
         monkeypatch.setattr(sys, "argv", [command.name, *words])
-        app.main(command)
+        command.main()
 
     return run
 
@@ -43,7 +43,7 @@ def train(command_line, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(training, "build", build)
             patch.setattr(training, "_run", keep)
-            command_line(training.Training(lambda result: None, [("quant=w3a3", "fewer bits")]).command, *words)
+            command_line(training.Training("train", [("quant=w3a3", "fewer bits")], lambda result: None), *words)
         return jobs
 
     return run

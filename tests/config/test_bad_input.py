@@ -106,7 +106,7 @@ def refused(command_line, capsys, monkeypatch):
     def refuse(words: list[str], work=None) -> str:
         monkeypatch.setattr(training, "_run", work or (lambda *_: pytest.fail("it began")))
         with pytest.raises(SystemExit) as end:
-            command_line(training.Training(pytest.fail, ()).command, *words)
+            command_line(training.Training("train", (), pytest.fail), *words)
         out, err = capsys.readouterr()
         assert end.value.code == 2
         assert out == ""
@@ -174,7 +174,7 @@ def test_a_fault_of_ours_keeps_its_traceback(folder, command_line, monkeypatch):
 
     monkeypatch.setattr(training, "_run", work)
     with pytest.raises(ValueError, match="in the middle"):
-        command_line(training.Training(pytest.fail, ()).command)
+        command_line(training.Training("train", (), pytest.fail))
 
 
 @pytest.mark.parametrize("word", ["quant=w5", "+unknown=1"])

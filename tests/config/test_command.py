@@ -31,7 +31,7 @@ def test_a_job_gets_its_settings_and_a_folder_of_its_own(folder, train):
 def test_what_hydra_would_not_read_is_read(folder):
     """Flags between the overrides, and a home folder that the shell has left."""
     (folder / "mine").mkdir()
-    code = "from qdm_lightning.cli import training; training.Training(print, []).main()"
+    code = "from qdm_lightning.cli import training; training.Training('train', [], print).main()"
     words = ["seed=1", "--config-dir", "mine", "paths.output=~/runs", "--cfg", "job"]
     ran = subprocess.run(
         [sys.executable, "-c", code, *words], cwd=folder, env={**os.environ, "HOME": "/ours"}, capture_output=True, text=True

@@ -99,7 +99,7 @@ def test_a_teacher_from_a_diffusers_folder(composed):
 def test_what_is_missing_is_one_line_before_anything_begins(tmp_path, monkeypatch, capsys, command_line):
     def refused(words, capsys):
         with pytest.raises(SystemExit) as end:
-            command_line(training.Training(pytest.fail, ()).command, *words)
+            command_line(training.Training("train", (), pytest.fail), *words)
         error = capsys.readouterr().err
         assert end.value.code == 2
         assert error.count("\n") == 1

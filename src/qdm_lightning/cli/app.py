@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,46 +33,50 @@ BAD_INPUT, INTERRUPTED = 2, 130
 """Exit statuses; 1 is left to faults of ours, which come with a traceback, and to sweeps with jobs that failed."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Command:
     """An entry point, `python -m qdm_lightning.<name>`.
 
     Args:
         name: root configuration `conf/<name>.yaml`, and the module that is run.
         examples: (arguments, what they do) for `--help`.
-        check: is given each job's configuration before anything is written, raises at bad input, and returns what `work` takes.
-        work: does the job, from what `check` returned and the folder that Hydra made. Raises UserError at bad input.
-        adopt: is given what was typed before anything is composed; a command about an earlier run reads its configuration here.
-            None where `run=` itself says what is composed.
-        processes: jobs of a sweep are training runs, each a process of its own (see `sweep`).
+        show: tells the user what the work came to.
     """
 
-    name: str
-    examples: Sequence[tuple[str, str]]
-    check: Callable[[DictConfig], Any]
-    work: Callable[[Any, Path], Any]
-    adopt: Callable[[argparse.Namespace], None] | None = None
-    processes: bool = False
+    processes = False
+    """Whether jobs of a sweep are training runs, each a process of its own (see `sweep`)."""
 
+    def __init__(self, name: str, examples: Sequence[tuple[str, str]], show: Callable[..., None]) -> None:
+        self.name, self.examples, self.show = name, examples, show
 
-def main(command: Command) -> None:
-    """Run a command as it was typed, `sys.argv`.
+    def adopt(self, args: argparse.Namespace) -> None:
+        """Look at what was typed before anything is composed; a command about an earlier run reads its configuration here."""
 
-    Raises:
-        SystemExit: 1 where jobs of a sweep failed, 2 after one line on stderr at bad input, 130 at Ctrl-C; any other error
-            passes through.
-    """
-    job = Job(command)
-    try:
-        _main(job, sys.argv[1:])
-    except KeyboardInterrupt:
-        job.interrupted()
-    except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
+    def check(self, cfg: DictConfig) -> Any:
+        """Check a job's configuration before anything is written; returns what `work` takes. Raises at bad input."""
+        raise NotImplementedError
+
+    def work(self, built: Any, folder: Path) -> None:
+        """Do a job, from what `check` returned and the folder that Hydra made. Raises UserError at bad input."""
+        raise NotImplementedError
+
+    def main(self) -> None:
+        """Run the command as it was typed, `sys.argv`.
+
+        Raises:
+            SystemExit: 1 where jobs of a sweep failed, 2 after one line on stderr at bad input, 130 at Ctrl-C; any other
+                error passes through.
+        """
+        job = Job(self)
+        try:
+            _main(job, sys.argv[1:])
+        except KeyboardInterrupt:
             job.interrupted()
-        raise
-    except UserError as error:
-        fail(error)
+        except SystemExit as end:
+            if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
+                job.interrupted()
+            raise
+        except UserError as error:
+            fail(error)
 
 
 def fail(error: object) -> NoReturn:
@@ -152,8 +155,7 @@ class Job:
         """Compose and check the one job that was typed; a sweep's jobs are checked by the sweep."""
         args, command = self.args, self.command
         overrides = parsed(args.overrides)
-        if command.adopt is not None:
-            command.adopt(args)
+        command.adopt(args)
         if args.multirun or any(o.key_or_group == "hydra.mode" and o.value() == "MULTIRUN" for o in overrides):
             return
         cfg = composed(config_name, args.overrides, args.config_dir)

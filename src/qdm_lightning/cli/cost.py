@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from qdm_lightning.base.checks import UserError
 from qdm_lightning.base.files import write_json
-from qdm_lightning.cli.app import Command, main
+from qdm_lightning.cli.app import Command
 from qdm_lightning.cli.build import build_student
 from qdm_lightning.cli.compose import explained
 from qdm_lightning.cli.schema import TrainConfig, register_root, settings_of
@@ -73,22 +73,12 @@ def _image_shape(model: nn.Module, asked: Sequence[int] | None) -> tuple[int, ..
     return (channels, size, size) if isinstance(size, int) else (channels, *size)
 
 
-class Cost:
-    """`python -m qdm_lightning.cost`.
+class Cost(Command):
+    """`python -m qdm_lightning.cost`."""
 
-    Args:
-        show: prints a report.
-        examples: (arguments, what they do).
-    """
-
-    def __init__(self, show: Callable[[CostReport], None], examples: Sequence[tuple[str, str]]) -> None:
-        self.show = show
-        self.command = Command(name="cost", examples=examples, check=self.check, work=self.work)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__("cost", *arguments)
         self.files: set[Path] = set()  # of the jobs of a sweep
-
-    def main(self) -> None:
-        """The console command."""
-        main(self.command)
 
     def check(self, cfg: DictConfig) -> DictConfig:
         """Refuse what cannot be counted or written."""

@@ -18,7 +18,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from qdm_lightning.base.checks import UserError
-from qdm_lightning.cli.app import Command, main
+from qdm_lightning.cli.app import Command
 from qdm_lightning.cli.build import build
 from qdm_lightning.cli.compose import before_it_began, composed, parsed, quoted, stored, trusted, without_hydra
 from qdm_lightning.cli.schema import TrainConfig, plain
@@ -56,16 +56,14 @@ class RunConfig:
     paths: PathsConfig = field(default_factory=PathsConfig)
 
 
-class RunCommand:
+class RunCommand(Command):
     """A command about an earlier run.
 
     Args:
-        name: of the command.
+        name, examples, show: see `Command`; `show` is given what `do` returned, and the settings.
         schema: root of `conf/<name>.yaml`.
-        work: does the job, from the run's experiment (with `others`, a list of all runs' experiments), the settings as an
+        do: does the job, from the run's experiment (with `others`, a list of all runs' experiments), the settings as an
             object of `schema`, and a display of its stages.
-        show: tells the user what `work` returned, from it and the settings.
-        examples: (arguments, what they do).
         others: settings to the folders of further runs that are worked on beside the run; None where there are none.
     """
 
@@ -73,19 +71,15 @@ class RunCommand:
         self,
         name: str,
         schema: type[RunConfig],
-        work: Callable[[Any, Any, Progress], Any],
+        do: Callable[[Any, Any, Progress], Any],
         show: Callable[[Any, Any], None],
         examples: Sequence[tuple[str, str]],
         others: Callable[[Any], list[str]] | None = None,
     ) -> None:
-        self.name, self.schema, self.work, self.show, self.others = name, schema, work, show, others
+        super().__init__(name, examples, show)
+        self.schema, self.do, self.others = schema, do, others
         self.base: DictConfig | None = None
-        self.command = Command(name=name, examples=examples, check=self.check, work=self._shown, adopt=self.adopt)
         self.register()
-
-    def main(self) -> None:
-        """The console command."""
-        main(self.command)
 
     def __call__(self, run: str | Path, overrides: Sequence[str] = (), progress: Progress | None = None) -> Any:
         """Do the command's work from Python.
@@ -179,16 +173,17 @@ class RunCommand:
                 base.trainer[name] = values[name]
         return build(base)
 
-    def _done(self, checked: tuple[Any, Any], progress: Progress | None) -> Any:
+    def _done(self, checked: tuple[Any, Any], progress: Progress | None = None) -> Any:
         from qdm_lightning.display.progress import Progress
 
         progress = progress or Progress()
         with before_it_began(progress):
-            return self.work(*checked, progress)
+            return self.do(*checked, progress)
 
-    def _shown(self, checked: tuple[Any, Any], folder: Path) -> None:
+    def work(self, checked: tuple[Any, Any], folder: Path) -> None:
+        """Do the job and show what it came to."""
         try:
-            self.show(self._done(checked, None), checked[1])
+            self.show(self._done(checked), checked[1])
         except KeyboardInterrupt:
             print("what is done is kept: the same command goes on", file=sys.stderr)
             raise

@@ -6,14 +6,13 @@ compose -> validate -> build -> write config.yaml -> run(folder)
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from qdm_lightning.base.checks import UserError
-from qdm_lightning.cli.app import Command, main
+from qdm_lightning.cli.app import Command
 from qdm_lightning.cli.build import build, check_one_folder
 from qdm_lightning.cli.compose import before_it_began, parsed, stored, trusted
 from qdm_lightning.cli.schema import plain
@@ -54,26 +53,13 @@ def _run(experiment: Experiment, progress: Progress) -> Result:
         return run(experiment, progress)
 
 
-class Training:
-    """`python -m qdm_lightning.train`.
+class Training(Command):
+    """`python -m qdm_lightning.train`."""
 
-    Args:
-        show: tells the user what a run came to.
-        examples: (arguments, what they do).
-    """
-
-    def __init__(self, show: Any, examples: Sequence[tuple[str, str]]) -> None:
-        self.show = show
-        self.command = Command(
-            name="train", examples=examples, check=self.check, work=self.work, adopt=self.adopt, processes=True
-        )
-        self.folder: str | None = None
-        self.stored: DictConfig | None = None
-        self.new_logger = False
-
-    def main(self) -> None:
-        """The console command."""
-        main(self.command)
+    processes = True
+    folder: str | None = None
+    stored: DictConfig | None = None
+    new_logger = False
 
     def adopt(self, args: argparse.Namespace) -> None:
         """With `run=`, read that run's folder: beside it only the logger may change, and trust be given."""
