@@ -26,16 +26,17 @@ def test_main_job(composed):
     assert e.build_model.func is build_unet
     assert e.build_model.keywords["block_out_channels"] == [32, 48]
     assert type(e.build_model.keywords["block_out_channels"]) is list
-    assert {name: factory.func for name, factory in e.quantizers.items()} == {
+    factories = {"calibrator": e.calibrator} | {n: getattr(e.quantizers, n) for n in ("weight", "activation", "attention")}
+    assert {name: factory.func for name, factory in factories.items()} == {
         "weight": LSQWeight,
         "activation": LSQActivation,
         "attention": NormalizedActivation,
         "calibrator": MSESearch,
     }
     assert [logger.func for logger in e.loggers] == [wandb_logger]
-    assert (e.callbacks, e.resume, e.taq_scope) == ([], False, "attention")
+    assert (e.callbacks, e.resume) == ([], False)
     assert str(e.run_dir.parent) == "/somewhere"
-    assert all(type(factory) is partial for factory in e.quantizers.values())
+    assert all(type(factory) is partial for factory in factories.values())
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,9 @@ def test_main_job(composed):
     ],
 )
 def test_taq_gives_its_settings_without_the_scope(taq, quantizer, settings, composed):
-    factory = build(composed(f"taq={taq}", "taq.scope=all")).quantizers["attention"]
+    quantizers = build(composed(f"taq={taq}", "taq.scope=all")).quantizers
+    factory = quantizers.attention
+    assert quantizers.activation is factory
     assert factory.func is quantizer
     assert set(factory.keywords) >= set(settings)
     assert "scope" not in factory.keywords
@@ -58,7 +61,7 @@ def test_settings_reach_the_factories(composed):
     e = build(
         composed("taq.psi=0.5", "callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor", "logger.project=p")
     )
-    assert e.quantizers["attention"].keywords == {"psi": 0.5}
+    assert e.quantizers.attention.keywords == {"psi": 0.5}
     assert [type(callback) for callback in e.callbacks] == [LearningRateMonitor]
     assert e.loggers[0].keywords["project"] == "p"
 

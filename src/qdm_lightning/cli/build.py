@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Collection
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from qdm_lightning.cli.messages import unknown_setting
 from qdm_lightning.cli.schema import SCHEMAS, TrainConfig, run_name, schema_of
 from qdm_lightning.cli.validate import check_combinations, taq_scope
 from qdm_lightning.quantization.spec import SCOPES, QuantConfig
-from qdm_lightning.training.spec import TeacherConfig, TrainerConfig
+from qdm_lightning.training.spec import TrainerConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -106,20 +106,6 @@ def validate(cfg: DictConfig) -> TrainConfig:
     settings.logger = _checked(cfg, values, "logger") if "_target_" in logger else OmegaConf.to_object(cfg.logger)
     check_combinations(settings)
     return settings
-
-
-def _float_teacher(s: TrainConfig) -> TeacherConfig:
-    """The teacher that a run at 32 bits trains: as long and as fast as its own `trainer` and `optimizer` say."""
-    o = s.optimizer
-    return replace(
-        s.teacher,
-        max_steps=s.trainer.max_steps,
-        lr=o.lr,
-        warmup_steps=o.warmup_steps,
-        schedule=o.schedule,
-        ema_decay=o.ema_decay,
-        gradient_clip=o.gradient_clip,
-    )
 
 
 def _located(key: str, values: Any) -> DictConfig:
@@ -244,11 +230,11 @@ def build(cfg: DictConfig) -> Experiment:
     """
     settings, values = validate(cfg), plain(cfg)  # first: bad input needs no torch to be told
 
+    from qdm_lightning.quantization.preparation import Quantizers
     from qdm_lightning.training.experiment import Experiment
 
     _check_device(settings.trainer)
     quant = values["quant"]
-    activation = _factory("quant.act_quantizer", quant["act_quantizer"])
     taq = {key: value for key, value in values["taq"].items() if key != "scope"}
     return Experiment(
         seed=settings.seed,
@@ -258,16 +244,16 @@ def build(cfg: DictConfig) -> Experiment:
         build_model=_factory("model", values["model"]),
         diffusion=settings.diffusion,
         quant=settings.quant,
-        quantizers={
-            "weight": _factory("quant.weight_quantizer", quant["weight_quantizer"]),
-            "activation": activation,
-            "attention": _factory("taq", taq) if taq.get("_target_") else activation,
-            "calibrator": _factory("quant.calibrator", quant["calibrator"]),
-        },
-        taq_scope=taq_scope(settings.taq),
+        quantizers=Quantizers.with_taq(
+            _factory("quant.weight_quantizer", quant["weight_quantizer"]),
+            _factory("quant.act_quantizer", quant["act_quantizer"]),
+            _factory("taq", taq) if taq.get("_target_") else None,
+            taq_scope(settings.taq),
+        ),
+        calibrator=_factory("quant.calibrator", quant["calibrator"]),
         nem=settings.nem,
         sampler=settings.sampler,
-        teacher=_float_teacher(settings) if settings.quant.is_float else settings.teacher,
+        teacher=settings.teacher,
         optimizer=settings.optimizer,
         trainer=settings.trainer,
         feature_network=instantiate(_located("metrics", values["metrics"]), _convert_="all"),

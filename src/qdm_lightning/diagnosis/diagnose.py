@@ -19,11 +19,12 @@ from qdm_lightning.evaluation.plan import image_sampler, restored_sampler
 from qdm_lightning.evaluation.protocol import run_label
 from qdm_lightning.evaluation.sample import spread
 from qdm_lightning.evaluation.spec import DiagnosisConfig, listed
+from qdm_lightning.loggers import opened
 from qdm_lightning.loggers.media import log_pictures
 from qdm_lightning.models.image_sampler import ImageSampler
 from qdm_lightning.runs.provenance import environment, git_commit, versions
 from qdm_lightning.training.experiment import Experiment
-from qdm_lightning.training.restore import restore_teacher, run_loggers
+from qdm_lightning.training.restore import restore_teacher
 
 FOLDER = "diagnosis"
 
@@ -211,7 +212,7 @@ def _log(experiment: Experiment, pictures: Mapping[str, Path], record: Mapping[s
     """Pictures and the final errors, to the loggers that the experiment names."""
     if not experiment.loggers:
         return
-    with run_loggers(experiment) as loggers:
+    with opened(experiment.loggers, run_dir=experiment.run_dir, config=experiment.resolved) as loggers:
         for name, path in pictures.items():
             log_pictures(loggers, f"diagnosis/{name}", path, 0)
         values = {

@@ -12,9 +12,9 @@ from qdm_lightning.diffusion.sampling import image_seeds, timesteps
 from qdm_lightning.evaluation.chunks import data_hash
 from qdm_lightning.evaluation.spec import EvaluationConfig, RestoreConfig, parse_seeds
 from qdm_lightning.models.image_sampler import ImageSampler
-from qdm_lightning.training.devices import measuring_device
+from qdm_lightning.training.devices import measuring_device, set_up
 from qdm_lightning.training.experiment import Experiment
-from qdm_lightning.training.restore import Restored, restore, set_up
+from qdm_lightning.training.restore import Restored, restore
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from qdm_lightning.quantization.calibration import calibrate
 from qdm_lightning.quantization.preparation import prepare
 from qdm_lightning.quantization.summary import QuantizationReport
 from qdm_lightning.training.experiment import Experiment
+from qdm_lightning.training.validation_set import spread_timesteps
 
 CALIBRATION_BATCH = 64
 
@@ -25,7 +26,7 @@ def prepare_student(teacher: nn.Module, experiment: Experiment) -> tuple[nn.Modu
     for module in student.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return student, prepare(student, experiment.quant, experiment.quantizer_factories())
+    return student, prepare(student, experiment.quant, experiment.quantizers)
 
 
 def calibration_timesteps(kind: str, count: int, num_train_timesteps: int, generator: torch.Generator) -> Tensor:
@@ -35,9 +36,7 @@ def calibration_timesteps(kind: str, count: int, num_train_timesteps: int, gener
     (PTQ4DM, arXiv 2211.15736: more of the steps near the image).
     """
     if kind == "uniform":
-        position = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-        t = (position * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
-        return t[torch.randperm(count, generator=generator)]
+        return spread_timesteps(count, num_train_timesteps, generator)
     drawn = torch.randn(64 * count, generator=generator) * num_train_timesteps / 2 + 0.4 * num_train_timesteps
     inside = drawn[(drawn >= 0) & (drawn < num_train_timesteps)]
     return inside[:count].long()
@@ -65,4 +64,4 @@ def calibrate_student(student: nn.Module, experiment: Experiment, progress: Any)
                 network(x.to(device, memory_format=torch.channels_last), times.to(device))
                 stage.advance(1)
 
-        calibrate(student, run, experiment.quantizers["calibrator"](), seed=experiment.seed)
+        calibrate(student, run, experiment.calibrator(), seed=experiment.seed)
