@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,7 +223,7 @@ def test_the_teacher_that_is_to_be_shipped(first, tmp_path, monkeypatch):
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             train(compose("train", command[3:]), Progress("silent"))
 
-    monkeypatch.setattr(make_teacher.subprocess, "run", in_this_process)
+    monkeypatch.setattr(make_teacher, "subprocess", SimpleNamespace(run=in_this_process))
     make_teacher.main(tmp_path / "made", TINY)
     files = [file.relative_to(tmp_path / "made").as_posix() for file in sorted((tmp_path / "made").rglob("*.*"))]
     assert files == [
