@@ -54,6 +54,8 @@ class CSVMetrics(Logger):
 
     @rank_zero_only
     def save(self) -> None:
+        if not self.rows:
+            return
         columns = dict.fromkeys(name for row in self.rows.values() for name in row)
         with atomic_path(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, columns, restval="")

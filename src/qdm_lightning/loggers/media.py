@@ -1,4 +1,4 @@
-"""What a logger takes beside a training step's scalars, said once for W&B and TensorBoard.
+"""What a logger takes in addition to a training step's scalars, said once for W&B and TensorBoard.
 
 The functions take all loggers of a run and serve those of the two kinds, Lightning's own and the user's among them; others
 get scalars alone, from Lightning. Nothing here may end a run: a fault becomes a warning in the run's log.

@@ -50,7 +50,7 @@ def hardware() -> dict[str, Any]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the last bits of an image depend on beside its settings: machine, versions, threads, how fake quantization runs."""
+    """What an image's last bits depend on, its settings aside: machine, versions, threads, how fake quantization runs."""
     machine = hardware()
     return {
         "torch": torch.__version__,

@@ -31,7 +31,7 @@ class Experiment:
         quantizers: factories of the student's quantizers, TaQ's scope applied.
         calibrator: makes the search for the first scales.
         feature_network: network whose features the distance compares.
-        loggers: factories `logger(run_dir=..., run_tags=..., config=...)` of the loggers beside metrics.csv.
+        loggers: factories `logger(run_dir=..., run_tags=..., config=...)` of the loggers other than metrics.csv.
         resolved: the resolved configuration as plain data.
         resume: go on from the run folder's last checkpoint.
     """

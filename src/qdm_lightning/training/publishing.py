@@ -1,4 +1,4 @@
-"""What a run shows on W&B and TensorBoard beside its losses: layers, results, activations by timestep, its files."""
+"""What a run shows on W&B and TensorBoard in addition to its losses: layers, results, activations by timestep, its files."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class OptimizerConfig:
         betas: Adam's moments.
         weight_decay: decoupled, on weights only.
         warmup_steps: linear warm-up before the schedule.
-        schedule: of the learning rate after the warm-up: `cosine` decay to zero at the last step, or `constant` (DDPM).
+        schedule: course of the learning rate after the warm-up: `cosine` decay to zero at the last step, or `constant` (DDPM).
         gradient_clip: largest norm of the weights' gradient.
         ema_decay: EMA of the student, with warm-up.
     """
