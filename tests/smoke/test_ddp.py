@@ -42,6 +42,7 @@ def test_two_nodes_train_one_run(tmp_path):
         "qdm_lightning.train",
         "trainer.num_nodes=2",
         *arguments(tmp_path),
+        "teacher.retrain=true",
         f"hydra.run.dir={folder}",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

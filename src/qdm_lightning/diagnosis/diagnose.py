@@ -19,10 +19,10 @@ from qdm_lightning.evaluation.protocol import run_label
 from qdm_lightning.evaluation.spec import listed
 from qdm_lightning.evaluation.subject import Subject
 from qdm_lightning.evaluation.trajectory import spread
+from qdm_lightning.loggers import opened
 from qdm_lightning.loggers.media import log_pictures
 from qdm_lightning.runs.provenance import environment, git_commit, versions
 from qdm_lightning.training.experiment import Experiment
-from qdm_lightning.training.restore import run_loggers
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _record(run: _RunDiagnosis) -> dict[str, Any]:
 
 def _log(experiment: Experiment, pictures: Mapping[str, Path], errors: Mapping[str, TrajectoryError]) -> None:
     """Pictures and the errors of the finished images, to the loggers that the experiment names."""
-    with run_loggers(experiment) as loggers:
+    with opened(experiment.loggers, run_dir=experiment.run_dir, config=experiment.resolved) as loggers:
         for name, path in pictures.items():
             log_pictures(loggers, f"diagnosis/{name}", path, 0)
         values = {

@@ -25,10 +25,9 @@ from qdm_lightning.evaluation.subject import Subject
 from qdm_lightning.metrics.reference import Reference, import_reference, reference
 from qdm_lightning.metrics.weights import state_hash
 from qdm_lightning.runs.provenance import environment, git_commit, hardware, versions
-from qdm_lightning.training.devices import share
+from qdm_lightning.training.devices import set_up, share
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.publishing import log_evaluation
-from qdm_lightning.training.restore import set_up
 from qdm_lightning.training.spec import TrainerConfig
 
 FORMAT = 1

@@ -12,9 +12,9 @@ from qdm_lightning.evaluation.chunks import data_hash
 from qdm_lightning.evaluation.spec import RestoreConfig
 from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.models.image_sampler import ImageSampler
-from qdm_lightning.training.devices import measuring_device
+from qdm_lightning.training.devices import measuring_device, set_up
 from qdm_lightning.training.experiment import Experiment
-from qdm_lightning.training.restore import restore, restore_teacher, set_up
+from qdm_lightning.training.restore import restore, restore_teacher
 
 
 @dataclass(frozen=True, kw_only=True)

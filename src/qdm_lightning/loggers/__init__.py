@@ -1,24 +1,23 @@
-"""Loggers: metrics.csv of every run, W&B, TensorBoard, and whatever of Lightning's or the user's a configuration names."""
+"""Loggers: W&B, TensorBoard, whatever of Lightning's or the user's a configuration names; metrics.csv of every run."""
 
 from __future__ import annotations
 
 import inspect
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from qdm_lightning.base.files import atomic_path
-from qdm_lightning.loggers.csv_metrics import CSVMetrics
+from qdm_lightning.base.files import write_whole
 from qdm_lightning.loggers.tensorboard import TensorBoardRun
 from qdm_lightning.loggers.wandb_run import AXES, WandbRun, logged_in, start_run, sweep_name
 from qdm_lightning.runs.naming import labels
-from qdm_lightning.training.experiment import Experiment
 
-__all__ = ["CSVMetrics", "finish", "named_loggers", "tensorboard_logger", "wandb_logger"]
+__all__ = ["opened", "tensorboard_logger", "wandb_logger"]
 
 TAG_LENGTH = 64
 """W&B refuses longer tags."""
@@ -57,7 +56,8 @@ def wandb_logger(
     asked = mode or os.environ.get("WANDB_MODE")
     identity = run_dir / "wandb_id"
     cell = labels(config)
-    known = [*tags, *run_tags, *(f"{key}:{value}" for key, value in cell.items() if key != "job")]
+    described = {key: value for key, value in cell.items() if key != "job"}
+    labelled = [*tags, *run_tags, *(f"{key}:{value}" for key, value in described.items())]
     run = start_run(
         asked or ("online" if logged_in() else "offline"),
         otherwise=None if asked else "offline",
@@ -68,11 +68,10 @@ def wandb_logger(
         job_type=cell.get("job"),
         id=identity.read_text("utf-8").strip() if identity.is_file() else secrets.token_hex(4),
         dir=run_dir,
-        tags=list(dict.fromkeys(tag[:TAG_LENGTH] for tag in known if tag)) or None,
-        config={**config, "cell": {**cell, "name": " ".join(value for key, value in cell.items() if key != "job")}},
+        tags=list(dict.fromkeys(tag[:TAG_LENGTH] for tag in labelled if tag)) or None,
+        config={**config, "cell": {**cell, "name": " ".join(described.values())}},
     )
-    with atomic_path(identity) as beside:
-        beside.write_text(f"{run.id}\n", "utf-8")
+    write_whole(identity, f"{run.id}\n".encode())
     for axis, patterns in AXES.items():
         run.define_metric(axis)
         for pattern in patterns:
@@ -89,27 +88,24 @@ def tensorboard_logger(*, run_dir: Path, folder: str = "tensorboard") -> Logger:
     return TensorBoardRun(save_dir=run_dir, name=folder, version="", default_hp_metric=False)
 
 
-def named_loggers(experiment: Experiment) -> list[Any]:
-    """The loggers that the configuration names. A factory gets what it takes of `run_dir`, `config` and `run_tags`."""
-    ours: dict[str, Any] = {
-        "run_dir": experiment.run_dir,
-        "config": experiment.resolved,
-        "run_tags": experiment.resolved.get("tags", ()),
-    }
+@contextmanager
+def opened(factories: Sequence[Callable[..., Any]], *, run_dir: Path, config: Mapping[str, Any]) -> Iterator[list[Any]]:
+    """Loggers for the block, finished after it: a W&B run ends, so that the next job of this process begins another.
+
+    Args:
+        factories: as the configuration names them; each gets what it takes of `run_dir`, `config` and `run_tags`.
+        run_dir: the run folder.
+        config: resolved configuration.
+    """
+    ours = {"run_dir": run_dir, "config": config, "run_tags": config.get("tags", ())}
     loggers: list[Any] = []
     try:
-        for make in experiment.loggers:
+        for make in factories:
             taken = inspect.signature(make).parameters
             loggers.append(make(**{name: value for name, value in ours.items() if name in taken}))
-    except BaseException:
-        finish(loggers)
-        raise
-    return loggers
-
-
-def finish(loggers: list[Any]) -> None:
-    """Close them; a W&B run ends, so that the next job of this process begins another."""
-    for logger in loggers:
-        logger.finalize("finished")
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+        yield loggers
+    finally:
+        for logger in loggers:
+            logger.finalize("finished")
+            if isinstance(logger, WandbLogger):
+                logger.experiment.finish()

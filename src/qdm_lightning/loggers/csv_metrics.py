@@ -17,7 +17,7 @@ class CSVMetrics(Logger):
     """Scalars as rows of one file, `step` and a column for each name. A resumed run goes on in the same file.
 
     Args:
-        path: of the file.
+        path: path of the file.
         resume_step: the student's rows of this step and later are dropped from an existing file, as it trains them anew; the
             teacher's stay, whose training has steps of its own. None begins a new file.
     """
@@ -26,16 +26,13 @@ class CSVMetrics(Logger):
         super().__init__()
         self.path = path
         self.rows: dict[tuple[bool, int], dict[str, Any]] = {}  # by (of the teacher, step)
-        self.columns = ["step"]
         if resume_step is not None and path.is_file():
             with path.open(newline="", encoding="utf-8") as stream:
-                reader = csv.DictReader(stream)
-                for row in reader:
+                for row in csv.DictReader(stream):
                     values = {name: value for name, value in row.items() if value}
                     key = _key(values, int(row["step"]))
                     if key[0] or key[1] < resume_step:
                         self.rows[key] = values
-                self.columns = list(reader.fieldnames or self.columns)
 
     @property
     def name(self) -> str:
@@ -48,10 +45,8 @@ class CSVMetrics(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         row: dict[str, Any] = {"step": step or 0, **{k: v for k, v in metrics.items() if k != "epoch"}}
-        if len(row) == 1:
-            return
-        self.rows.setdefault(_key(row, row["step"]), {}).update(row)
-        self.columns += [name for name in row if name not in self.columns]
+        if len(row) > 1:
+            self.rows.setdefault(_key(row, row["step"]), {}).update(row)
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
@@ -61,8 +56,9 @@ class CSVMetrics(Logger):
     def save(self) -> None:
         if not self.rows:
             return
-        with atomic_path(self.path) as beside, beside.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, self.columns, restval="")
+        columns = dict.fromkeys(name for row in self.rows.values() for name in row)
+        with atomic_path(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, columns, restval="")
             writer.writeheader()
             writer.writerows(self.rows.values())
 

@@ -1,4 +1,4 @@
-"""What a logger takes beside a training step's scalars, said once for W&B and TensorBoard.
+"""What a logger takes in addition to a training step's scalars, said once for W&B and TensorBoard.
 
 The functions take all loggers of a run and serve those of the two kinds, Lightning's own and the user's among them; others
 get scalars alone, from Lightning. Nothing here may end a run: a fault becomes a warning in the run's log.
@@ -7,7 +7,7 @@ get scalars alone, from Lightning. Nothing here may end a run: a fault becomes a
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ BY_TIMESTEP = ("activations/*", "nem_error/*")
 
 BINS = 64
 
+Log = Callable[[Any], object]
+"""Logs one thing to the logger that it is given."""
+
 
 @contextmanager
 def cosmetic(what: str, where: str) -> Iterator[None]:
@@ -38,6 +41,15 @@ def cosmetic(what: str, where: str) -> Iterator[None]:
         logging.getLogger(__name__).warning("%s: %s not logged: %s", where, what, first)
 
 
+def _log(loggers: Sequence[Any], what: str, wandb: Log, tensorboard: Log | None = None) -> None:
+    """Call what logs `what` to a logger of W&B or TensorBoard with each of that kind."""
+    for logger in loggers:
+        for kind, where, log in ((WandbLogger, "W&B", wandb), (TensorBoardLogger, "TensorBoard", tensorboard)):
+            if log is not None and isinstance(logger, kind):
+                with cosmetic(what, where):
+                    log(logger)
+
+
 def log_values(loggers: Sequence[Any], values: Mapping[str, float | Tensor], at: int, axis: str = STEP) -> None:
     """Log numbers as scalars and tensors (any shape, finite) as histograms.
 
@@ -45,19 +57,19 @@ def log_values(loggers: Sequence[Any], values: Mapping[str, float | Tensor], at:
         at: position on the axis.
         axis: STEP or TIMESTEP.
     """
-    what = next(iter(values), "nothing")
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            with cosmetic(what, "W&B"):
-                logged = {name: _histogram(v) if isinstance(v, Tensor) else v for name, v in values.items()}
-                logger.experiment.log({**logged, axis: at})
-        elif isinstance(logger, TensorBoardLogger):
-            with cosmetic(what, "TensorBoard"):
-                for name, value in values.items():
-                    if isinstance(value, Tensor):
-                        logger.experiment.add_histogram(name, value, at, bins=BINS)
-                    else:
-                        logger.experiment.add_scalar(name, value, at)
+
+    def wandb(logger: Any) -> None:
+        converted = {name: _histogram(value) if isinstance(value, Tensor) else value for name, value in values.items()}
+        logger.experiment.log({**converted, axis: at})
+
+    def tensorboard(logger: Any) -> None:
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                logger.experiment.add_histogram(name, value, at, bins=BINS)
+            else:
+                logger.experiment.add_scalar(name, value, at)
+
+    _log(loggers, next(iter(values), "nothing"), wandb, tensorboard)
 
 
 def _histogram(values: Tensor) -> Any:
@@ -69,29 +81,32 @@ def _histogram(values: Tensor) -> Any:
 
 def log_pictures(loggers: Sequence[Any], key: str, path: Path, step: int) -> None:
     """Log a picture file under `key`."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            import wandb
 
-            with cosmetic(key, "W&B"):
-                logger.experiment.log({key: wandb.Image(str(path)), STEP: step})
-        elif isinstance(logger, TensorBoardLogger):
-            with cosmetic(key, "TensorBoard"), Image.open(path) as picture:
-                logger.experiment.add_image(key, np.array(picture.convert("RGB")), step, dataformats="HWC")
+    def wandb(logger: Any) -> None:
+        from wandb import Image as Picture
+
+        logger.experiment.log({key: Picture(str(path)), STEP: step})
+
+    def tensorboard(logger: Any) -> None:
+        with Image.open(path) as picture:
+            logger.experiment.add_image(key, np.array(picture.convert("RGB")), step, dataformats="HWC")
+
+    _log(loggers, key, wandb, tensorboard)
 
 
 def log_table(loggers: Sequence[Any], key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Log a table; a cell is a string, a number or None."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            import wandb
 
-            with cosmetic(key, "W&B"):
-                logger.experiment.log({key: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
-        elif isinstance(logger, TensorBoardLogger):
-            with cosmetic(key, "TensorBoard"):
-                lines = [columns, ["---"] * len(columns), *rows]
-                logger.experiment.add_text(key, "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines))
+    def wandb(logger: Any) -> None:
+        from wandb import Table
+
+        logger.experiment.log({key: Table(columns=list(columns), data=[list(row) for row in rows])})
+
+    def tensorboard(logger: Any) -> None:
+        lines = [columns, ["---"] * len(columns), *rows]
+        logger.experiment.add_text(key, "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines))
+
+    _log(loggers, key, wandb, tensorboard)
 
 
 def _cell(value: Any) -> str:
@@ -99,39 +114,38 @@ def _cell(value: Any) -> str:
 
 
 def log_summary(
-    loggers: Sequence[Any], labels: Mapping[str, Any], values: Mapping[str, float], records: Mapping[str, Any] | None = None
+    loggers: Sequence[Any], labels: Mapping[str, Any], values: Mapping[str, float], provenance: Mapping[str, Any] | None = None
 ) -> None:
-    """Log what a run comes to: W&B's summary, with plain `records`; TensorBoard's hyperparameters, `labels` beside `values`."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            with cosmetic("summary", "W&B"):
-                logger.experiment.summary.update({**values, **(records or {})})
-        elif isinstance(logger, TensorBoardLogger):
-            with cosmetic("summary", "TensorBoard"):
-                logger.log_hyperparams(dict(labels), dict(values))
+    """Log what a run comes to: W&B's summary, plain `provenance` too; TensorBoard's hyperparameters, `labels` by `values`."""
+    _log(
+        loggers,
+        "summary",
+        lambda logger: logger.experiment.summary.update({**values, **(provenance or {})}),
+        lambda logger: logger.log_hyperparams(dict(labels), dict(values)),
+    )
 
 
 def log_files(
     loggers: Sequence[Any], kind: str, paths: Sequence[Path], metadata: Mapping[str, Any], references: Sequence[Path] = ()
 ) -> None:
-    """Log files, and whole folders, as W&B's artifact `<kind>-<run id>`; other loggers lie beside the files anyway.
+    """Log files, and whole folders, as W&B's artifact `<kind>-<run id>`; other loggers have their files in the run folder too.
 
     Args:
         kind: the artifact's type, such as `model`.
         paths: copied when the run is uploaded, not before; they must stay where they are until then.
         references: files that are named in the artifact, with their checksums, and not copied.
     """
-    for logger in loggers:
-        if isinstance(logger, WandbLogger) and getattr(logger, "artifacts", True):
-            import wandb
 
-            with cosmetic(f"{kind} files", "W&B"):
-                artifact = wandb.Artifact(f"{kind}-{logger.experiment.id}", type=kind, metadata=dict(metadata))
-                for path in paths:
-                    inside = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
-                    for file in inside:
-                        name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-                        artifact.add_file(str(file), name=name, skip_cache=True, policy="immutable")
-                for path in references:
-                    artifact.add_reference(path.resolve().as_uri(), name=path.name)
-                logger.experiment.log_artifact(artifact)
+    def wandb(logger: Any) -> None:
+        from wandb import Artifact
+
+        artifact = Artifact(f"{kind}-{logger.experiment.id}", type=kind, metadata=dict(metadata))
+        for path in paths:
+            for file in [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]:
+                name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+                artifact.add_file(str(file), name=name, skip_cache=True, policy="immutable")
+        for path in references:
+            artifact.add_reference(path.resolve().as_uri(), name=path.name)
+        logger.experiment.log_artifact(artifact)
+
+    _log([logger for logger in loggers if getattr(logger, "artifacts", True)], f"{kind} files", wandb)

@@ -67,12 +67,12 @@ def sweep_name(run_dir: Path) -> str | None:
 
 
 def start_run(mode: str, otherwise: str | None, **settings: Any) -> Any:
-    """A run of its own by `wandb.init`, also beside another of this process.
+    """A run of its own by `wandb.init`, also while another of this process goes on.
 
     Args:
         mode: `online` or `offline`.
         otherwise: the mode to take, after a warning, where W&B does not answer; None makes that an error.
-        settings: of `wandb.init`.
+        settings: further settings of `wandb.init`.
 
     Raises:
         ValueError: W&B refuses the run, or does not answer.

@@ -7,7 +7,7 @@ from typing import Any
 from qdm_lightning.loggers.media import STEP, TIMESTEP
 
 CELL = "cell.name"
-"""Of a run's config: its bits, TaQ, NeM and sampler. Seeds of one cell are averaged."""
+"""Setting in a run's config that names its bits, TaQ, NeM and sampler. Seeds of one cell are averaged."""
 
 
 def workspace(*, project: str, entity: str, name: str, sweep: str | None = None, distance: str = "fd_digits") -> Any:
@@ -15,7 +15,7 @@ def workspace(*, project: str, entity: str, name: str, sweep: str | None = None,
 
     Args:
         sweep: group whose runs are shown, the name of a multirun's folder; None shows all of the project.
-        distance: of the runs, `fid` where the metric is Inception's.
+        distance: the distance that the runs measured, `fid` where the metric is Inception's.
     """
     import wandb_workspaces.workspaces as ws
     from wandb_workspaces.expr import And, Config, FilterExpr, Metric
@@ -68,10 +68,10 @@ def _sections(distance: str) -> dict[str, list[Any]]:
         return wr.ScatterPlot(title=title, x=wr.SummaryMetric(x), y=wr.SummaryMetric(f"student/{distance}"))
 
     return {
-        "Results, mean and deviation over seeds": [
+        "Results, mean and standard deviation over seeds": [
             bar(f"Student: {distance}", f"student/{distance}"),
-            bar("Deviation from the teacher's images", "student/image_mse"),
-            bar("NeM error on held-out images", "student/nem_error_mean"),
+            bar("Mean squared error to the teacher's images", "student/image_mse"),
+            bar("NeM error on the validation set", "student/nem_error_mean"),
             scatter(f"{distance} against bytes as stored", "student/cost/bytes"),
             scatter(f"{distance} against theoretical speed-up", "student/cost/speedup/linear"),
             wr.WeavePanelSummaryTable(table_name="results/final"),
@@ -80,7 +80,11 @@ def _sections(distance: str) -> dict[str, list[Any]]:
             line("NeM error by t", "nem_error/by_timestep", TIMESTEP),
             wr.WeavePanelSummaryTable(table_name="nem_error/table"),
         ],
-        "Training": [line("Training loss", "train/loss"), line("Held-out loss", "val/loss"), line("Held-out L_NeM", "val/nem")],
+        "Training": [
+            line("Training loss", "train/loss"),
+            line("Validation loss", "val/loss"),
+            line("Validation L_NeM", "val/nem"),
+        ],
         "Pictures": [wr.MediaBrowser(title="Teacher above student, same seeds", media_keys=["samples/teacher_above_student"])],
         "Layers and settings": [
             wr.WeavePanelSummaryTable(table_name="quantization/layers"),

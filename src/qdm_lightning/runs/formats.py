@@ -23,7 +23,7 @@ def upgraded(plain: Any) -> Any:
     """
     if isinstance(plain, dict):
         return {
-            RENAMED.get(name, name): MOVED.get(value, value) if name == "_target_" else upgraded(value)
+            RENAMED.get(name, name): MOVED.get(str(value), value) if name == "_target_" else upgraded(value)
             for name, value in plain.items()
         }
     return [upgraded(value) for value in plain] if isinstance(plain, list) else plain

@@ -28,36 +28,34 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def hardware() -> dict[str, Any]:
     """Processor, cores, torch's threads, and the GPU where there is one."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "processor": _processor(),
+        "processor": _proc("cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the last bits of an image depend on beside its settings: machine, versions, threads, compiled compiled."""
+    """What an image's last bits depend on, its settings aside: machine, versions, threads, how fake quantization runs."""
     machine = hardware()
     return {
         "torch": torch.__version__,
         "device": machine["gpu"] if device.type == "cuda" else device.type,
-        "processor": machine["processor"],
-        "capability": machine["capability"],
-        "threads": machine["threads"],
+        **{name: machine[name] for name in ("processor", "capability", "threads")},
         "fake_quantization": compiled.record()["fake_quantization"],
     }
 
@@ -67,38 +65,28 @@ def peak_memory() -> dict[str, int]:
 
     `resident` is known on Linux alone.
     """
-    found = {} if (resident := _peak_resident()) is None else {"resident": resident}
+    resident = _proc("self/status", "VmHWM")  # getrusage would count the process that started this one too
+    memory = {"resident": int(resident.split()[0]) * 1024} if resident else {}
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.max_memory_allocated()
-    return found
+        memory["gpu"] = torch.cuda.max_memory_allocated()
+    return memory
 
 
-def _peak_resident() -> int | None:
-    try:  # getrusage would count the process that started this one too
-        lines = Path("/proc/self/status").read_text("utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        return None
-
-
-def _processor() -> str:
+def _proc(file: str, name: str) -> str | None:
+    """Linux: the value behind a name in a file below /proc; None where there is none."""
     try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        lines = Path("/proc", file).read_text("utf-8").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), None)
 
 
 def git_commit() -> dict[str, Any] | None:
-    """Commit of the checkout that this package runs from, and whether it was changed; None outside a checkout."""
-    folder = Path(__file__).resolve().parent
+    """Commit of the checkout that this package runs from, and whether a tracked file was changed; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty"]
     try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        return {"commit": commit, "changed": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+        described = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
         return None
-
-
-def _git(folder: Path, *args: str) -> str:
-    command = ["git", "-C", str(folder), *args]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    commit, _, dirty = described.partition("-")
+    return {"commit": commit, "changed": bool(dirty)}

@@ -1,4 +1,4 @@
-"""What happens beside training: the progress bar, learned scales, pictures in the middle of a run."""
+"""What happens around the training steps: progress bar, timing, the last validation, learned scales, images."""
 
 from __future__ import annotations
 
@@ -33,6 +33,13 @@ class StageProgress(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         show = trainer.global_step % 10 == 0
         self.stage.advance(1, **({"loss": f"{float(outputs['loss'].detach()):.4f}"} if show else {}))
+
+
+class ValidateAtEnd(Callback):
+    """Asks for the end at the last step, which Lightning validates then; at a multiple of `val_every` it does so once."""
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.should_stop = trainer.global_step >= trainer.max_steps
 
 
 class StepTimer(Callback):
@@ -71,7 +78,7 @@ class LearnedScales(Callback):
                 scales["weights" if isinstance(quantizer, WeightQuantizer) else "activations"].append(scale)
                 if isinstance(quantizer, ActivationQuantizer) and hasattr(quantizer, "zero_point"):
                     values[f"zero_point/{label}"] = float(quantizer.zero_point.detach().mean())  # type: ignore[operator]
-        values |= {f"scales/{kind}_log2": torch.cat(found).log2() for kind, found in scales.items() if found}
+        values |= {f"scales/{kind}_log2": torch.cat(parts).log2() for kind, parts in scales.items() if parts}
         log_values(trainer.loggers, values, trainer.global_step)
 
 

@@ -7,16 +7,23 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from qdm_lightning.base.checks import one_line
 from qdm_lightning.base.files import atomic_path
+
+PREFIXES = {"ema": "ema.module.unet.", "raw": "student.unet."}
+"""Where a checkpoint has the averaged weights of the U-Net that was trained, and those of the optimizer."""
 
 
 class AtomicCheckpointIO(CheckpointIO):
     """Lightning checkpoints written whole or not at all, and read as data alone (`weights_only=True`)."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with atomic_path(Path(path)) as beside:
-            torch.save(checkpoint, beside)
+        with atomic_path(Path(path)) as temporary:
+            torch.save(checkpoint, temporary)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         return load_checkpoint(Path(path))
@@ -38,3 +45,32 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch each raise their own
         raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file by name, on the CPU. Raises ValueError where it is damaged or missing."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged: {one_line(error)}") from error
+
+
+def fill_from_checkpoint(unet: nn.Module, path: Path, weights: str = "ema") -> int:
+    """Load a checkpoint's U-Net, its average (`ema`) or as the optimizer left it (`raw`), into `unet`; returns its step.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or holds another network.
+    """
+    checkpoint, prefix = load_checkpoint(path), PREFIXES[weights]
+    state = {n.removeprefix(prefix): value for n, value in checkpoint.get("state_dict", {}).items() if n.startswith(prefix)}
+    fill(unet, state, path)
+    return int(checkpoint["global_step"])
+
+
+def fill(unet: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Load a state that must be exactly the U-Net's. Raises ValueError, which names the file `path`, where it is not."""
+    try:
+        unet.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no checkpoint of this network: {one_line(error)[:300]}") from error

@@ -1,16 +1,41 @@
-"""Work that processes share, each with a device of its own: Lightning starts them and deals out the devices."""
+"""Threads, devices, and work that processes share: Lightning starts them and deals out the devices."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 
+from qdm_lightning.quantization import compiled
+from qdm_lightning.training.spec import TrainerConfig
+
 Work = Callable[[torch.device, int, int], None]
 """work(device, index, count): the share `index` of `count`. It is pickled, so it must be defined in a module."""
+
+
+def set_up(trainer: TrainerConfig) -> None:
+    """Threads of torch and compilation of fake quantization as the settings say; before any network runs."""
+    if trainer.threads:
+        torch.set_num_threads(trainer.threads)
+    compiled.set_mode(trainer.compile)
+
+
+@contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """The loggers of these names say nothing below a warning."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def measuring_device(accelerator: str) -> torch.device:
@@ -32,15 +57,11 @@ def share(work: Work, accelerator: str, devices: int) -> None:
     Raises:
         ValueError: fewer devices than asked for.
     """
-    quiet = logging.getLogger("lightning.fabric")
-    level = quiet.level
-    quiet.setLevel(logging.WARNING)
     try:
-        fabric = Fabric(accelerator=accelerator, devices=devices, strategy="ddp_spawn")
+        with quiet("lightning.fabric"):
+            fabric = Fabric(accelerator=accelerator, devices=devices, strategy="ddp_spawn")
     except Exception as error:  # Lightning's MisconfigurationException is a bare Exception
         raise ValueError(f"devices={devices}: {str(error).splitlines()[0]}") from error
-    finally:
-        quiet.setLevel(level)
     fabric.launch(_call, work)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""What a run is made of, instantiated: the hand-over from `config.build` to `training.runner.run`."""
+"""What a run is made of, instantiated: the hand-over from `cli.build` to `training.run`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import nn
 
 from qdm_lightning.data.module import ImageDataModule
 from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig, SamplerConfig
+from qdm_lightning.quantization.calibration import Calibrator
 from qdm_lightning.quantization.preparation import Quantizers
 from qdm_lightning.quantization.spec import QuantConfig
-from qdm_lightning.training.spec import OptimizerConfig, PathsConfig, TeacherConfig, TrainerConfig
+from qdm_lightning.training.spec import TEACHER_OPTIMIZER, OptimizerConfig, PathsConfig, TeacherConfig, TrainerConfig
 
 
 @dataclass(kw_only=True)
@@ -22,15 +23,15 @@ class Experiment:
     """Settings and factories of one run; nothing in it has read data or trained.
 
     Args:
-        seed: of the student's training and of the compared images.
-        run_dir: where the run leaves its files.
-        num_samples: images behind each distance.
+        seed: seed of the student's training and of the compared images.
+        run_dir: folder where the run leaves its files.
+        num_samples: number of images behind each distance.
         data: the data module, not yet set up.
-        build_model: a fresh U-Net, randomly initialized.
-        quantizers: factories of the quantizers, TaQ's scope applied.
-        calibrator: factory of the search for the first scales.
-        feature_network: of the distance.
-        loggers: factories `logger(run_dir=..., tags=..., config=...)`, beside metrics.csv.
+        build_model: makes a fresh U-Net, randomly initialized.
+        quantizers: factories of the student's quantizers, TaQ's scope applied.
+        calibrator: makes the search for the first scales.
+        feature_network: network whose features the distance compares.
+        loggers: factories `logger(run_dir=..., run_tags=..., config=...)` of the loggers other than metrics.csv.
         resolved: the resolved configuration as plain data.
         resume: go on from the run folder's last checkpoint.
     """
@@ -43,7 +44,7 @@ class Experiment:
     diffusion: DiffusionConfig
     quant: QuantConfig
     quantizers: Quantizers
-    calibrator: Callable[..., Any]
+    calibrator: Callable[[], Calibrator]
     nem: NeMConfig
     sampler: SamplerConfig
     teacher: TeacherConfig
@@ -59,12 +60,10 @@ class Experiment:
     def __post_init__(self) -> None:
         """A full-precision run is its own teacher: what is typed for the run holds for the teacher."""
         if self.quant.is_float:
-            self.teacher = replace(
-                self.teacher,
-                max_steps=self.trainer.max_steps,
-                lr=self.optimizer.lr,
-                warmup_steps=self.optimizer.warmup_steps,
-                schedule=self.optimizer.schedule,
-                ema_decay=self.optimizer.ema_decay,
-                gradient_clip=self.optimizer.gradient_clip,
-            )
+            own = {name: getattr(self.optimizer, name) for name in TEACHER_OPTIMIZER}
+            self.teacher = replace(self.teacher, max_steps=self.trainer.max_steps, **own)
+
+    @property
+    def has_teacher(self) -> bool:
+        """True where the run has its own copy of its teacher already, from before it was interrupted."""
+        return self.resume and (self.run_dir / "teacher" / "unet").is_dir()

@@ -1,4 +1,4 @@
-"""Activations by bucket of t: what the quantizers get while held-out images go through the student once."""
+"""Activations by bucket of t: the inputs of the quantizers while validation images go through the student once."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from qdm_lightning.quantization.quantizer import ActivationQuantizer
 from qdm_lightning.training.validation_set import BUCKETS, ValidationSet
 
 SAMPLES = 12
-"""Held-out samples of a bucket, at least."""
+"""Least number of validation samples of a bucket."""
 
 VALUES = 2**14
-"""At most so many values of one layer and pass are kept, taken evenly."""
+"""Greatest number of values of one layer and pass, taken evenly."""
 
 
 def layer_label(name: str) -> str:
@@ -40,8 +40,8 @@ def activations_by_bucket(
 
     Args:
         network: the student, in eval mode.
-        patterns: of `layer_label`s (`fnmatch`); what matches nothing is left out.
-        batch_size: that of sampling, so that nothing is compiled anew.
+        patterns: patterns (`fnmatch`) of `layer_label`s; one that matches nothing is left out.
+        batch_size: the sampler's, so that nothing is compiled anew.
     """
     quantizers = {layer_label(n): m for n, m in network.named_modules() if isinstance(m, ActivationQuantizer)}
     chosen = {name: m for name, m in quantizers.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}

@@ -34,12 +34,12 @@ class DiffusionModule(LightningModule):
 
     Args:
         network: the U-Net to train; prepared and calibrated, where it is a student.
-        teacher: the frozen full-precision U-Net, in eval mode for ever; None trains by L_simple alone.
+        teacher: the frozen full-precision U-Net, always in eval mode; None trains by L_simple alone.
         diffusion, nem, optimizer: settings.
-        max_steps: of the learning-rate schedule.
-        seed: of flips, timesteps, noise and dropout.
+        max_steps: last step of the training and of the learning rate's schedule.
+        seed: seed of the order of the images, the flips, timesteps, noise and dropout.
         flip: mirror images at random.
-        prefix: of the logged names, such as `teacher/`.
+        prefix: prefix of the logged names, such as `teacher/`.
         teacher_bf16: run the teacher in bfloat16 in training steps; its noise estimate is float32 again before the loss.
     """
 
@@ -111,7 +111,7 @@ class DiffusionModule(LightningModule):
             return cast(Tensor, self.teacher(x, t).to(x.dtype))
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
-        """`val/loss` is the training loss of the averaged student on the held-out set; L_simple and L_NeM stand beside it."""
+        """`val/loss` is the training loss of the averaged student on the validation set; L_simple and L_NeM are logged too."""
         x0, t, eps = batch
         x = add_noise(self.scheduler, x0, eps, t).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():

@@ -35,7 +35,7 @@ class QuantizerAdam(torch.optim.Adam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        kept = [
+        rows = [
             (p, p.grad == 0, p.detach().clone())
             for group in self.param_groups
             for p in group["params"]
@@ -43,7 +43,7 @@ class QuantizerAdam(torch.optim.Adam):
         ]
         super().step()
         with torch.no_grad():
-            for parameter, still, before in kept:
+            for parameter, still, before in rows:
                 parameter.copy_(torch.where(still, before, parameter))
         return loss
 
@@ -58,24 +58,17 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> QuantizerAdam:
 
 
 def learning_rate_factor(config: OptimizerConfig, max_steps: int) -> Callable[[int], float]:
-    """Factor on the learning rate by step, as `config.schedule` says."""
-    if config.schedule == "constant":
-        return warmup_constant(config.warmup_steps)
-    return warmup_cosine(config.warmup_steps, max_steps)
+    """Factor on the learning rate by step: linear from 1/warmup to 1, then as `config.schedule` says.
 
-
-def warmup_constant(warmup_steps: int) -> Callable[[int], float]:
-    """Factor on the learning rate: linear from 1/warmup to 1, then 1 (DDPM's code)."""
-    return lambda step: min(1.0, (step + 1) / max(1, warmup_steps))
-
-
-def warmup_cosine(warmup_steps: int, max_steps: int) -> Callable[[int], float]:
-    """Factor on the learning rate: linear from 1/warmup to 1, then half a cosine to 0 at `max_steps`."""
+    `constant` stays at 1 (DDPM's code); `cosine` falls along half a cosine to 0 at `max_steps`.
+    """
 
     def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        if config.schedule == "constant":
+            return 1.0
+        progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     return factor

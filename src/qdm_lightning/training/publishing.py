@@ -1,4 +1,4 @@
-"""What a run shows on W&B and TensorBoard beside its losses: layers, results, activations by timestep, its files."""
+"""What a run shows on W&B and TensorBoard in addition to its losses: layers, results, activations by timestep, its files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qdm_lightning.loggers import CSVMetrics
+from qdm_lightning.loggers import opened
+from qdm_lightning.loggers.csv_metrics import CSVMetrics
 from qdm_lightning.loggers.media import (
     TIMESTEP,
     cosmetic,
@@ -22,7 +23,6 @@ from qdm_lightning.quantization.summary import QuantizationReport
 from qdm_lightning.runs.naming import labels
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.histograms import activations_by_bucket, bucket_middle
-from qdm_lightning.training.restore import run_loggers
 from qdm_lightning.training.validation_set import BUCKETS, ValidationSet
 
 
@@ -56,7 +56,6 @@ def log_results(
     loggers: Sequence[Any],
     experiment: Experiment,
     metrics: Mapping[str, Any],
-    picture: Path,
     student: Denoiser | None,
     validation_set: ValidationSet,
 ) -> None:
@@ -64,8 +63,7 @@ def log_results(
 
     Args:
         metrics: as in metrics.json.
-        picture: of the samples.
-        student: on the device that measures; None for a teacher alone.
+        student: the student on the device that measures; None for a teacher alone.
     """
     values = scalars(metrics)
     step = experiment.teacher.max_steps if experiment.quant.is_float else experiment.trainer.max_steps
@@ -73,7 +71,7 @@ def log_results(
         logger.log_metrics({f"final/{name}": value for name, value in values.items()}, step)
     if all(isinstance(logger, CSVMetrics) for logger in loggers):
         return
-    log_pictures(loggers, "samples/teacher_above_student", picture, step)
+    log_pictures(loggers, "samples/teacher_above_student", experiment.run_dir / "samples.png", step)
     log_table(loggers, "results/final", ["network", "measure", "value"], [[*n.split("/", 1), v] for n, v in values.items()])
     cell = labels(experiment.resolved)
     log_summary(loggers, {**cell, "seed": experiment.seed}, values, {name: metrics[name] for name in ("kernels", "git")})
@@ -102,17 +100,18 @@ def _log_by_timestep(
 
 
 def log_evaluation(experiment: Experiment, record: Mapping[str, Any], file: Path) -> None:
-    """An evaluation to the loggers that the experiment names: its scores, and its record as an artifact.
+    """An evaluation to the loggers that the experiment names: its scores, and evaluation.json as an artifact.
 
     Args:
-        record: as in evaluation.json. file: that file.
+        record: as in evaluation.json.
+        file: that file.
     """
     if not experiment.loggers:
         return
     prefix = f"evaluation/{record['network']}"
     values = dict(_flat(prefix, record["scores"]))
     known = {name: record[name] for name in ("network", "sampler", "protocol", "identity")}
-    with run_loggers(experiment) as loggers:
+    with opened(experiment.loggers, run_dir=experiment.run_dir, config=experiment.resolved) as loggers:
         log_summary(loggers, {**labels(experiment.resolved), "seed": experiment.seed}, values)
         log_values(loggers, values, experiment.trainer.max_steps)
         log_table(loggers, f"{prefix}/scores", ["score", "value"], [list(item) for item in values.items()])

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from lightning.pytorch import Callback
+from torch import Tensor, nn
 
-from qdm_lightning.base.files import atomic_path, write_json
+from qdm_lightning.base.files import write_json, write_whole
 from qdm_lightning.base.ranks import rank
 from qdm_lightning.diffusion.images import to_uint8
+from qdm_lightning.diffusion.sampling import image_seeds
 from qdm_lightning.display.image_grids import save_grid
-from qdm_lightning.loggers import CSVMetrics, finish, named_loggers
+from qdm_lightning.loggers import opened
+from qdm_lightning.loggers.csv_metrics import CSVMetrics
 from qdm_lightning.loggers.media import log_pictures
-from qdm_lightning.metrics.frechet import features
+from qdm_lightning.metrics.frechet import features, frechet_distance, frechet_key, halves_distance
 from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.models.image_sampler import ImageSampler
 from qdm_lightning.quantization import compiled
 from qdm_lightning.quantization.cost import network_cost
 from qdm_lightning.runs.provenance import git_commit, hardware, peak_memory, versions
 from qdm_lightning.training.callbacks import LearnedScales, SampleDuringTraining, StageProgress
-from qdm_lightning.training.checkpoint_io import load_checkpoint
-from qdm_lightning.training.devices import measuring_device
-from qdm_lightning.training.evaluation import Measurer, nem_error
+from qdm_lightning.training.devices import measuring_device, set_up
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.module import DiffusionModule
 from qdm_lightning.training.publishing import log_layers, log_results
@@ -34,9 +37,10 @@ from qdm_lightning.training.student import calibrate_student, prepare_student
 from qdm_lightning.training.student_files import save_student
 from qdm_lightning.training.teacher import check_schedule, obtain_teacher
 from qdm_lightning.training.teacher_images import teacher_images
-from qdm_lightning.training.trainer import fit, last_checkpoint
-from qdm_lightning.training.validation_set import ValidationSet
+from qdm_lightning.training.trainer import fit, last_step
+from qdm_lightning.training.validation_set import ValidationSet, nem_error
 
+CHECKPOINTS = "checkpoints"
 GRID_IMAGES = 16
 
 
@@ -51,179 +55,190 @@ class Result:
     module: DiffusionModule | None
 
 
-@dataclass
-class _Clock:
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - begin, 2)
-
-
 def run(experiment: Experiment, progress: Any) -> Result:
     """Run the experiment and leave its files in `experiment.run_dir`; with `experiment.resume`, go on from its last checkpoint.
 
     Raises:
         FileNotFoundError, ValueError: data, teacher or settings that can't be used, before anything is trained.
     """
-    if experiment.trainer.threads:
-        torch.set_num_threads(experiment.trainer.threads)
-    compiled.set_mode(experiment.trainer.compile)
+    set_up(experiment.trainer)
     experiment.data.setup()
     check_schedule(experiment)
     features(experiment.feature_network, experiment.data.train_images[:1])  # it takes such images, or says so now
-    validation_set = ValidationSet.from_images(
-        experiment.data.val_images, experiment.diffusion.num_train_timesteps, experiment.trainer.val_images
-    )
-    checkpoint = last_checkpoint(experiment.run_dir / "checkpoints") if experiment.resume else None
-    step = int(load_checkpoint(checkpoint)["global_step"]) if checkpoint else (0 if experiment.resume else None)
-    loggers: list[Any] = [CSVMetrics(experiment.run_dir / "metrics.csv", step)]
-    try:
-        loggers += [] if rank() else named_loggers(experiment)
-        return _stages(experiment, validation_set, progress, loggers)
-    finally:
-        finish(loggers)
+    step = (last_step(experiment.run_dir / CHECKPOINTS) or 0) if experiment.resume else None
+    csv = partial(CSVMetrics, experiment.run_dir / "metrics.csv", step)
+    factories: list[Callable[..., Any]] = [csv, *([] if rank() else experiment.loggers)]
+    with opened(factories, run_dir=experiment.run_dir, config=experiment.resolved) as loggers:
+        return Run(experiment, progress, loggers).result()
 
 
-def _stages(experiment: Experiment, validation_set: ValidationSet, progress: Any, loggers: list[Any]) -> Result:
-    clock = _Clock()
-    with clock("teacher"):
-        unet, origin = obtain_teacher(experiment, validation_set, progress, loggers)
-    teacher = Denoiser(unet.to(memory_format=torch.channels_last)).requires_grad_(False).eval()
-    device = measuring_device(experiment.trainer.accelerator)
-    experiment.feature_network.to(device)
-    measurer = Measurer(experiment)
-    metrics: dict[str, Any] = {"floor": measurer.floor(), "teacher": {}, "seconds": clock.seconds, "seed": experiment.seed}
-    module, student = None, None
-    if not experiment.quant.is_float:
-        module, fitted = _train_student(experiment, unet, validation_set, measurer, progress, loggers, clock)
-        student = module.ema_student
-        save_student(student.unet, experiment, experiment.run_dir / "student")
-        metrics["student"] = {"bits": [experiment.quant.weight_bits, experiment.quant.act_bits], **fitted}
-        teacher = module.teacher or teacher
-    if rank():  # the first rank alone measures
-        return Result(metrics, experiment.run_dir, teacher, student, module)
-    for network in (teacher, student):
-        if network is not None:
-            network.to(device)
-    rows, labels = _measure(experiment, measurer, teacher, student, validation_set, metrics, progress, clock)
-    metrics |= {
-        "teacher_origin": origin,
-        "num_samples": experiment.num_samples,
-        "kernels": compiled.record(),
-        "versions": versions(),
-        "hardware": hardware(),
-        "peak_memory_bytes": peak_memory(),
-        "git": git_commit(),
-    }
-    picture = experiment.run_dir / "samples.png"
-    save_grid(picture, rows, labels)
-    write_json(experiment.run_dir / "metrics.json", metrics)
-    log_results(loggers, experiment, metrics, picture, student, validation_set)
-    return Result(metrics, experiment.run_dir, teacher, student, module)
+class Run:
+    """An experiment under way: what its stages share, and the stages as methods.
 
+    Args:
+        experiment: settings and factories; the data are set up.
+        progress: shows the stages.
+        loggers: get losses and results.
+    """
 
-def _train_student(
-    experiment: Experiment,
-    teacher: Any,
-    validation_set: ValidationSet,
-    measurer: Measurer,
-    progress: Any,
-    loggers: list[Any],
-    clock: _Clock,
-) -> tuple[DiffusionModule, dict[str, Any]]:
-    """The trained module with its best checkpoint loaded, and what its training says."""
-    folder = experiment.run_dir / "checkpoints"
-    student, price = _prepare_student(experiment, teacher, progress, loggers)
-    if last_checkpoint(folder) is None:
-        with clock("calibration"):
-            calibrate_student(student, experiment, progress)
-    config = experiment.trainer
-    module = DiffusionModule(
-        student,
-        teacher,
-        diffusion=experiment.diffusion,
-        nem=experiment.nem,
-        optimizer=experiment.optimizer,
-        max_steps=config.max_steps,
-        seed=experiment.seed,
-        flip=experiment.data.flip,
-        teacher_bf16=config.teacher_bf16,
-    )
-    if experiment.quant.mode == "ptq":
-        return module, {"steps": 0, "cost": price}
-    callbacks = [LearnedScales(), *experiment.callbacks]
-    if config.sample_every:
-        callbacks.append(
-            SampleDuringTraining(_measure_in_training(experiment, module, measurer, progress, loggers), config.sample_every)
+    def __init__(self, experiment: Experiment, progress: Any, loggers: list[Any]) -> None:
+        self.experiment, self.progress, self.loggers = experiment, progress, loggers
+        self.folder = experiment.run_dir
+        self.device = measuring_device(experiment.trainer.accelerator)
+        self.seeds = image_seeds(experiment.seed, experiment.num_samples)
+        self.validation_set = ValidationSet.from_images(
+            experiment.data.val_images, experiment.diffusion.num_train_timesteps, experiment.trainer.val_images
         )
-    with clock("student"), progress.stage("student", config.max_steps, "steps") as stage:
-        fitted = fit(
-            module,
-            experiment.data,
-            validation_set,
-            config,
-            folder=folder,
-            max_steps=config.max_steps,
-            seed=experiment.seed,
-            loggers=loggers,
-            callbacks=[StageProgress(stage), *callbacks],
+        self.metrics: dict[str, Any] = {"floor": {}, "teacher": {}, "seconds": {}, "seed": experiment.seed}
+
+    def result(self) -> Result:
+        """The whole run, stage after stage; the first rank alone measures and writes."""
+        teacher = self.teacher()
+        if not rank():
+            self.metrics["floor"] = {frechet_key(self.experiment.feature_network): halves_distance(self.real_features)}
+        module = None if self.experiment.quant.is_float else self.student(teacher)
+        student = module.ema_student if module else None
+        if not rank():
+            self.measure(teacher, student)
+            self.write(student)
+        return Result(self.metrics, self.folder, teacher, student, module)
+
+    def teacher(self) -> Denoiser:
+        """The frozen full-precision network, trained where there is none yet."""
+        with self.timed("teacher"):
+            unet, self.metrics["teacher_origin"] = obtain_teacher(self.experiment, self.fit, self.progress.say)
+        return Denoiser(unet.to(memory_format=torch.channels_last)).requires_grad_(False).eval()
+
+    def student(self, teacher: Denoiser) -> DiffusionModule:
+        """The quantized student, calibrated and trained; the module has its best checkpoint loaded."""
+        e, checkpoints = self.experiment, self.folder / CHECKPOINTS
+        unet, cost = self.quantized(teacher.unet)
+        if last_step(checkpoints) is None:
+            with self.timed("calibration"):
+                calibrate_student(unet, e, self.progress)
+        module = DiffusionModule(
+            unet,
+            teacher.unet,
+            diffusion=e.diffusion,
+            nem=e.nem,
+            optimizer=e.optimizer,
+            max_steps=e.trainer.max_steps,
+            seed=e.seed,
+            flip=e.data.flip,
+            teacher_bf16=e.trainer.teacher_bf16,
         )
-    return module, {**fitted, "cost": price}
+        fitted: Mapping[str, Any] = {"steps": 0}
+        if e.quant.mode == "qat":
+            with self.timed("student"):
+                fitted = self.fit(module, checkpoints)
+        self.metrics["student"] = {"bits": [e.quant.weight_bits, e.quant.act_bits], **fitted, "cost": cost}
+        save_student(module.ema_student.unet, e, self.folder / "student")
+        return module
 
+    def quantized(self, teacher: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+        """The student's U-Net, not calibrated, and its cost; says and writes what got how many bits."""
+        e, size = self.experiment, int(self.experiment.data.image_size or 0)
+        student, report = prepare_student(teacher, e)
+        write_whole(self.folder / "quantization.txt", f"{report.table()}\n".encode())
+        self.progress.say(report.summary())
+        student = student.to(self.device).to(memory_format=torch.channels_last)
+        cost = network_cost(student, report, (e.data.channels, size, size))
+        log_layers(self.loggers, report, cost)
+        return student, cost.totals()
 
-def _prepare_student(experiment: Experiment, teacher: Any, progress: Any, loggers: list[Any]) -> tuple[Any, dict[str, Any]]:
-    """The quantized U-Net, not calibrated, and its cost; says and keeps what got how many bits."""
-    student, report = prepare_student(teacher, experiment)
-    with atomic_path(experiment.run_dir / "quantization.txt") as beside:
-        beside.write_text(report.table() + "\n", "utf-8")
-    progress.say(report.summary())
-    size = int(experiment.data.image_size or 0)
-    student = student.to(measuring_device(experiment.trainer.accelerator)).to(memory_format=torch.channels_last)
-    price = network_cost(student, report, (experiment.data.channels, size, size))
-    log_layers(loggers, report, price)
-    return student, price.totals()
+    def fit(self, module: DiffusionModule, checkpoints: Path) -> dict[str, Any]:
+        """Train a module, teacher or student, under a stage of its own; returns what `trainer.fit` returns."""
+        e, callbacks = self.experiment, list[Callback]()
+        if module.teacher is not None:
+            callbacks += [LearnedScales(), *e.callbacks]
+            if e.trainer.sample_every:
+                callbacks.append(SampleDuringTraining(partial(self.sample, module), e.trainer.sample_every))
+        name = module.prefix.rstrip("/") or "student"
+        with self.progress.stage(name, module.max_steps, "steps") as stage:
+            return fit(
+                module,
+                e.data,
+                self.validation_set,
+                e.trainer,
+                folder=checkpoints,
+                loggers=self.loggers,
+                callbacks=[StageProgress(stage), *callbacks],
+            )
 
-
-def _measure_in_training(
-    experiment: Experiment, module: DiffusionModule, measurer: Measurer, progress: Any, loggers: list[Any]
-) -> Any:
-    def measure(step: int) -> Mapping[str, float]:
-        images = measurer.draw(module.ema_student, progress, f"sampling at step {step}")
-        path = experiment.run_dir / "samples" / f"step_{step:07d}.png"
+    def sample(self, module: DiffusionModule, step: int) -> dict[str, float]:
+        """A grid of the student's images in the middle of its training, and their distance."""
+        images = self.draw(self.image_sampler(module.ema_student), f"sampling at step {step}")
+        path = self.folder / "samples" / f"step_{step:07d}.png"
         save_grid(path, [to_uint8(images[:GRID_IMAGES])], [f"student, step {step}"])
-        log_pictures(loggers, "samples/student", path, step)
-        return {f"sampled/{key}": value for key, value in measurer.distance(images).items()}
+        log_pictures(self.loggers, "samples/student", path, step)
+        return {f"sampled/{key}": value for key, value in self.distance(images).items()}
 
-    return measure
+    def measure(self, teacher: Denoiser, student: Denoiser | None) -> None:
+        """Images of both networks from the same seeds, their distances, and where in t the student errs."""
+        e = self.experiment
+        with self.timed("sampling_teacher"):
+            wanted = self.teachers_images(teacher.to(self.device))
+        self.metrics["teacher"] = self.distance(wanted)
+        rows = {"teacher": to_uint8(wanted[:GRID_IMAGES])}
+        if student is not None:
+            with self.timed("sampling_student"):
+                images = self.draw(self.image_sampler(student.to(self.device)), "sampling (student)")
+            self.metrics["student"] |= {
+                **self.distance(images),
+                "image_mse": float((images.double() - wanted.double()).square().mean()),
+                "nem_error": nem_error(student, teacher, self.validation_set, e.diffusion, e.sampler.batch_size),
+            }
+            rows[f"student W{e.quant.weight_bits}A{e.quant.act_bits}"] = to_uint8(images[:GRID_IMAGES])
+        save_grid(self.folder / "samples.png", list(rows.values()), list(rows))
 
+    def teachers_images(self, teacher: Denoiser) -> Tensor:
+        """The teacher's images of the run's seeds, drawn or from the cache; arguments and shape as for `draw`."""
+        e, image_sampler = self.experiment, self.image_sampler(teacher)
+        draw, cache = partial(self.draw, image_sampler, "sampling (teacher)"), Path(e.paths.cache).expanduser()
+        return teacher_images(image_sampler, self.seeds, e.resolved["model"], cache, draw, self.progress.say)
 
-def _measure(
-    experiment: Experiment,
-    measurer: Measurer,
-    teacher: Denoiser,
-    student: Denoiser | None,
-    validation_set: ValidationSet,
-    metrics: dict[str, Any],
-    progress: Any,
-    clock: _Clock,
-) -> tuple[list[Tensor], list[str]]:
-    """Fill in the measurements; returns the rows and labels of the picture."""
-    with clock("sampling_teacher"):
-        wanted = teacher_images(measurer, teacher, progress)
-    metrics["teacher"] |= measurer.distance(wanted)
-    rows, labels = [to_uint8(wanted[:GRID_IMAGES])], ["teacher"]
-    if student is not None:
-        with clock("sampling_student"):
-            drawn = measurer.draw(student, progress, "sampling (student)")
-        device = next(student.parameters()).device
-        metrics["student"] |= measurer.distance(drawn)
-        metrics["student"]["image_mse"] = float((drawn.double() - wanted.double()).square().mean())
-        metrics["student"]["nem_error"] = nem_error(student, teacher, validation_set, experiment, device)
-        rows.append(to_uint8(drawn[:GRID_IMAGES]))
-        labels.append(f"student W{experiment.quant.weight_bits}A{experiment.quant.act_bits}")
-    return rows, labels
+    def write(self, student: Denoiser | None) -> None:
+        """metrics.json, with what the results must carry, and everything to the loggers."""
+        self.metrics |= {
+            "num_samples": self.experiment.num_samples,
+            "kernels": compiled.record(),
+            "versions": versions(),
+            "hardware": hardware(),
+            "peak_memory_bytes": peak_memory(),
+            "git": git_commit(),
+        }
+        write_json(self.folder / "metrics.json", self.metrics)
+        log_results(self.loggers, self.experiment, self.metrics, student, self.validation_set)
+
+    def image_sampler(self, network: Denoiser) -> ImageSampler:
+        """Draws as the experiment's sampler says, on the network's device."""
+        e, size = self.experiment, int(self.experiment.data.image_size or 0)
+        return ImageSampler(
+            network=network,
+            sampler=e.sampler,
+            diffusion=e.diffusion,
+            shape=(e.data.channels, size, size),
+            device=next(network.parameters()).device,
+        )
+
+    def draw(self, image_sampler: ImageSampler, stage: str) -> Tensor:
+        """Images of the run's seeds, (num_samples, C, H, W) float32 in [-1, 1] on the CPU, under a stage of that name."""
+        with self.progress.stage(stage, image_sampler.steps(len(self.seeds)), "steps") as shown:
+            return image_sampler.draw(self.seeds, lambda: shown.advance(1))
+
+    def distance(self, images: Tensor) -> dict[str, float]:
+        """Frechet distance of images in [-1, 1] to the real training images, by its key."""
+        network = self.experiment.feature_network
+        return {frechet_key(network): frechet_distance(self.real_features, features(network, to_uint8(images)))}
+
+    @cached_property
+    def real_features(self) -> Tensor:
+        """Features of the training images, (N, dim); from here on the feature network is on the measuring device."""
+        return features(self.experiment.feature_network.to(self.device), self.experiment.data.train_images)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Wall-clock seconds of the block become those of `stage`."""
+        begin = time.perf_counter()
+        yield
+        self.metrics["seconds"][stage] = round(time.perf_counter() - begin, 2)

@@ -9,6 +9,9 @@ from qdm_lightning.base.checks import at_least, between, folder, one_of, positiv
 SCHEDULES = ("cosine", "constant")
 """Courses of the learning rate after its warm-up."""
 
+TEACHER_OPTIMIZER = ("lr", "warmup_steps", "schedule", "ema_decay", "gradient_clip")
+"""Settings that the teacher's training shares with the student's optimizer."""
+
 
 @dataclass(kw_only=True)
 class TeacherConfig:
@@ -17,12 +20,14 @@ class TeacherConfig:
     Args:
         source: `auto` trains it once and caches it; `checkpoint` takes a run of ours; `pretrained` a diffusers folder.
         path: run folder or checkpoint file (`checkpoint`), or diffusers folder or hub id (`pretrained`).
-        seed, max_steps, lr, warmup_steps, schedule, ema_decay, gradient_clip: of `auto`'s training, all part of the cache's
-            key; as in `OptimizerConfig`.
+        retrain: let `auto` train the teacher anew, although it is in the cache or came with the package.
+        seed, max_steps, lr, warmup_steps, schedule, ema_decay, gradient_clip: settings of `auto`'s training, as in
+            `OptimizerConfig`; a teacher is shared by the runs in which they are the same.
     """
 
     source: str = "auto"
     path: str | None = None
+    retrain: bool = False
     seed: int = 0
     max_steps: int = 4000
     lr: float = 1e-3
@@ -58,7 +63,7 @@ class OptimizerConfig:
         betas: Adam's moments.
         weight_decay: decoupled, on weights only.
         warmup_steps: linear warm-up before the schedule.
-        schedule: of the learning rate after the warm-up: `cosine` decay to zero at the last step, or `constant` (DDPM).
+        schedule: course of the learning rate after the warm-up: `cosine` decay to zero at the last step, or `constant` (DDPM).
         gradient_clip: largest norm of the weights' gradient.
         ema_decay: EMA of the student, with warm-up.
     """
@@ -89,8 +94,8 @@ class TrainerConfig:
 
     Args:
         max_steps: optimizer steps of the student.
-        val_every: steps between two measurements of `val/loss`, each with a checkpoint.
-        val_images: (x_0, t, eps) of the held-out set that `val/loss` is the mean over.
+        val_every: steps between two measurements of `val/loss`, each with a checkpoint; the last step has one too.
+        val_images: number of (x_0, t, eps) in the validation set, over which `val/loss` is the mean.
         sample_every: steps between two sample grids and distances in training (0: only at the end).
         log_every: steps between two logged losses; also of what callbacks log by Lightning's `log`.
         accelerator, devices, num_nodes, strategy, precision: as in `lightning.Trainer`.

@@ -15,6 +15,7 @@ from qdm_lightning.quantization.calibration import calibrate
 from qdm_lightning.quantization.preparation import prepare
 from qdm_lightning.quantization.summary import QuantizationReport
 from qdm_lightning.training.experiment import Experiment
+from qdm_lightning.training.validation_set import spread_timesteps
 
 CALIBRATION_BATCH = 64
 
@@ -35,9 +36,7 @@ def calibration_timesteps(kind: str, count: int, num_train_timesteps: int, gener
     (PTQ4DM, arXiv 2211.15736: more of the steps near the image).
     """
     if kind == "uniform":
-        position = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-        t = (position * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
-        return t[torch.randperm(count, generator=generator)]
+        return spread_timesteps(count, num_train_timesteps, generator)
     drawn = torch.randn(64 * count, generator=generator) * num_train_timesteps / 2 + 0.4 * num_train_timesteps
     inside = drawn[(drawn >= 0) & (drawn < num_train_timesteps)]
     return inside[:count].long()

@@ -1,4 +1,4 @@
-"""A student as a folder: weights as safetensors, and beside them what builds the network around them again.
+"""A student as a folder: weights as safetensors, and what builds the network around them again.
 
     student = qdm_lightning.load_student("outputs/<run>")
     with qdm_lightning.quantization.timesteps(t):
@@ -21,15 +21,17 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qdm_lightning.base.files import atomic_folder
+from qdm_lightning.base.checks import one_line
+from qdm_lightning.base.files import atomic_folder, write_json
 from qdm_lightning.base.trust import is_ours, targets
 from qdm_lightning.quantization.preparation import Quantizers, prepare
 from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from qdm_lightning.quantization.spec import QuantConfig
+from qdm_lightning.runs.formats import upgraded
+from qdm_lightning.training.checkpoint_io import load_weights
 from qdm_lightning.training.experiment import Experiment
 
 FORMAT = 1
@@ -50,7 +52,7 @@ def save_student(student: nn.Module, experiment: Experiment, folder: Path) -> No
 
     Args:
         student: the prepared U-Net, any device and memory layout.
-        experiment: of its run, with the resolved configuration.
+        experiment: that of its run, with the resolved configuration.
         folder: `config.json` and `model.safetensors` go there.
 
     Raises:
@@ -60,27 +62,23 @@ def save_student(student: nn.Module, experiment: Experiment, folder: Path) -> No
     foreign = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if foreign:
         raise ValueError(f"{foreign[0]} of the student is no tensor: a quantizer must keep its state in parameters and buffers")
-    with atomic_folder(folder) as beside:
-        text = json.dumps(_settings(student, experiment), indent=2)
-        (beside / CONFIG).write_text(text + "\n", "utf-8")
-        whole = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-        save_file(whole, beside / WEIGHTS, metadata={"format": "pt"})
+    with atomic_folder(folder) as new:
+        write_json(new / CONFIG, _settings(student, experiment))
+        contiguous = {n: value.detach().cpu().clone(memory_format=torch.contiguous_format) for n, value in state.items()}
+        save_file(contiguous, new / WEIGHTS, metadata={"format": "pt"})
 
 
 def _settings(student: Any, experiment: Experiment) -> dict[str, Any]:
-    quant, taq = experiment.resolved["quant"], dict(experiment.resolved["taq"])
-    scope = taq.pop("scope", None)
-    attention = taq if taq.get("_target_") else quant["act_quantizer"]
+    quant = experiment.resolved["quant"]
+    taq: Any = {name: value for name, value in experiment.resolved["taq"].items() if name != "scope"}
+    scope = experiment.resolved["taq"].get("scope", "")
+    nodes = Quantizers.with_taq(quant["weight_quantizer"], quant["act_quantizer"], taq if taq.get("_target_") else None, scope)
     return {
         "format": FORMAT,
         "unet": {**json.loads(student.to_json_string()), "dropout": 0.0},
         "diffusion": asdict(experiment.diffusion),
         "quant": {name: quant[name] for name in BITS},
-        "quantizers": {
-            "weight": quant["weight_quantizer"],
-            "activation": attention if scope == "all" else quant["act_quantizer"],
-            "attention": attention,
-        },
+        "quantizers": {role: getattr(nodes, role) for role in ROLES},
     }
 
 
@@ -92,7 +90,7 @@ def load_student(folder: str | Path, *, trusted: Collection[str] = ()) -> nn.Mod
     takes `trainer.compile`; both say `auto` by themselves).
 
     Args:
-        folder: of a run, or its `student` folder.
+        folder: folder of a run, or its `student` folder.
         trusted: dotted paths outside this package that the file may name as quantizers; they are imported and run.
 
     Raises:
@@ -104,10 +102,7 @@ def load_student(folder: str | Path, *, trusted: Collection[str] = ()) -> nn.Mod
     quantizers = Quantizers(
         **{role: _quantizer(place / CONFIG, role, settings["quantizers"][role], frozenset(trusted)) for role in ROLES}
     )
-    try:
-        state = load_file(place / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{place / WEIGHTS} is damaged: {_first(error)}") from error
+    state = load_weights(place / WEIGHTS)
     try:
         bits = QuantConfig(**settings["quant"])
         unet = UNet2DModel.from_config(settings["unet"])
@@ -116,31 +111,30 @@ def load_student(folder: str | Path, *, trusted: Collection[str] = ()) -> nn.Mod
         prepare(unet, bits, quantizers)
         unet.load_state_dict(state)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{place}: {CONFIG} and {WEIGHTS} do not make a student: {_first(error)}") from error
+        raise ValueError(f"{place}: {CONFIG} and {WEIGHTS} do not make a student: {one_line(error)}") from error
     student: nn.Module = unet.to(memory_format=torch.channels_last).eval()
     return student
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What `config.json` of a student's folder says: `unet`, `diffusion`, `quant`, `quantizers`. Runs no code.
+    """`unet`, `diffusion`, `quant` and `quantizers` of a student's `config.json`, as this version names them. Runs no code.
 
     Raises:
         ValueError: the file is damaged, or of another format.
     """
     file = folder / CONFIG
     try:
-        settings = json.loads(file.read_text("utf-8"))
+        settings = upgraded(json.loads(file.read_text("utf-8")))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged: {_first(error)}") from error
+        raise ValueError(f"{file} is damaged: {one_line(error)}") from error
     if not isinstance(settings, dict) or "format" not in settings:
         raise ValueError(f"{file} does not describe a student of ours")
     if settings["format"] != FORMAT:
         raise ValueError(
             f"{file} has format {settings['format']}, this version reads {FORMAT}: load it with the version it is of"
         )
-    wanted = {"unet": dict, "diffusion": dict, "quant": dict, "quantizers": dict}
-    for name, kind in wanted.items():
-        if not isinstance(settings.get(name), kind):
+    for name in ("unet", "diffusion", "quant", "quantizers"):
+        if not isinstance(settings.get(name), dict):
             raise ValueError(f"{file} is damaged: {name} is missing")
     for role in ROLES:
         if not isinstance(settings["quantizers"].get(role), dict) or not settings["quantizers"][role].get("_target_"):
@@ -165,8 +159,8 @@ def _quantizer(file: Path, role: str, node: dict[str, Any], trusted: frozenset[s
                 f"{file} would run {target} ({key}._target_), which is not part of qdm_lightning: "
                 f"if you trust it, load_student(..., trusted=[{target!r}])"
             )
-        found = _locate(file, target)
-        if not (isinstance(found, type) and issubclass(found, ROLES[role])):
+        kind = _locate(file, target)
+        if not (isinstance(kind, type) and issubclass(kind, ROLES[role])):
             raise ValueError(f"{file}: {key}._target_={target} is no {ROLES[role].__name__}")
     return _factory(file, node)
 
@@ -188,8 +182,4 @@ def _locate(file: Path, target: str) -> Any:
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{file}: {target} cannot be imported: {_first(error)}") from error
-
-
-def _first(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{file}: {target} cannot be imported: {one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""The full-precision teacher: trained once and cached, or taken from a run or a diffusers folder."""
+"""The full-precision teacher: shipped, trained once and cached, or taken from a run or a diffusers folder."""
 
 from __future__ import annotations
 
@@ -6,30 +6,35 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
-from torch import nn
+from diffusers import UNet2DModel
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from qdm_lightning.base.files import atomic_path, write_json
+from qdm_lightning.base.files import atomic_folder, write_json, write_whole
 from qdm_lightning.base.ranks import rank
 from qdm_lightning.diffusion.spec import NeMConfig
 from qdm_lightning.models.diffusers_io import load_diffusion, load_unet, save_pipeline
-from qdm_lightning.training.callbacks import StageProgress
-from qdm_lightning.training.checkpoint_io import load_checkpoint
+from qdm_lightning.training.checkpoint_io import fill_from_checkpoint
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.module import DiffusionModule
-from qdm_lightning.training.spec import OptimizerConfig
-from qdm_lightning.training.trainer import fit
-from qdm_lightning.training.validation_set import ValidationSet
+from qdm_lightning.training.spec import TEACHER_OPTIMIZER, OptimizerConfig
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the way of training changes, so that older cached teachers are not taken for new ones."""
+
+ASSETS = Path(__file__).parent / "assets"
+"""Teachers that come with the package, each a folder as in the cache; `make_teacher` makes one."""
+
+FITTED = "teacher.json"
+"""File of a cached or shipped teacher: its key, the settings behind it, what its training came to. Its last file."""
+
+Fit = Callable[[DiffusionModule, Path], Mapping[str, Any]]
+"""fit(module, folder of checkpoints): trains the module and returns what `trainer.fit` returns."""
 
 
 def teacher_key(experiment: Experiment) -> tuple[str, dict[str, Any]]:
@@ -41,7 +46,7 @@ def teacher_key(experiment: Experiment) -> tuple[str, dict[str, Any]]:
         "flip": experiment.data.flip,
         "model": experiment.resolved["model"],
         "diffusion": asdict(experiment.diffusion),
-        "teacher": asdict(experiment.teacher),
+        "teacher": {name: value for name, value in asdict(experiment.teacher).items() if name != "retrain"},
         "precision": experiment.trainer.precision,
         "val_every": experiment.trainer.val_every,
         "val_images": experiment.trainer.val_images,
@@ -50,61 +55,73 @@ def teacher_key(experiment: Experiment) -> tuple[str, dict[str, Any]]:
     return hashlib.sha256(text.encode()).hexdigest()[:16], settings
 
 
-def obtain_teacher(
-    experiment: Experiment, validation: ValidationSet, progress: Any, loggers: list[Any]
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The teacher's U-Net, in eval mode, and a record of where it comes from. A copy is left in `<run>/teacher`.
+def obtain_teacher(experiment: Experiment, fit: Fit, say: Callable[[str], None]) -> tuple[UNet2DModel, dict[str, Any]]:
+    """The teacher's U-Net, in eval mode, and its origin, which says where it comes from. A copy is left in `<run>/teacher`.
 
     Raises:
         FileNotFoundError, ValueError: no teacher at `teacher.path`, or one that does not fit the data.
     """
-    kept = experiment.run_dir / "teacher"
-    config = experiment.teacher
-    origin = kept / "origin.json"
-    if experiment.resume and (kept / "unet").is_dir():
-        return load_unet(kept), json.loads(origin.read_text("utf-8")) if origin.is_file() else {"source": str(kept)}
-    record: dict[str, Any]
+    own, config = experiment.run_dir / "teacher", experiment.teacher
+    if experiment.has_teacher:
+        file = own / "origin.json"
+        return load_unet(own), json.loads(file.read_text("utf-8")) if file.is_file() else {"source": str(own)}
+    origin: dict[str, Any] = {"source": config.source, "path": str(config.path)}
     if config.source == "auto":
-        unet, record = _cached(experiment, validation, progress, loggers)
+        unet, origin = _auto(experiment, fit, say)
+    elif config.source == "checkpoint":
+        unet = _from_checkpoint(experiment, Path(str(config.path)).expanduser())
     else:
-        assert config.path is not None
-        unet = (
-            _from_checkpoint(experiment, Path(config.path).expanduser())
-            if config.source == "checkpoint"
-            else load_unet(config.path)
-        )
-        record = {"source": config.source, "path": str(config.path)}
+        unet = load_unet(str(config.path))
     _check_shape(experiment, unet)
-    save_pipeline(unet, experiment.diffusion, kept)
-    write_json(origin, record)
-    return unet.eval(), record
+    save_pipeline(unet, experiment.diffusion, own)
+    write_json(own / "origin.json", origin)
+    return unet.eval(), origin
+
+
+def _auto(experiment: Experiment, fit: Fit, say: Callable[[str], None]) -> tuple[UNet2DModel, dict[str, Any]]:
+    """The teacher of these settings: the package's, or the cache's, where it is trained first if it is not there."""
+    key, settings = teacher_key(experiment)
+    shipped = None if experiment.teacher.retrain else _shipped(key)
+    folder, trained = (shipped, False) if shipped else _cached(experiment, key, settings, fit, say)
+    fitted = json.loads((folder / FITTED).read_text("utf-8"))
+    origin = {"source": "auto", "key": key, "trained_now": trained, "val_loss": fitted["val_loss"]}
+    return load_unet(folder), {**origin, "shipped": True} if shipped else origin
+
+
+def _shipped(key: str) -> Path | None:
+    files = sorted(ASSETS.glob(f"*/{FITTED}"))
+    return next((file.parent for file in files if json.loads(file.read_text("utf-8"))["key"] == key), None)
 
 
 def _cached(
-    experiment: Experiment, validation: ValidationSet, progress: Any, loggers: list[Any]
-) -> tuple[nn.Module, dict[str, Any]]:
-    key, settings = teacher_key(experiment)
+    experiment: Experiment, key: str, settings: Mapping[str, Any], fit: Fit, say: Callable[[str], None]
+) -> tuple[Path, bool]:
+    """The teacher's folder in the cache, and whether it was trained for that now."""
     root = Path(experiment.paths.cache).expanduser() / "teachers"
     root.mkdir(parents=True, exist_ok=True)
     folder, work, leader = root / key, root / f"{key}.work", root / f"{key}.leader"
+    retrain = experiment.teacher.retrain
+
+    def train() -> tuple[UNet2DModel, Mapping[str, Any]]:
+        module = _module(experiment)
+        fitted = fit(module, work / "checkpoints")
+        return module.ema_student.unet, fitted
+
     if rank():
-        _follow(experiment, folder, leader, lambda: _train(experiment, validation, work / "checkpoints", progress, loggers))
-    with _locked(root / f"{key}.lock", progress):
-        trained = not (folder / "teacher.json").is_file()
-        if trained:
-            with atomic_path(leader) as beside:
-                beside.write_text(str(experiment.run_dir), "utf-8")
-            fitted = _train(experiment, validation, work / "checkpoints", progress, loggers)
-            staged = work / "publish"
-            shutil.rmtree(staged, ignore_errors=True)
-            save_pipeline(fitted.pop("unet"), experiment.diffusion, staged)
-            write_json(staged / "teacher.json", {"key": key, "settings": settings, **fitted})
-            shutil.rmtree(folder, ignore_errors=True)
-            staged.rename(folder)
+        _follow(experiment, folder, leader, train)
+    with _locked(root / f"{key}.lock", say):
+        missing = not rank() and (retrain or not (folder / FITTED).is_file())
+        if missing:
+            if retrain and not experiment.resume:
+                shutil.rmtree(work, ignore_errors=True)
+            write_whole(leader, str(experiment.run_dir).encode())
+            unet, fitted = train()
+            with atomic_folder(folder) as new:
+                save_pipeline(unet, experiment.diffusion, new)
+                write_json(new / FITTED, {"key": key, "settings": settings, **fitted})
             shutil.rmtree(work)
             leader.unlink()
-    record = json.loads((folder / "teacher.json").read_text("utf-8"))
-    return load_unet(folder), {"source": "auto", "key": key, "trained_now": trained, "val_loss": record["val_loss"]}
+    return folder, missing
 
 
 def _follow(experiment: Experiment, folder: Path, leader: Path, train: Callable[[], Any]) -> None:
@@ -113,80 +130,47 @@ def _follow(experiment: Experiment, folder: Path, leader: Path, train: Callable[
     The first rank alone holds the lock, and says in the file `leader` which run that is: ranks that were started by
     themselves, as on another node, would else train while their first rank waits, and it would never join them.
     """
-    while not (folder / "teacher.json").is_file():
+    while experiment.teacher.retrain or not (folder / FITTED).is_file():
         if leader.is_file() and leader.read_text("utf-8") == str(experiment.run_dir):
             train()
             return
         time.sleep(0.2)
 
 
-@contextmanager
-def _locked(file: Path, progress: Any) -> Iterator[None]:
+def _locked(file: Path, say: Callable[[str], None]) -> AcquireReturnProxy:
     lock = FileLock(file)
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
-        progress.say("waiting for the teacher, which another run trains")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        say("waiting for the teacher, which another run trains")
+        return lock.acquire()
 
 
-def _train(
-    experiment: Experiment, validation: ValidationSet, folder: Path, progress: Any, loggers: list[Any]
-) -> dict[str, Any]:
+def _module(experiment: Experiment) -> DiffusionModule:
+    """The teacher in the making, a function of the settings alone."""
     config = experiment.teacher
     torch.manual_seed(config.seed)
-    module = DiffusionModule(
+    return DiffusionModule(
         experiment.build_model().to(memory_format=torch.channels_last),
         None,
         diffusion=experiment.diffusion,
         nem=NeMConfig(mode="off"),
-        optimizer=OptimizerConfig(
-            lr=config.lr,
-            warmup_steps=config.warmup_steps,
-            schedule=config.schedule,
-            ema_decay=config.ema_decay,
-            gradient_clip=config.gradient_clip,
-        ),
+        optimizer=OptimizerConfig(**{name: getattr(config, name) for name in TEACHER_OPTIMIZER}),
         max_steps=config.max_steps,
         seed=config.seed,
         flip=experiment.data.flip,
         prefix="teacher/",
     )
-    with progress.stage("teacher", config.max_steps, "steps") as stage:
-        fitted = fit(
-            module,
-            experiment.data,
-            validation,
-            experiment.trainer,
-            folder=folder,
-            max_steps=config.max_steps,
-            seed=config.seed,
-            loggers=loggers,
-            callbacks=[StageProgress(stage)],
-        )
-    return {**fitted, "unet": module.ema_student.unet}
 
 
-def _from_checkpoint(experiment: Experiment, path: Path) -> nn.Module:
+def _from_checkpoint(experiment: Experiment, path: Path) -> Any:
     """A run of ours (its `teacher` folder), or a checkpoint file of a full-precision run."""
     if path.is_dir():
         if not (path / "teacher").is_dir():
             raise FileNotFoundError(f"teacher.path={path} has no teacher folder: give the folder of a run, or a .ckpt file")
         return load_unet(path / "teacher")
-    state = load_checkpoint(path)["state_dict"]
-    prefix = "ema.module.unet."
-    weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     unet = experiment.build_model()
-    missing = sorted(set(unet.state_dict()) ^ set(weights))
-    if missing:
-        raise ValueError(
-            f"teacher.path={path} is no checkpoint of this model: {len(missing)} names differ, such as {missing[0]}"
-        )
-    unet.load_state_dict(weights)
+    fill_from_checkpoint(unet, path)
     return unet
 
 
@@ -196,16 +180,13 @@ def check_schedule(experiment: Experiment) -> None:
     Raises:
         FileNotFoundError, ValueError: no teacher at `teacher.path`, or one of another schedule.
     """
-    path = experiment.teacher.path
-    if path is None or (experiment.resume and (experiment.run_dir / "teacher" / "unet").is_dir()):
-        return
-    place = path
+    path = place = experiment.teacher.path
     if experiment.teacher.source == "checkpoint":
-        folder = Path(path).expanduser()
+        folder = Path(str(path)).expanduser()
         run = folder if folder.is_dir() else folder.absolute().parents[1]  # <run>/checkpoints/<file>
-        if not (run / "teacher").is_dir():
-            return
-        place = str(run / "teacher")
+        place = str(run / "teacher") if (run / "teacher").is_dir() else None
+    if place is None or experiment.has_teacher:
+        return
     ours = asdict(experiment.diffusion)
     different = {k: v for k, v in (load_diffusion(place) or {}).items() if ours.get(k) != v}
     if different:

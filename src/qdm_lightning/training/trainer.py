@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,17 +14,20 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from qdm_lightning.data.module import ImageDataModule
-from qdm_lightning.training.callbacks import StepTimer
+from qdm_lightning.training.callbacks import StepTimer, ValidateAtEnd
 from qdm_lightning.training.checkpoint_io import AtomicCheckpointIO, load_checkpoint
+from qdm_lightning.training.devices import quiet
 from qdm_lightning.training.module import DiffusionModule
 from qdm_lightning.training.spec import TrainerConfig
 from qdm_lightning.training.validation_set import ValidationSet
 
+LAST = "last.ckpt"
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """`last.ckpt` of a folder of checkpoints, if it is there."""
-    path = folder / "last.ckpt"
-    return path if path.is_file() else None
+
+def last_step(checkpoints: Path) -> int | None:
+    """Step of the `last.ckpt` in a folder, where training goes on; None where there is none."""
+    file = checkpoints / LAST
+    return int(load_checkpoint(file)["global_step"]) if file.is_file() else None
 
 
 def fit(
@@ -35,55 +37,42 @@ def fit(
     config: TrainerConfig,
     *,
     folder: Path,
-    max_steps: int,
-    seed: int,
     loggers: list[Any],
     callbacks: list[Callback],
 ) -> dict[str, Any]:
-    """Train to `max_steps`, from `<folder>/last.ckpt` where there is one, and load the best checkpoint into the module.
+    """Train to `module.max_steps`, from `<folder>/last.ckpt` where it exists, and load the best checkpoint into the module.
 
     Args:
-        folder: of the checkpoints: `last.ckpt` and `best.ckpt`, the least `val/loss`.
-        seed: of the order of the images.
+        folder: where each validation leaves `last.ckpt`, and `best.ckpt` where `val/loss` is the least so far.
 
     Returns:
-        {"steps": done in all, "best_step": of the checkpoint that is loaded, "val_loss": its loss,
+        {"steps": number of steps in all, "best_step": step of the checkpoint that is loaded, "val_loss": its loss,
         "resumed_from": step or None, "step_seconds": median of the steps made here, or None}.
     """
-    monitor = f"{module.prefix}val/loss"
-    resume = last_checkpoint(folder)
-    start = int(load_checkpoint(resume)["global_step"]) if resume else 0
-    data.seed, data.start_step = seed, start
-    best = ModelCheckpoint(
-        dirpath=folder,
-        filename="best",
-        monitor=monitor,
-        mode="min",
-        save_last=True,
-        auto_insert_metric_name=False,
-        enable_version_counter=False,
-    )
+    done = last_step(folder)
+    data.seed, data.start_step = module.seed, done or 0
+    best = ModelCheckpoint(folder, "best", f"{module.prefix}val/loss", enable_version_counter=False)
+    last = ModelCheckpoint(folder, "last", enable_version_counter=False)
     timer = StepTimer()
     with _quiet_lightning():
-        trainer = _trainer(config, max_steps, [best, timer, *callbacks], loggers)
-        if start < max_steps:
+        trainer = _trainer(config, module.max_steps, [best, last, timer, ValidateAtEnd(), *callbacks], loggers)
+        if data.start_step < module.max_steps:
             batches = validation_set.batches(max(data.batch_size, 256))
             loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
-            trainer.fit(module, data.train_dataloader(), loader, ckpt_path=str(resume) if resume else None, weights_only=True)
+            resume = None if done is None else str(folder / LAST)
+            trainer.fit(module, data.train_dataloader(), loader, ckpt_path=resume, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    kept = folder / "best.ckpt"
-    state = load_checkpoint(kept)
+    state = load_checkpoint(folder / "best.ckpt")
     module.on_load_checkpoint(state)
     module.load_state_dict(state["state_dict"])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()  # the first rank may move the folder once all have read it
-    score = next(c["best_model_score"] for k, c in state["callbacks"].items() if k.startswith("ModelCheckpoint"))
     return {
-        "steps": max_steps,
+        "steps": module.max_steps,
         "best_step": int(state["global_step"]),
-        "val_loss": float(score),
-        "resumed_from": start if resume else None,
+        "val_loss": float(state["callbacks"][best.state_key]["best_model_score"]),
+        "resumed_from": done,
         "step_seconds": timer.median(),
     }
 
@@ -113,11 +102,7 @@ def _trainer(config: TrainerConfig, max_steps: int, callbacks: list[Callback], l
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
     """Lightning's advice is not for us: batches come out of memory without end, and the teacher is in eval mode on purpose."""
-    loggers = [logging.getLogger(f"lightning.pytorch.{name}") for name in ("utilities.rank_zero", "accelerators.cuda")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    with warnings.catch_warnings():
+    with quiet("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"), warnings.catch_warnings():
         for message in (
             ".*does not have many workers.*",
             ".*`IterableDataset` has `__len__`.*",
@@ -126,8 +111,4 @@ def _quiet_lightning() -> Iterator[None]:
             ".*LeafSpec.*is deprecated.*",
         ):
             warnings.filterwarnings("ignore", message=message)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        yield

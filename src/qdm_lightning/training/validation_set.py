@@ -1,16 +1,27 @@
-"""A fixed held-out set of (x_0, t, eps): what `val/loss` is measured on, whatever the run."""
+"""The validation set: fixed (x_0, t, eps) on which every run measures its errors, over all t and by bucket of t."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qdm_lightning.diffusion.images import to_float
+from qdm_lightning.diffusion.losses import per_sample_mse
+from qdm_lightning.diffusion.process import add_noise, noise_scheduler
+from qdm_lightning.diffusion.spec import DiffusionConfig
+from qdm_lightning.models.denoiser import Denoiser
 
 BUCKETS = 10
+"""Number of equal ranges of t."""
+
+
+def spread_timesteps(count: int, num_train_timesteps: int, generator: torch.Generator) -> Tensor:
+    """Timesteps (count,) int64 spread evenly over 0..T-1 (one drawn from each of `count` equal ranges), shuffled."""
+    position = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    t = (position * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+    return t[torch.randperm(count, generator=generator)]
 
 
 @dataclass(frozen=True)
@@ -27,19 +38,27 @@ class ValidationSet:
         """From held-out uint8 images (M, C, H, W), repeated as needed; the same for the same images and seed."""
         generator = torch.Generator().manual_seed(seed)
         x0 = to_float(images[torch.arange(size) % len(images)])
-        steps = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-        t = (steps * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
-        order = torch.randperm(size, generator=generator)
-        return cls(x0, t[order], torch.randn(x0.shape, generator=generator), num_train_timesteps)
+        t = spread_timesteps(size, num_train_timesteps, generator)
+        return cls(x0, t, torch.randn(x0.shape, generator=generator), num_train_timesteps)
 
     def batches(self, batch_size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(x0, t, eps) in equal batches; the last may be short."""
-        return list(self._batches(batch_size))
-
-    def _batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        yield from zip(self.x0.split(batch_size), self.t.split(batch_size), self.eps.split(batch_size), strict=True)
+        return list(zip(self.x0.split(batch_size), self.t.split(batch_size), self.eps.split(batch_size), strict=True))
 
     def by_bucket(self, errors: Tensor) -> list[float]:
         """Means of `errors` (N,) over `BUCKETS` equal ranges of t, from t = 0 up."""
         bucket = self.t * BUCKETS // self.num_train_timesteps
         return [float(errors[bucket == b].double().mean()) for b in range(BUCKETS)]
+
+
+@torch.no_grad()
+def nem_error(
+    student: Denoiser, teacher: Denoiser, validation_set: ValidationSet, diffusion: DiffusionConfig, batch_size: int
+) -> list[float]:
+    """L_NeM on the validation set by bucket of t, from t = 0 up; both networks in eval mode on one device."""
+    scheduler, device = noise_scheduler(diffusion), next(student.parameters()).device
+    errors = []
+    for x0, t, eps in validation_set.batches(batch_size):
+        x = add_noise(scheduler, x0, eps, t).to(device, memory_format=torch.channels_last)
+        errors.append(per_sample_mse(teacher(x, t.to(device)), student(x, t.to(device))).cpu())
+    return validation_set.by_bucket(torch.cat(errors))

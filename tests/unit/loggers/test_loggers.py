@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,18 @@ from qdm_lightning.cli.schema import plain
 from qdm_lightning.cli.validate import validate
 from qdm_lightning.display.progress import Progress
 from qdm_lightning.evaluate import evaluate
-from qdm_lightning.loggers import finish, named_loggers, wandb_logger
+from qdm_lightning.loggers import opened, tensorboard_logger, wandb_logger
 from qdm_lightning.loggers.media import TIMESTEP, log_files, log_pictures, log_table, log_values
 from qdm_lightning.runs.naming import labels
 from qdm_lightning.train import train
 from qdm_lightning.training.callbacks import StageProgress
+
+
+def wandb_run(run_dir: Path, config=(), **settings):
+    """A W&B run that logs nothing."""
+    with opened([partial(wandb_logger, project="p", **settings)], run_dir=run_dir, config=dict(config)):
+        pass
+
 
 MIN_MAX = "quant.calibrator._target_=qdm_lightning.quantization.calibration.MinMax"
 
@@ -145,8 +153,7 @@ def test_a_sweeps_folder_is_the_group(board_run, tmp_path, offline_runs):
     (tmp_path / "my_sweep" / "multirun.yaml").write_text("hydra: {}\n")
     experiment = build(stored(board_run.run_dir))
     for job in ("0_a", "1_b"):
-        logger = wandb_logger(run_dir=tmp_path / "my_sweep" / job, config=experiment.resolved, project="p")
-        finish([logger])
+        wandb_run(tmp_path / "my_sweep" / job, config=experiment.resolved)
     runs = [offline_runs(tmp_path / "my_sweep" / job)[0].run for job in ("0_a", "1_b")]
     assert [found.run_group for found in runs] == ["my_sweep"] * 2
     assert [found.display_name for found in runs] == ["0_a", "1_b"]
@@ -158,7 +165,7 @@ def test_under_wandb_agent_the_runs_id_is_the_agents(tmp_path, offline_runs, mon
     monkeypatch.setenv("WANDB_RUN_ID", "fromagent")
     wandb.teardown()  # W&B reads the environment once a process
     try:
-        finish([wandb_logger(run_dir=tmp_path / "job", config={}, project="p")])
+        wandb_run(tmp_path / "job")
     finally:
         wandb.teardown()
     [found] = offline_runs(tmp_path / "job")
@@ -213,16 +220,16 @@ def test_labels(overrides, expected, composed):
 
 def test_nothing_cosmetic_ends_a_run(tmp_path, caplog):
     """A picture that is not there, a histogram of NaN, a table with a hole, files that are gone: a warning each."""
-    from qdm_lightning.loggers import tensorboard_logger
-
-    loggers = [wandb_logger(run_dir=tmp_path, config={}, project="p"), tensorboard_logger(run_dir=tmp_path)]
-    with caplog.at_level(logging.WARNING, logger="qdm_lightning"):
+    factories = [partial(wandb_logger, project="p"), tensorboard_logger]
+    with (
+        caplog.at_level(logging.WARNING, logger="qdm_lightning"),
+        opened(factories, run_dir=tmp_path, config={}) as loggers,
+    ):
         log_pictures(loggers, "picture", tmp_path / "none.png", 0)
         log_values(loggers, {"histogram": torch.full((3,), torch.nan)}, 0, TIMESTEP)
         log_table(loggers[:1], "table", ["one"], [[1, 2]])
         log_files(loggers, "model", [tmp_path / "none"], {})
         loggers[0].log_metrics({"x": object()}, 0)
-    finish(loggers)
     said = [record.getMessage() for record in caplog.records if record.name.startswith("qdm_lightning")]
     expected = ["W&B: picture", "TensorBoard: picture", "W&B: histogram", "TensorBoard: histogram"]
     expected += ["W&B: table", "W&B: model files", "W&B: metrics"]
@@ -233,8 +240,8 @@ def test_loggers_get_what_they_take(board_run, tmp_path):
     """Any of Lightning's, or the user's, beside ours."""
     cfg = stored(board_run.run_dir)
     cfg.logger = {"mine": {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": str(tmp_path)}}
-    [logger] = named_loggers(build(cfg))
-    assert type(logger).__name__ == "CSVLogger"
+    with opened(build(cfg).loggers, run_dir=tmp_path, config={}) as [logger]:
+        assert type(logger).__name__ == "CSVLogger"
 
 
 def test_a_missing_tensorboard_is_named_with_the_command(composed, monkeypatch):
@@ -266,8 +273,8 @@ def test_a_wandb_that_does_not_answer(tmp_path, monkeypatch, caplog, offline_run
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     with pytest.raises(ValueError, match=r"no such host; to go without: logger\.mode=offline or logger=none"):
-        wandb_logger(run_dir=tmp_path / "a", config={}, project="p", mode="online")
+        wandb_run(tmp_path / "a", mode="online")
     with caplog.at_level(logging.WARNING, logger="qdm_lightning"):
-        finish([wandb_logger(run_dir=tmp_path / "b", config={}, project="p")])
+        wandb_run(tmp_path / "b")
     assert "W&B cannot be reached (no such host): this run is logged offline" in caplog.text
     assert len(offline_runs(tmp_path / "b")) == 1

@@ -12,13 +12,12 @@ from qdm_lightning.training.optimizer import (
     ema_with_warmup,
     learning_rate_factor,
     split_parameters,
-    warmup_cosine,
 )
 from qdm_lightning.training.spec import OptimizerConfig
 
 
 def test_schedule_rises_to_one_and_falls_to_zero():
-    factor = warmup_cosine(10, 110)
+    factor = learning_rate_factor(OptimizerConfig(schedule="cosine", warmup_steps=10), max_steps=110)
     assert factor(0) == 0.1
     assert factor(9) == factor(10) == 1.0
     assert math.isclose(factor(60), 0.5)

@@ -52,7 +52,7 @@ def test_what_is_missing_or_does_not_fit(run_copy, tmp_path):
     name = next(n for n in other["state_dict"] if n.startswith("ema.module.unet.conv_in"))
     other["state_dict"].pop(name)
     torch.save(other, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match=r"other.ckpt is no checkpoint of this student: 1 tensors do not fit, such as conv_in"):
+    with pytest.raises(ValueError, match=r"other.ckpt is no checkpoint of this network: .*conv_in\.weight"):
         restore_student(found, CPU, checkpoint=str(tmp_path / "other.ckpt"))
     (tmp_path / "broken.ckpt").write_bytes(b"no")
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +14,13 @@ from hydra import compose, initialize_config_dir
 from qdm_lightning.cli.compose import stored
 from qdm_lightning.cli.schema import CONF_DIR
 from qdm_lightning.display.progress import Progress
+from qdm_lightning.models.diffusers_io import load_unet
 from qdm_lightning.train import train
+from qdm_lightning.training import make_teacher, teacher
 from qdm_lightning.training.callbacks import StageProgress
 from qdm_lightning.training.checkpoint_io import load_checkpoint
+from qdm_lightning.training.module import DiffusionModule
+from qdm_lightning.training.run import Run
 
 TINY = [
     "model.block_out_channels=[8,16]",
@@ -54,6 +61,16 @@ def learning(folder: Path) -> list[dict[str, str]]:
     rows = [row for row in rows if row.keys() > {"step"}]
     assert {"teacher/train/loss", "train/loss", "val/loss"} <= {name for row in rows for name in row}
     return rows
+
+
+def killed_at(step: int):
+    """For `StageProgress.on_train_batch_end`: ends a run at a step of its student."""
+
+    def kill(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == step and not module.prefix:
+            raise RuntimeError("killed")
+
+    return kill
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +124,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(first, monkeypatch):
     """A kill after step 5: the last checkpoint is of step 4; optimizer, schedule, EMA, order and noise go on exactly."""
     root, result = first
 
-    def killed(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.global_step == 5 and not module.prefix:
-            raise RuntimeError("killed")
-
     with monkeypatch.context() as patch:
-        patch.setattr(StageProgress, "on_train_batch_end", killed)
+        patch.setattr(StageProgress, "on_train_batch_end", killed_at(5))
         with pytest.raises(RuntimeError, match="killed"):
             run(root / "killed")  # with a cache of its own, so that it trains its teacher
     (folder,) = (root / "killed" / "runs").iterdir()
@@ -125,6 +138,104 @@ def test_a_killed_run_goes_on_to_the_same_weights(first, monkeypatch):
     for measure in ("fd_digits", "image_mse", "nem_error"):
         assert resumed.metrics["student"][measure] == result.metrics["student"][measure]
     assert learning(folder) == learning(result.run_dir)
+
+
+def test_the_last_step_is_validated_once_and_may_be_the_best(first):
+    """With `val_every` 2: five steps are validated at 2, 4 and 5, and six at 2, 4 and 6; the file counts steps from 0."""
+    root, result = first
+    other = run(root, "teacher.max_steps=5", "trainer.max_steps=5", name="five")
+    for folder, last in ((other.run_dir, 5), (result.run_dir, 6)):
+        for name in ("val/loss", "teacher/val/loss"):
+            losses = {int(row["step"]) + 1: float(row[name]) for row in read_csv(folder / "metrics.csv") if row[name]}
+            assert list(losses) == [2, 4, last]
+        losses = {int(row["step"]) + 1: float(row["val/loss"]) for row in read_csv(folder / "metrics.csv") if row["val/loss"]}
+        fitted = json.loads((folder / "metrics.json").read_text())["student"]
+        assert fitted["best_step"] == min(losses, key=losses.get) == last  # of so short a training
+        assert fitted["val_loss"] == pytest.approx(losses[last])
+        for name in ("best", "last"):
+            assert load_checkpoint(folder / "checkpoints" / f"{name}.ckpt")["global_step"] == last
+
+
+def test_a_run_goes_on_from_its_last_validation_and_takes_its_best(first, monkeypatch):
+    """The loss grows, so that the first step that is validated is the best. One run dies at step 5, one after its training."""
+    root, _ = first
+
+    def growing(self, batch, batch_idx):
+        self.log(f"{self.prefix}val/loss", float(self.global_step), batch_size=len(batch[0]))
+
+    def resumed(name, place, method, kill):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, method, kill)
+            with pytest.raises(RuntimeError, match="killed"):
+                run(root, name=name)
+        (folder,) = (root / name).iterdir()
+        return train(stored(folder), Progress("silent"))
+
+    def killed(self, teacher, student):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(DiffusionModule, "validation_step", growing)
+    whole = resumed("growing", Run, "measure", killed)
+    assert (whole.metrics["student"]["resumed_from"], whole.metrics["student"]["step_seconds"]) == (6, None)
+    again = resumed("growing_killed", StageProgress, "on_train_batch_end", killed_at(5))
+    assert again.metrics["student"]["resumed_from"] == 4
+    for result in (whole, again):
+        assert result.metrics["student"]["best_step"] == 2
+        assert load_checkpoint(result.run_dir / "checkpoints" / "last.ckpt")["global_step"] == 6
+    assert_same_weights(whole.run_dir, again.run_dir)
+    assert again.metrics["student"]["image_mse"] == whole.metrics["student"]["image_mse"]
+
+
+def test_a_shipped_teacher_is_found_by_its_key(first, tmp_path, monkeypatch):
+    """Before the cache is looked at; any other setting trains its own."""
+    root, result = first
+    expected = result.metrics["teacher_origin"]
+    monkeypatch.setattr(teacher, "ASSETS", tmp_path / "assets")
+    shutil.copytree(root / "cache" / "teachers" / expected["key"], tmp_path / "assets" / "any_name")
+    taken = run(tmp_path, "quant=fp32")
+    assert taken.metrics["teacher_origin"] == {**expected, "trained_now": False, "shipped": True}
+    assert taken.metrics["teacher"] == result.metrics["teacher"]
+    assert not (tmp_path / "cache" / "teachers").exists()
+    other = run(tmp_path, "quant=fp32", "teacher.seed=1").metrics["teacher_origin"]
+    assert other["trained_now"]
+    assert "shipped" not in other
+
+
+def test_retrain_replaces_the_cached_teacher(first, tmp_path, monkeypatch):
+    root, result = first
+    key = result.metrics["teacher_origin"]["key"]
+    cached = shutil.copytree(root / "cache" / "teachers" / key, tmp_path / "cache" / "teachers" / key)
+    shutil.copytree(cached, tmp_path / "assets" / "teacher")
+    monkeypatch.setattr(teacher, "ASSETS", tmp_path / "assets")
+    (cached / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
+    again = run(tmp_path, "teacher.retrain=true", "quant=fp32")
+    assert again.metrics["teacher_origin"] == result.metrics["teacher_origin"]
+    assert again.metrics["teacher"] == result.metrics["teacher"]
+    assert load_unet(cached)
+
+
+def test_the_teacher_that_is_to_be_shipped(first, tmp_path, monkeypatch):
+    root, result = first
+    key = result.metrics["teacher_origin"]["key"]
+
+    def in_this_process(command, check):
+        assert command[:3] == [sys.executable, "-m", "qdm_lightning.train"]
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            train(compose("train", command[3:]), Progress("silent"))
+
+    monkeypatch.setattr(make_teacher, "subprocess", SimpleNamespace(run=in_this_process))
+    make_teacher.main(tmp_path / "made", TINY)
+    files = [file.relative_to(tmp_path / "made").as_posix() for file in sorted((tmp_path / "made").rglob("*.*"))]
+    assert files == [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "teacher.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    ]
+    assert json.loads((tmp_path / "made" / "teacher.json").read_text())["key"] == key
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "made" / weights).read_bytes() == (root / "cache" / "teachers" / key / weights).read_bytes()
 
 
 def test_a_full_precision_run_is_the_teacher_that_auto_takes(first):

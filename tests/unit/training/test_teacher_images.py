@@ -7,8 +7,7 @@ import torch
 
 from qdm_lightning.cli.build import build
 from qdm_lightning.models.denoiser import Denoiser
-from qdm_lightning.training.evaluation import Measurer
-from qdm_lightning.training.teacher_images import teacher_images
+from qdm_lightning.training.run import Run
 
 SMALL = [
     "model.block_out_channels=[8,16]",
@@ -54,7 +53,7 @@ def drawn(composed, tmp_path):
         unet = experiment.build_model().to(memory_format=torch.channels_last)
         teacher = Denoiser(unet).requires_grad_(False).eval()
         told = Told()
-        return teacher_images(Measurer(experiment), teacher, told), told
+        return Run(experiment, told, []).teachers_images(teacher), told
 
     return draw
 

@@ -1,0 +1,54 @@
+"""A run that version 0.1 stored (taq=ema, settings under their old names): its networks load, and are each other's."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from qdm_lightning import load_student
+from qdm_lightning.cli.build import build
+from qdm_lightning.cli.schema import TrainConfig
+from qdm_lightning.models.diffusers_io import load_unet
+from qdm_lightning.quantization import timesteps
+from qdm_lightning.runs.formats import upgraded
+from qdm_lightning.training.restore import restore_student, restore_teacher
+from qdm_lightning.training.student_files import read_settings
+
+RUN = Path(__file__).parents[2] / "assets" / "stored_run_0_1"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    """That of the stored run, as the command line reads it."""
+    cfg = OmegaConf.merge(
+        OmegaConf.structured(TrainConfig), upgraded(OmegaConf.to_container(OmegaConf.load(RUN / "config.yaml")))
+    )
+    cfg.run = str(RUN)
+    return build(cfg)
+
+
+def estimate(network: torch.nn.Module) -> torch.Tensor:
+    x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0, 500, 999])
+    with torch.no_grad(), timesteps(t):
+        return network(x, t).sample
+
+
+def test_the_settings_have_the_names_of_today():
+    assert read_settings(RUN / "student")["quant"]["first_last_bits"] == 7
+
+
+def test_the_student_of_the_folder_is_that_of_the_checkpoint(experiment):
+    loaded = load_student(RUN)
+    restored = restore_student(experiment, CPU)
+    assert restored.origin["step"] > 0
+    assert loaded.conv_in.input_quantizer.bits == 7
+    assert torch.equal(estimate(loaded), estimate(restored.network.unet))
+    assert not torch.equal(estimate(loaded), estimate(load_unet(RUN / "teacher")))
+
+
+def test_the_teacher(experiment):
+    restored = restore_teacher(experiment, CPU).network.unet.state_dict()
+    assert all(torch.equal(value, restored[name]) for name, value in load_unet(RUN / "teacher").state_dict().items())
