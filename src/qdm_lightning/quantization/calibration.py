@@ -1,28 +1,16 @@
-"""First scales and zero points from data: what is recorded of each quantizer's input, and the searches over it."""
+"""First scales and zero points from data: a pass that records each quantizer's input, and the searches over it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from qdm_lightning.base.checks import between
 from qdm_lightning.quantization.layers import QuantizedLayer
-from qdm_lightning.quantization.observer import Observer
+from qdm_lightning.quantization.observer import Calibrator, Observer
 from qdm_lightning.quantization.quantizer import ActivationQuantizer
-
-
-class Calibrator(Protocol):
-    """Chooses scales and zero points."""
-
-    def search(self, values: Tensor, qmin: int, qmax: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
-        """Scale and integer zero point, each (R,), for each row of `values` (R, M), on the integer grid [qmin, qmax].
-
-        With `symmetric` the zero point is 0.
-        """
-        ...
 
 
 def _affine(low: Tensor, high: Tensor, qmin: int, qmax: int, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -111,7 +99,7 @@ def calibrate(model: nn.Module, run: Callable[[], None], calibrator: Calibrator,
         run: passes the calibration batches through the model, each under `timesteps(t)`. Quantizers are off meanwhile,
             so that all see the full-precision activations.
         calibrator: the search.
-        seed: of the random subsample that is kept of each activation.
+        seed: seed of the random subsample that is kept of each activation.
 
     Raises:
         RuntimeError: a quantizer saw no input, so that it could not be started.

@@ -1,7 +1,8 @@
 """The elementwise arithmetic of fake quantization: one fused pass forward, one backward, compiled where a compiler is at hand.
 
 A tensor of any shape and layout (channels-last too) is seen as rows of its memory, (G, K, M): G groups, each with a scale and
-a zero point of its own, of K rows each; so one compiled function serves them all. `set_mode` chooses; `record` tells what ran.
+a zero point of its own, of K rows each; so one compiled function serves them all. `set_mode` chooses; `provenance`
+says what ran.
 """
 
 from __future__ import annotations
@@ -169,8 +170,8 @@ def set_mode(mode: str) -> None:
     _backend.mode, _backend.chosen, _backend.reason = mode, None, ""
 
 
-def record() -> dict[str, str]:
-    """What ran: {"fake_quantization": "compiled" | "eager" | "unused", "reason": ...}, for the record of a run."""
+def provenance() -> dict[str, str]:
+    """What computed: {"fake_quantization": "compiled" | "eager" | "unused", "reason": ...}, as a run's metrics keep it."""
     return {"fake_quantization": _backend.chosen or "unused", "reason": _backend.reason}
 
 

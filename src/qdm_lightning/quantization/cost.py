@@ -14,11 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from qdm_lightning.quantization.attention import QuantizedAttention
-from qdm_lightning.quantization.cost_report import FLOAT, CostReport, LayerCost
+from qdm_lightning.quantization.cost_report import CostReport, LayerCost
 from qdm_lightning.quantization.layers import QuantizedLayer
 from qdm_lightning.quantization.preparation import Quantizers, prepare
 from qdm_lightning.quantization.spec import QuantConfig
-from qdm_lightning.quantization.summary import LayerRow, QuantizationReport
+from qdm_lightning.quantization.summary import FLOAT, LayerRow, QuantizationReport
 
 FLOAT_BYTES = 4
 
@@ -60,15 +60,6 @@ def cost(
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         macs = _count(_copy(model), inputs, device)
     return CostReport(list(_layers(model, report, macs)))
-
-
-def network_cost(network: nn.Module, report: QuantizationReport, shape: Sequence[int]) -> CostReport:
-    """The cost of a prepared `network(x, t)` for one image of `shape` (C, H, W).
-
-    Raises:
-        ValueError: as `cost`.
-    """
-    return cost(network, report, (torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64)))
 
 
 def _copy(model: nn.Module, tensor: Callable[[Tensor], Tensor] = lambda original: original) -> nn.Module:

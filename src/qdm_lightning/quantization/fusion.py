@@ -18,13 +18,13 @@ def fuse_silu(model: nn.Module) -> None:
     for module in model.modules():
         kind = type(module).__name__
         if kind == "ResnetBlock2D":
-            _fold_block(module)
+            _fuse_block(module)
         elif kind == "UNet2DModel" and isinstance(module.conv_act, nn.SiLU) and _takes_silu(module.conv_out):
             module.conv_out.input_quantizer.silu = True
             module.conv_act = nn.Identity()
 
 
-def _fold_block(block: Any) -> None:
+def _fuse_block(block: Any) -> None:
     layers = [block.conv1, block.conv2]
     if block.time_emb_proj is not None and not block.skip_time_act:
         layers.append(block.time_emb_proj)

@@ -1,8 +1,9 @@
-"""What calibration sees of each quantizer's input: a bounded sample."""
+"""What calibration sees of each quantizer's input, a bounded sample, and what chooses a grid for it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,17 @@ from qdm_lightning.quantization.timestep import current_timesteps
 SAMPLES_PER_ROW = 128
 """Values drawn at random of each sample of a calibration batch. Its least and greatest are kept apart: as two of so few they
 would weigh a hundred times what they do in the activation, and widen the range of least squared error."""
+
+
+class Calibrator(Protocol):
+    """Chooses scales and zero points."""
+
+    def search(self, values: Tensor, qmin: int, qmax: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+        """Scale and integer zero point, each (R,), for each row of `values` (R, M), on the integer grid [qmin, qmax].
+
+        With `symmetric` the zero point is 0.
+        """
+        ...
 
 
 @dataclass

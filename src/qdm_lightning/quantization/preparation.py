@@ -16,7 +16,7 @@ from qdm_lightning.quantization.spec import QuantConfig
 from qdm_lightning.quantization.summary import LayerRow, QuantizationReport
 
 UNET_FIRST_LAST = ("conv_in", "conv_out", "time_embedding.*", "*time_emb_proj")
-"""Names of the edges in diffusers' U-Nets: first and last convolution and the layers of the time embedding."""
+"""Names of the first and last layers in diffusers' U-Nets: two convolutions, and the layers of the time embedding."""
 
 _WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Modules that compute with their children's weights themselves: a quantized child would be bypassed."""
@@ -51,7 +51,7 @@ class Quantizers:
 
 
 def prepare(
-    model: nn.Module, config: QuantConfig, quantizers: Quantizers | None = None, *, edges: Sequence[str] | None = None
+    model: nn.Module, config: QuantConfig, quantizers: Quantizers | None = None, *, first_last: Sequence[str] | None = None
 ) -> QuantizationReport:
     """Swap the layers of `model`, in place, for quantized ones that hold the same parameters.
 
@@ -63,21 +63,21 @@ def prepare(
         model: any module, not prepared before.
         config: bit-widths and rules.
         quantizers: factories; the LSQ+ baseline where None.
-        edges: name patterns of the layers with `config.first_last_bits`; None: `UNET_FIRST_LAST` for diffusers'
+        first_last: name patterns of the layers with `config.first_last_bits`; None: `UNET_FIRST_LAST` for diffusers'
             U-Nets, else the first and the last layer in order of registration.
 
     Returns:
         what got how many bits and what stayed in float.
 
     Raises:
-        ValueError: the model is prepared already; a rule or edge pattern matches no layer; a layer whose kind can't be
-            quantized is not at 32 bits (a rule `<name>: 32` leaves it in float on purpose).
+        ValueError: the model is prepared already; a pattern of `rules` or `first_last` matches no layer; a layer whose kind
+            can't be quantized is not at 32 bits (a rule `<name>: 32` leaves it in float on purpose).
     """
     quantizers = quantizers or Quantizers()
     modules = _modules(model)
     if any(isinstance(m, QuantizedLayer | QuantizedAttention) for m in modules.values()):
         raise ValueError("the model is prepared already: prepare a fresh float model")
-    bits = _Bits(config, [n for n, m in modules.items() if _has_bits(m)], edges)
+    bits = _Bits(config, [n for n, m in modules.items() if _has_bits(m)], first_last)
     rows = []
     for name, module in modules.items():
         if is_attention(module):
@@ -100,40 +100,41 @@ def _has_bits(module: nn.Module) -> bool:
     return isinstance(module, _WEIGHTED) or is_attention(module)
 
 
+def _matching(names: Sequence[str], pattern: str) -> list[str]:
+    return [name for name in names if fnmatchcase(name, pattern)]
+
+
 class _Bits:
     """Resolves a layer's name to its bit-widths, and checks that every pattern is of use."""
 
-    def __init__(self, config: QuantConfig, names: list[str], edges: Sequence[str] | None) -> None:
+    def __init__(self, config: QuantConfig, names: list[str], first_last: Sequence[str] | None) -> None:
         self.config = config
-        if edges is None:
-            found = {"conv_in", "conv_out"} <= set(names)
-            edges = (
-                [p for p in UNET_FIRST_LAST if any(fnmatchcase(n, p) for n in names)] if found else [*names[:1], *names[-1:]]
-            )
-        self.edges = edges
-        for kind, patterns in (("quant.rules", config.rules), ("edges", edges)):
+        if first_last is None:
+            unet = {"conv_in", "conv_out"} <= set(names)
+            first_last = [p for p in UNET_FIRST_LAST if _matching(names, p)] if unet else [*names[:1], *names[-1:]]
+        self.first_last = first_last
+        for kind, patterns in (("quant.rules", config.rules), ("first_last", first_last)):
             for pattern in patterns:
-                if not any(fnmatchcase(name, pattern) for name in names):
+                if not _matching(names, pattern):
                     some = ", ".join(names[:3])
                     raise ValueError(f"{kind}: the pattern {pattern!r} matches no layer: layers are named like {some}")
 
-    def _rule(self, name: str) -> int | None:
-        matching = [bits for pattern, bits in self.config.rules.items() if fnmatchcase(name, pattern)]
-        return matching[-1] if matching else None
-
     def layer(self, name: str) -> tuple[int, int]:
         """Bits of weight and of input."""
-        rule = self._rule(name)
-        if rule is not None:
-            return rule, rule
-        if any(fnmatchcase(name, pattern) for pattern in self.edges):
-            return self.config.first_last_bits, self.config.first_last_bits
-        return self.config.weight_bits, self.config.act_bits
+        if any(fnmatchcase(name, pattern) for pattern in self.first_last):
+            return self._ruled(name, self.config.first_last_bits, self.config.first_last_bits)
+        return self._ruled(name, self.config.weight_bits, self.config.act_bits)
 
     def attention(self, name: str) -> tuple[int, int]:
         """Bits of q, k, v and of the probabilities."""
-        rule = self._rule(name)
-        return (rule, rule) if rule is not None else (self.config.attention_bits, self.config.probs_bits)
+        return self._ruled(name, self.config.attention_bits, self.config.probs_bits)
+
+    def _ruled(self, name: str, first: int, second: int) -> tuple[int, int]:
+        """The two bit-widths, or those of the last rule that matches."""
+        for pattern, wanted in self.config.rules.items():
+            if fnmatchcase(name, pattern):
+                first = second = wanted
+        return first, second
 
 
 def _prepare_layer(model: nn.Module, name: str, layer: nn.Module, bits: _Bits, quantizers: Quantizers) -> LayerRow:

@@ -19,8 +19,8 @@ class QuantConfig:
     """Bit-widths of a student (config group `quant`).
 
     Args:
-        weight_bits: bits of every weight that is not at an edge.
-        act_bits: bits of every layer input that is not at an edge.
+        weight_bits: bits of every weight but those of the first and last layers.
+        act_bits: bits of every layer input but those of the first and last layers.
         qkv_bits: bits of the attention operands q, k, v; None follows `act_bits`.
         probs_bits: bits of the attention probabilities (unsigned, zero point 0).
         first_last_bits: bits (weights and inputs) of the first and last convolution and of the time embedding's layers.
@@ -91,7 +91,7 @@ class TaQOff:
 
 @dataclass(kw_only=True)
 class TaQNormalize(TaQOff):
-    """`taq=normalize`: the quantizer follows each sample's own mean and deviation; `psi` is added to the variance."""
+    """`taq=normalize`: the quantizer follows each sample's own mean and standard deviation; `psi` is added to the variance."""
 
     _target_: str = "qdm_lightning.quantization.taq.NormalizedActivation"
     psi: float = 1e-5
@@ -103,7 +103,7 @@ class TaQNormalize(TaQOff):
 
 @dataclass(kw_only=True)
 class TaQEma(TaQNormalize):
-    """`taq=ema`: as `normalize`, with mean and deviation from tables over `groups` timestep groups, averaged in training."""
+    """`taq=ema`: as `normalize`, with moments from tables over `groups` timestep groups, averaged in training."""
 
     _target_: str = "qdm_lightning.quantization.taq.EMANormalizedActivation"
     groups: int = 20

@@ -58,7 +58,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "processor": machine["processor"],
         "capability": machine["capability"],
         "threads": machine["threads"],
-        "fake_quantization": compiled.record()["fake_quantization"],
+        "fake_quantization": compiled.provenance()["fake_quantization"],
     }
 
 

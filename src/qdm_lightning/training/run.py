@@ -21,7 +21,7 @@ from qdm_lightning.loggers.media import log_pictures
 from qdm_lightning.metrics.frechet import features
 from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.quantization import compiled
-from qdm_lightning.quantization.cost import network_cost
+from qdm_lightning.quantization.cost import cost
 from qdm_lightning.runs.provenance import git_commit, hardware, peak_memory, versions
 from qdm_lightning.training.callbacks import LearnedScales, SampleDuringTraining, StageProgress
 from qdm_lightning.training.checkpoint_io import load_checkpoint
@@ -114,7 +114,7 @@ def _stages(experiment: Experiment, validation_set: ValidationSet, progress: Any
     metrics |= {
         "teacher_origin": origin,
         "num_samples": experiment.num_samples,
-        "kernels": compiled.record(),
+        "kernels": compiled.provenance(),
         "versions": versions(),
         "hardware": hardware(),
         "peak_memory_bytes": peak_memory(),
@@ -184,7 +184,8 @@ def _prepare_student(experiment: Experiment, teacher: Any, progress: Any, logger
     progress.say(report.summary())
     size = int(experiment.data.image_size or 0)
     student = student.to(measuring_device(experiment.trainer.accelerator)).to(memory_format=torch.channels_last)
-    price = network_cost(student, report, (experiment.data.channels, size, size))
+    image, t = torch.zeros(1, experiment.data.channels, size, size), torch.zeros(1, dtype=torch.int64)
+    price = cost(student, report, (image, t))
     log_layers(loggers, report, price)
     return student, price.totals()
 
