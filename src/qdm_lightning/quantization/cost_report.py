@@ -6,7 +6,6 @@ relates the multiply-accumulates (MACs) to those of the same network in 32-bit f
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -122,11 +121,10 @@ class CostReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data: the totals, `macs_by_kind`, and `layers`, each with its fields and its `speedup`."""
-        kinds: Counter[str] = Counter()
-        for layer in self.layers:
-            kinds[layer.kind] += layer.macs
+        kinds = dict.fromkeys(layer.kind for layer in self.layers)
+        by_kind = {kind: sum(layer.macs for layer in self.layers if layer.kind == kind) for kind in kinds}
         return self.totals() | {
-            "macs_by_kind": {kind: macs for kind, macs in kinds.items() if macs},
+            "macs_by_kind": {kind: macs for kind, macs in by_kind.items() if macs},
             "layers": [asdict(x) | {"operands": list(x.operands), "speedup": x.speedup()} for x in self.layers],
         }
 

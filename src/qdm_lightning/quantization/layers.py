@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qdm_lightning.quantization.observer import Calibrator
 from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 
 
@@ -46,11 +45,6 @@ class QuantizedLayer(nn.Module):
     def quantized_input(self, x: Tensor) -> Tensor:
         """x_hat, of x's shape."""
         return x if self.input_quantizer is None else cast(Tensor, self.input_quantizer(x))
-
-    def initialize_weight(self, calibrator: Calibrator) -> None:
-        """Start the weight's scales from the weight."""
-        if self.weight_quantizer is not None:
-            self.weight_quantizer.initialize(self.weight, calibrator)
 
 
 _cached: ContextVar[Mapping[QuantizedLayer, list[Tensor]]] = ContextVar("cached", default=MappingProxyType({}))

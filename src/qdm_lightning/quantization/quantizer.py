@@ -136,10 +136,6 @@ class LearnedGrid(nn.Module):
         factor = gradient_factor(x.shape, self.qmax)
         return functional.fake_quantize(x, scale, zero_point, self.qmin, self.qmax, factor, hold=hold, silu=silu)
 
-    def search_grid(self, values: Tensor, calibrator: Calibrator) -> None:
-        """Take the grid that a calibrator finds for `values`, (R, M) for R scales."""
-        self.set_grid(*calibrator.search(values, self.qmin, self.qmax, symmetric=self.symmetric))
-
     @torch.no_grad()
     def set_grid(self, scale: Tensor, zero_point: Tensor) -> None:
         """Overwrite s and z, each of the parameters' number of elements."""
@@ -180,7 +176,7 @@ class LSQActivation(LearnedGrid, ActivationQuantizer):
         return self.fake_quantize(x, *self.learned_grid(x), hold=self.holds_zero, silu=True)
 
     def initialize(self, observer: Observer, calibrator: Calibrator) -> None:
-        self.search_grid(observer.pool(), calibrator)
+        self.set_grid(*calibrator.search(observer.pool(), self.qmin, self.qmax, symmetric=self.symmetric))
 
 
 class LSQProbability(LSQActivation):
@@ -206,4 +202,4 @@ class LSQWeight(LearnedGrid, WeightQuantizer):
         return self.fake_quantize(weight, self.scale, self.zero_point)
 
     def initialize(self, weight: Tensor, calibrator: Calibrator) -> None:
-        self.search_grid(weight.detach().flatten(1), calibrator)
+        self.set_grid(*calibrator.search(weight.detach().flatten(1), self.qmin, self.qmax, symmetric=True))

@@ -50,12 +50,8 @@ class QuantConfig:
     calibration_timesteps: str = "uniform"
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "act_bits", "probs_bits", "first_last_bits"):
-            one_of(f"quant.{name}", getattr(self, name), BITS)
-        if self.qkv_bits is not None:
-            one_of("quant.qkv_bits", self.qkv_bits, BITS)
-        for pattern, bits in self.rules.items():
-            one_of(f"quant.rules.{pattern}", bits, BITS)
+        for name, bits in self._widths.items():
+            one_of(f"quant.{name}", bits, BITS)
         one_of("quant.mode", self.mode, ("qat", "ptq"))
         one_of("quant.calibration_timesteps", self.calibration_timesteps, ("uniform", "normal"))
         at_least("quant.calibration_batches", self.calibration_batches, 1)
@@ -68,15 +64,12 @@ class QuantConfig:
     @property
     def is_float(self) -> bool:
         """True where nothing is quantized: the run is a full-precision teacher."""
-        widths = (
-            self.weight_bits,
-            self.act_bits,
-            self.attention_bits,
-            self.probs_bits,
-            self.first_last_bits,
-            *self.rules.values(),
-        )
-        return all(bits == 32 for bits in widths)
+        return all(bits == 32 for bits in self._widths.values())
+
+    @property
+    def _widths(self) -> dict[str, int]:
+        fixed = {name: getattr(self, name) for name in ("weight_bits", "act_bits", "probs_bits", "first_last_bits")}
+        return fixed | {"qkv_bits": self.attention_bits} | {f"rules.{name}": bits for name, bits in self.rules.items()}
 
 
 @dataclass(kw_only=True)

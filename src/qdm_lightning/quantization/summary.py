@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 FLOAT = 32
 """The bit-width that means: not quantized."""
@@ -33,10 +32,6 @@ class QuantizationReport:
     def quantized(self) -> list[LayerRow]:
         """Rows with a quantizer."""
         return [row for row in self.rows if row.quantizers]
-
-    def as_dict(self) -> list[dict[str, Any]]:
-        """Plain data for a record."""
-        return [asdict(row) for row in self.rows]
 
     def summary(self) -> str:
         """One line: how many parameters have how many bits."""

@@ -31,10 +31,10 @@ class NormalizedActivation(LSQActivation):
         super().__init__(bits=bits, padded=padded)
         self.psi, self.holds_zero = psi, padded
 
+    @torch.no_grad()
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mu_n and sigma_n of x (B, ...), each (B,), float32, no gradient."""
-        with torch.no_grad():
-            return compiled.row_moments(x, self.psi)
+        return compiled.row_moments(x, self.psi)
 
     def learned_grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = self.moments(x)
@@ -43,9 +43,8 @@ class NormalizedActivation(LSQActivation):
         return _SampleGrid.apply(self.scale, self.zero_point, mean, std, factor)
 
     def observe(self, x: Tensor) -> Tensor:
-        mean, std = self.moments(x)
-        column = (-1, *([1] * (x.ndim - 1)))
-        return (x - mean.view(column)) / std.view(column)
+        mean, std = (values.view(-1, *[1] * (x.ndim - 1)) for values in self.moments(x))
+        return (x - mean) / std
 
 
 class _SampleGrid(torch.autograd.Function):
@@ -119,7 +118,8 @@ class EMANormalizedActivation(NormalizedActivation, _Grouped):
     In training the tables follow the groups' own means and standard deviations by an exponential average ("smoothing").
 
     Args:
-        groups: G. num_train_timesteps: T.
+        groups: number of timestep groups, G.
+        num_train_timesteps: timesteps of the process, T.
         momentum: share of the old value at each update.
     """
 
@@ -203,12 +203,12 @@ class GroupedActivation(LSQActivation, _Grouped):
     def initialize(self, observer: Observer, calibrator: Calibrator) -> None:
         """Each group from its own samples; groups without any start from all of them, and stay unseen."""
         group = self.group_of(observer.timesteps)
-        found = group.unique()
-        pools = [observer.pool(group == g)[0] for g in found]
+        present = group.unique()
+        pools = [observer.pool(group == g)[0] for g in present]
         width = max(pool.numel() for pool in pools)
         equal = torch.stack([pool.repeat(-(-width // pool.numel()))[:width] for pool in pools])
         rest, own = (calibrator.search(values, self.qmin, self.qmax, symmetric=False) for values in (observer.pool(), equal))
         scale, zero_point = (result.repeat(self.groups) for result in rest)
-        scale[found], zero_point[found] = own
-        self.seen[found] = True
+        scale[present], zero_point[present] = own
+        self.seen[present] = True
         self.set_grid(scale, zero_point)

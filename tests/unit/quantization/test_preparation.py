@@ -164,7 +164,7 @@ def test_a_table_says_it_all():
     assert lines[3].split() == ["2", "Conv2d", "148", "4", "3", "LSQWeight", "LSQActivation"]
     assert lines[2].split() == ["1", "GroupNorm", "8", "float", "float", "-"]
     assert report.summary() == "806 parameters: 668 at 4 bits, 130 at 8 bits, 8 at float"
-    assert report.as_dict()[2]["quantizers"] == ["LSQWeight", "LSQActivation"]
+    assert report.rows[2].quantizers == ["LSQWeight", "LSQActivation"]
     assert report.quantized == [row for row in report.rows if row.name != "1"]
 
 
