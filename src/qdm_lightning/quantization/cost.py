@@ -107,7 +107,10 @@ def _count(model: nn.Module, inputs: tuple[Any, ...], device: torch.device) -> C
         total = counter.get_total_flops() // 2
         macs[running[-1]] += total - counted
         counted = total
-        running.pop() if entered is None else running.append(entered)
+        if entered is None:
+            running.pop()
+        else:
+            running.append(entered)
 
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: switch(name))
@@ -139,7 +142,7 @@ def _layers(model: nn.Module, report: QuantizationReport, macs: Counter[str]) ->
     rows: dict[str, list[LayerRow]] = {}
     for row in report.rows:
         rows.setdefault(_module_name(row), []).append(row)
-    sizes, of_quantizers = _Sizes(), set[nn.Module]()
+    met, of_quantizers = set[int](), set[nn.Module]()
     for name, module in model.named_modules():
         if module in of_quantizers:
             continue
@@ -150,15 +153,15 @@ def _layers(model: nn.Module, report: QuantizationReport, macs: Counter[str]) ->
             of_quantizers.update(processor.modules())
         listed = rows.get(name, [LayerRow(name, type(module).__name__, 0, FLOAT, FLOAT)])
         if listed[0].kind == "attention":
-            yield from _attention(module, processor, listed, macs[name] + macs[f"{name}.processor"], sizes)
+            yield from _attention(module, processor, listed, macs[name] + macs[f"{name}.processor"], met)
             continue
-        layer = _layer(module, listed[0], macs[name], sizes)
+        layer = _layer(module, listed[0], macs[name], met)
         if name in rows or layer.macs or layer.float_bytes:
             yield layer
 
 
-def _layer(module: nn.Module, row: LayerRow, macs: int, sizes: _Sizes) -> LayerCost:
-    parameters, size, float_size = sizes.own(module, row.weight_bits)
+def _layer(module: nn.Module, row: LayerRow, macs: int, met: set[int]) -> LayerCost:
+    parameters, size, float_size = _own_sizes(module, row.weight_bits, met)
     return LayerCost(
         name=row.name,
         kind=row.kind,
@@ -172,10 +175,10 @@ def _layer(module: nn.Module, row: LayerRow, macs: int, sizes: _Sizes) -> LayerC
     )
 
 
-def _attention(module: nn.Module, processor: Any, rows: list[LayerRow], macs: int, sizes: _Sizes) -> Iterator[LayerCost]:
+def _attention(module: nn.Module, processor: Any, rows: list[LayerRow], macs: int, met: set[int]) -> Iterator[LayerCost]:
     """The two products of an attention: q k^T and probs v multiply equally often."""
     qkv, probs = rows
-    parameters, size, float_size = sizes.own(module, FLOAT)
+    parameters, size, float_size = _own_sizes(module, FLOAT, met)
     yield LayerCost(
         name=qkv.name,
         kind=qkv.kind,
@@ -200,26 +203,23 @@ def _attention(module: nn.Module, processor: Any, rows: list[LayerRow], macs: in
     )
 
 
-class _Sizes:
-    """Sizes of tensors as stored; one that several modules share counts where it is met first."""
+def _own_sizes(module: nn.Module, weight_bits: int, met: set[int]) -> tuple[int, int, int]:
+    """Parameters, bytes, and bytes without quantization of the tensors that belong to `module` itself.
 
-    def __init__(self) -> None:
-        self.met: set[int] = set()
-
-    def own(self, module: nn.Module, weight_bits: int) -> tuple[int, int, int]:
-        """Parameters, bytes, and bytes without quantization of the tensors that belong to `module` itself."""
-        state = module.state_dict(keep_vars=True)
-        tensors = [tensor for key, tensor in state.items() if "." not in key and isinstance(tensor, Tensor)]
-        new = {id(tensor): tensor for tensor in tensors if id(tensor) not in self.met}
-        self.met |= new.keys()
-        weight = module.weight if isinstance(module, QuantizedLayer) else None
-        # A quantized weight counts also where it is shared: each layer has codes of its own.
-        codes = sum(-(-tensor.numel() * weight_bits // 8) for tensor in tensors if tensor is weight)
-        return (
-            sum(tensor.numel() for tensor in new.values() if isinstance(tensor, nn.Parameter)),
-            codes + sum(_bytes(tensor) for tensor in new.values() if tensor is not weight),
-            sum(map(_bytes, new.values())),
-        )
+    A tensor that several modules share counts where it is met first, and is then added to `met`.
+    """
+    state = module.state_dict(keep_vars=True)
+    tensors = [tensor for key, tensor in state.items() if "." not in key and isinstance(tensor, Tensor)]
+    new = {id(tensor): tensor for tensor in tensors if id(tensor) not in met}
+    met |= new.keys()
+    weight = module.weight if isinstance(module, QuantizedLayer) else None
+    # A quantized weight counts also where it is shared: each layer has codes of its own.
+    codes = sum(-(-tensor.numel() * weight_bits // 8) for tensor in tensors if tensor is weight)
+    return (
+        sum(tensor.numel() for tensor in new.values() if isinstance(tensor, nn.Parameter)),
+        codes + sum(_bytes(tensor) for tensor in new.values() if tensor is not weight),
+        sum(map(_bytes, new.values())),
+    )
 
 
 def _bytes(tensor: Tensor) -> int:
