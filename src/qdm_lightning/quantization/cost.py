@@ -211,7 +211,7 @@ def _own_sizes(module: nn.Module, weight_bits: int, met: set[int]) -> tuple[int,
     state = module.state_dict(keep_vars=True)
     tensors = [tensor for key, tensor in state.items() if "." not in key and isinstance(tensor, Tensor)]
     new = {id(tensor): tensor for tensor in tensors if id(tensor) not in met}
-    met |= new.keys()
+    met.update(new)
     weight = module.weight if isinstance(module, QuantizedLayer) else None
     # A quantized weight counts also where it is shared: each layer has codes of its own.
     codes = sum(-(-tensor.numel() * weight_bits // 8) for tensor in tensors if tensor is weight)
