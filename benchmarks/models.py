@@ -30,7 +30,7 @@ def quantized(model: nn.Module, quantizers: Quantizers) -> nn.Module:
     prepare(copied, QuantConfig(), quantizers)
     with torch.no_grad():
         for module in copied.modules():
-            if isinstance(module, LSQActivation):
+            if isinstance(module, LSQActivation) and not module.symmetric:
                 module.log_scale.fill_(math.log(4 / module.qmax))
                 module.zero_point.fill_(module.qmax // 2)
             elif isinstance(module, QuantizedLayer) and isinstance(module.weight_quantizer, LSQWeight):

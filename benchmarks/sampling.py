@@ -8,13 +8,14 @@ The last line is one JSON object; `simulated_over_fp32` is the figure.
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 
 import torch
 from models import build, quantized
 from pairs import interleave, report
 
 from qdm_lightning.models.denoiser import Denoiser
-from qdm_lightning.quantization import LSQActivation, NormalizedActivation, Quantizers, compiled
+from qdm_lightning.quantization import LSQActivation, NormalizedActivation, Quantizers, cached_weights, compiled
 
 
 def main() -> None:
@@ -36,9 +37,9 @@ def main() -> None:
     size = base.config.sample_size
     x = torch.randn(options.batch, base.config.in_channels, size, size).contiguous(memory_format=torch.channels_last)
     t = torch.full((options.batch,), 500)
-    for network in networks.values():
-        network.eval()
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as caches:
+        for network in networks.values():
+            caches.enter_context(cached_weights(network.eval()))
         runs = {name: lambda network=network: network(x, t) for name, network in networks.items()}
         pairs = interleave(runs, "fp32", options.rounds, options.warmup)
     record = {
@@ -47,7 +48,7 @@ def main() -> None:
         "batch": options.batch,
         "threads": options.threads,
         "torch": torch.__version__,
-        "kernels": compiled.record(),
+        "kernels": compiled.provenance(),
     }
     report(pairs, "fp32", record)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.quantization import LSQActivation, LSQWeight, NormalizedActivation, Quantizers, compiled, fake_quantize
+from qdm_lightning.quantization.compiled import gradient_factor
 from qdm_lightning.runs.provenance import peak_memory as peak_memory_so_far
 
 
@@ -32,21 +32,20 @@ class PlainActivation(LSQActivation):
     """LSQ+ written as plain tensor operations under autograd."""
 
     def quantize(self, x: Tensor) -> Tensor:
-        scale = self.scale * self._factor(x) + (self.scale * (1 - self._factor(x))).detach()
+        factor = gradient_factor(x.shape, self.qmax)
+        scale = self.scale * factor + (self.scale * (1 - factor)).detach()
         zero_point = self.zero_point + (self.zero_point.round() - self.zero_point).detach()
         shifted = x / scale + zero_point
         clipped = torch.clamp(shifted, self.qmin, self.qmax)
         return (clipped + (clipped.round() - clipped).detach() - zero_point) * scale
-
-    def _factor(self, x: Tensor) -> float:
-        return 1 / math.sqrt(x[0].numel() * self.qmax)
 
 
 class PlainWeight(LSQWeight):
     """LSQ written as plain tensor operations under autograd."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        scale = self.scale * self.factor + (self.scale * (1 - self.factor)).detach()
+        factor = gradient_factor(weight.shape, self.qmax)
+        scale = self.scale * factor + (self.scale * (1 - factor)).detach()
         clipped = torch.clamp(weight / scale.view(-1, *[1] * (weight.ndim - 1)), self.qmin, self.qmax)
         return (clipped + (clipped.round() - clipped).detach()) * scale.view(-1, *[1] * (weight.ndim - 1))
 
@@ -55,7 +54,7 @@ class TorchActivation(LSQActivation):
     """torch's learnable operator, per tensor."""
 
     def quantize(self, x: Tensor) -> Tensor:
-        factor = 1 / math.sqrt(x[0].numel() * self.qmax)
+        factor = gradient_factor(x.shape, self.qmax)
         return torch._fake_quantize_learnable_per_tensor_affine(x, self.scale, self.zero_point, self.qmin, self.qmax, factor)
 
 
@@ -64,12 +63,12 @@ class TorchWeight(LSQWeight):
 
     def forward(self, weight: Tensor) -> Tensor:
         return torch._fake_quantize_learnable_per_channel_affine(
-            weight, self.scale, self.zero_point, 0, self.qmin, self.qmax, self.factor
+            weight, self.scale, self.zero_point, 0, self.qmin, self.qmax, gradient_factor(weight.shape, self.qmax)
         )
 
 
 def with_brevitas(model: nn.Module) -> nn.Module:
-    """A copy whose convolutions and linear layers are brevitas', 4 bits, learned scales (8 at the edges, as ours)."""
+    """A copy whose convolutions and linear layers are brevitas', 4 bits, learned scales (first and last ones 8, as ours)."""
     import brevitas.nn as qnn
     from brevitas.quant import Int8WeightPerChannelFloat, Uint8ActPerTensorFloat
 
@@ -77,8 +76,8 @@ def with_brevitas(model: nn.Module) -> nn.Module:
     for name, layer in list(copied.named_modules()):
         if not isinstance(layer, nn.Conv2d | nn.Linear):
             continue
-        edge = name in ("conv_in", "conv_out") or "time_emb" in name
-        bits = 8 if edge else 4
+        first_last = name in ("conv_in", "conv_out") or "time_emb" in name
+        bits = 8 if first_last else 4
         options: dict[str, Any] = {
             "bias": layer.bias is not None,
             "weight_quant": Int8WeightPerChannelFloat,
@@ -204,7 +203,7 @@ def main() -> None:
         "torch": torch.__version__,
         "fp32_layout": best,
         "fp32_contiguous_over_channels_last": contiguous_ratio,
-        "kernels": compiled.record(),
+        "kernels": compiled.provenance(),
         "small_over_fp32": small_ratio["ratio"],
         "small_over_fp32_interval": small_ratio["interval"],
         "peak_memory_over_fp32": round(statistics.median(memory["qdm"]) / statistics.median(memory["fp32"]), 3),

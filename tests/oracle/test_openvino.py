@@ -148,7 +148,7 @@ def prepared(layer, bits, variant, shape, shift=0.0):
     """A layer alone in a model, calibrated over all timesteps, in eval mode."""
     quantizers = Quantizers(activation=VARIANTS[variant], attention=VARIANTS[variant])
     model = nn.Sequential(layer).eval()
-    prepare(model, QuantConfig(weight_bits=bits, act_bits=bits), quantizers, edges=())
+    prepare(model, QuantConfig(weight_bits=bits, act_bits=bits), quantizers, first_last=())
     batches = [torch.nn.functional.silu(torch.randn(8, *shape)) + shift for _ in range(2)]
 
     def run():
@@ -257,7 +257,7 @@ def nearest_tie(model, x):
     def look(quantizer, inputs):
         with torch.no_grad():
             y = inputs[0]
-            scale, zero = quantizer.grid(y) if hasattr(quantizer, "grid") else (quantizer.scale, quantizer.zero_point)
+            scale, zero = quantizer.grid(y)
             ratio = y / scale.view(-1, *[1] * (y.ndim - 1))
             codes = ratio + zero.view(-1, *[1] * (y.ndim - 1))
             near = ((ratio - ratio.floor()) - 0.5).abs()

@@ -174,10 +174,10 @@ class Simulation:
                 s_n, z_n = s[group], torch.clip(torch.round(z[group]), 0, top)
             elif isinstance(quantizer, NormalizedActivation):
                 if isinstance(quantizer, EMANormalizedActivation):
-                    mean, deviation = quantizer.mean[group], quantizer.deviation[group]
+                    mean, std = quantizer.mean[group], quantizer.std[group]
                 else:
-                    mean, deviation = sample.mean(), torch.sqrt(sample.var(correction=0) + quantizer.psi)
-                s_n = s[0] * deviation
+                    mean, std = sample.mean(), torch.sqrt(sample.var(correction=0) + quantizer.psi)
+                s_n = s[0] * std
                 z_n = torch.round(z[0] - mean / s_n)
                 z_n = torch.clip(z_n, 0, top) if quantizer.padded else z_n
             else:

@@ -11,6 +11,7 @@ from torch import Tensor
 from qdm_lightning.diffusion.sampling import sample, timesteps
 from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
 from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.quantization.layers import cached_weights
 
 
 @dataclass(kw_only=True)
@@ -41,13 +42,14 @@ class ImageSampler:
         on_state: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """Images (len(seeds), C, H, W) float32 in [-1, 1] on the CPU; arguments as in `diffusion.sampling.sample`."""
-        return sample(
-            self.network,
-            self.sampler,
-            self.diffusion,
-            shape=self.shape,
-            seeds=seeds,
-            device=self.device,
-            on_step=on_step,
-            on_state=on_state,
-        )
+        with cached_weights(self.network):
+            return sample(
+                self.network,
+                self.sampler,
+                self.diffusion,
+                shape=self.shape,
+                seeds=seeds,
+                device=self.device,
+                on_step=on_step,
+                on_state=on_state,
+            )

@@ -83,7 +83,7 @@ class QuantizedAttention(nn.Module):
             for quantizer, heads in zip(
                 (self.query, self.key, self.value),
                 (
-                    _split(projection, attn.heads)
+                    projection.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
                     for projection in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
                 ),
                 strict=True,
@@ -108,8 +108,3 @@ class QuantizedAttention(nn.Module):
         if mask is not None:
             scores = scores + mask
         return self.probabilities(scores.float().softmax(dim=-1).to(v.dtype)) @ v
-
-
-def _split(x: Tensor, heads: int) -> Tensor:
-    """(B, N, heads * d) as (B, heads, N, d)."""
-    return x.view(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)

@@ -1,28 +1,17 @@
-"""First scales and zero points from data: what is recorded of each quantizer's input, and the searches over it."""
+"""First scales and zero points from data: a pass that records each quantizer's input, and the searches over it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 
 from qdm_lightning.base.checks import between
 from qdm_lightning.quantization.layers import QuantizedLayer
-from qdm_lightning.quantization.observer import Observer
+from qdm_lightning.quantization.observer import Calibrator, Observer
 from qdm_lightning.quantization.quantizer import ActivationQuantizer
-
-
-class Calibrator(Protocol):
-    """Chooses scales and zero points."""
-
-    def search(self, values: Tensor, qmin: int, qmax: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
-        """Scale and integer zero point, each (R,), for each row of `values` (R, M), on the integer grid [qmin, qmax].
-
-        With `symmetric` the zero point is 0.
-        """
-        ...
 
 
 def _affine(low: Tensor, high: Tensor, qmin: int, qmax: int, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -39,8 +28,7 @@ class MinMax:
     """The grid covers the least and the greatest value."""
 
     def search(self, values: Tensor, qmin: int, qmax: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
-        low, high = torch.aminmax(values, dim=1)
-        return _affine(low, high, qmin, qmax, symmetric)
+        return _affine(*torch.aminmax(values, dim=1), qmin, qmax, symmetric)
 
 
 class Percentile:
@@ -80,27 +68,17 @@ class MSESearch:
             pick = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(0))[: self.max_values]
             values = values[:, pick.to(values.device)]
         joint = symmetric or not bool((low < 0).any())
+        coarse = torch.linspace(1.0, 0.04, 3 * self.steps) if joint else torch.logspace(0, -1.5, self.steps)
         best = [torch.full_like(low, torch.inf), low, high, *_affine(low, high, qmin, qmax, symmetric)]
-        for fractions in (self._coarse(joint), self._fine(joint)):
+        for fractions in (coarse.tolist(), torch.linspace(0.88, 1.12, 9).tolist()):
             low, high = best[1:3]
-            for a, b in fractions:
+            for a, b in ((f, f) for f in fractions) if joint else product(fractions, repeat=2):
                 scale, zero = _affine(a * low, b * high, qmin, qmax, symmetric)
                 codes = torch.clamp(torch.round(values / scale[:, None]) + zero[:, None], qmin, qmax)
                 error = ((codes - zero[:, None]) * scale[:, None] - values).square().mean(dim=1)
-                found = [error, a * low, b * high, scale, zero]
-                best = [torch.where(error < best[0], new, old) for new, old in zip(found, best, strict=True)]
+                tried = [error, a * low, b * high, scale, zero]
+                best = [torch.where(error < best[0], new, old) for new, old in zip(tried, best, strict=True)]
         return best[3], best[4]
-
-    def _coarse(self, joint: bool) -> list[tuple[float, float]]:
-        if joint:
-            return [(f, f) for f in torch.linspace(1.0, 0.04, 3 * self.steps).tolist()]
-        ends = torch.logspace(0, -1.5, self.steps).tolist()
-        return [(a, b) for a in ends for b in ends]
-
-    @staticmethod
-    def _fine(joint: bool) -> list[tuple[float, float]]:
-        ends = torch.linspace(0.88, 1.12, 9).tolist()
-        return [(f, f) for f in ends] if joint else [(a, b) for a in ends for b in ends]
 
 
 def calibrate(model: nn.Module, run: Callable[[], None], calibrator: Calibrator, seed: int = 0) -> None:
@@ -111,12 +89,12 @@ def calibrate(model: nn.Module, run: Callable[[], None], calibrator: Calibrator,
         run: passes the calibration batches through the model, each under `timesteps(t)`. Quantizers are off meanwhile,
             so that all see the full-precision activations.
         calibrator: the search.
-        seed: of the random subsample that is kept of each activation.
+        seed: seed of the random subsample that is kept of each activation.
 
     Raises:
         RuntimeError: a quantizer saw no input, so that it could not be started.
     """
-    quantizers = {n: m for n, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
+    quantizers = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
     observers = {name: Observer(torch.Generator().manual_seed(seed)) for name in quantizers}
     layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
     try:
@@ -131,10 +109,11 @@ def calibrate(model: nn.Module, run: Callable[[], None], calibrator: Calibrator,
             quantizer.observer = None
         for layer in layers:
             layer.calibrating = False
-    silent = [name for name, observer in observers.items() if not observer.chunks]
+    silent = [name for name, observer in observers.items() if not observer.parts]
     if silent:
         raise RuntimeError(f"calibration reached no input of {', '.join(silent)}: run the whole model in calibration")
     for name, quantizer in quantizers.items():
         quantizer.initialize(observers[name], calibrator)
     for layer in layers:
-        layer.initialize_weight(calibrator)
+        if layer.weight_quantizer is not None:
+            layer.weight_quantizer.initialize(layer.weight, calibrator)

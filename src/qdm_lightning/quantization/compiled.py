@@ -1,7 +1,8 @@
 """The elementwise arithmetic of fake quantization: one fused pass forward, one backward, compiled where a compiler is at hand.
 
 A tensor of any shape and layout (channels-last too) is seen as rows of its memory, (G, K, M): G groups, each with a scale and
-a zero point of its own, of K rows each; so one compiled function serves them all. `set_mode` chooses; `record` tells what ran.
+a zero point of its own, of K rows each; so one compiled function serves them all. `set_mode` chooses; `provenance`
+says what ran.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -29,23 +32,20 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0] * x.shape[1], x.shape[2])
 
 
-def _forward_of(value: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor, silu: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    value = _flat(x).float()
     s = _spread(scale, x)
     z = _spread(torch.round(torch.clamp(zero_point, limits[3], limits[4])), x)
-    codes = torch.clamp(torch.round(value / s) + z, limits[0], limits[1])
+    codes = torch.clamp(torch.round((F.silu(value) if silu else value) / s) + z, limits[0], limits[1])
     return ((codes - z) * s).to(x.dtype), s, z
 
 
-def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward_of(_flat(x).float(), x, scale, zero_point, limits)
-
-
-def _forward_silu(x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward_of(F.silu(_flat(x).float()), x, scale, zero_point, limits)
-
-
-def _backward_of(upstream: Tensor, value: Tensor, s: Tensor, z: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    ratio = value / s
+def _backward(
+    grad: Tensor, x: Tensor, s: Tensor, z: Tensor, limits: Tensor, silu: bool = False, symmetric: bool = False
+) -> tuple[Tensor, ...]:
+    upstream, value = _flat(grad).float(), _flat(x).float()
+    gate = torch.sigmoid(value) if silu else None
+    ratio = (value if gate is None else value * gate) / s
     shifted = ratio + z
     inside = torch.clamp(shifted, limits[0], limits[1]) == shifted
     passed = torch.where(inside, upstream, 0.0)
@@ -53,25 +53,14 @@ def _backward_of(upstream: Tensor, value: Tensor, s: Tensor, z: Tensor, limits: 
     row = s.squeeze(-1)
     factor = limits[2] * torch.where(limits[5] > 0, row, 1.0)
     grad_scale = (upstream * (code - torch.where(inside, ratio, 0.0))).sum(-1) * factor
-    return passed, grad_scale, (upstream - passed).sum(-1) * -row
+    grad_zero = (upstream - passed).sum(-1) * -row
+    grad_x = passed if gate is None else passed * gate * (1 + value * (1 - gate))
+    sums = [rows.view(x.shape[:2]).sum(1) for rows in ([grad_scale] if symmetric else [grad_scale, grad_zero])]
+    return grad_x.to(grad.dtype), *sums
 
 
-def _backward(grad: Tensor, x: Tensor, s: Tensor, z: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    passed, grad_scale, grad_zero = _backward_of(_flat(grad).float(), _flat(x).float(), s, z, limits)
-    groups = x.shape[:2]
-    return passed.to(grad.dtype), grad_scale.view(groups).sum(1), grad_zero.view(groups).sum(1)
-
-
-def _backward_symmetric(grad: Tensor, x: Tensor, s: Tensor, z: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-    return _backward(grad, x, s, z, limits)[:2]
-
-
-def _backward_silu(grad: Tensor, x: Tensor, s: Tensor, z: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    value, groups = _flat(x).float(), x.shape[:2]
-    gate = torch.sigmoid(value)
-    passed, grad_scale, grad_zero = _backward_of(_flat(grad).float(), value * gate, s, z, limits)
-    grad_x = (passed * gate * (1 + value * (1 - gate))).to(grad.dtype)
-    return grad_x, grad_scale.view(groups).sum(1), grad_zero.view(groups).sum(1)
+_FORWARD = {silu: partial(_forward, silu=silu) for silu in (False, True)}
+_BACKWARD = {flags: partial(_backward, silu=flags[0], symmetric=flags[1]) for flags in product((False, True), repeat=2)}
 
 
 def _moments(x: Tensor, psi: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,22 +77,19 @@ LARGEST = 2**31 - 1
 """Elements that compiled code is asked to index; more are quantized eagerly."""
 
 
+@dataclass
 class _Backend:
     """Calls functions as inductor compiled them; the key of a compiled function holds all that its code depends on."""
 
-    def __init__(self) -> None:
-        self.mode = "auto"
-        self.chosen: str | None = None
-        self.reason = ""
-        self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
-
-    def choose(self, chosen: str, reason: str) -> None:
-        self.chosen, self.reason = chosen, reason
+    mode: str = "auto"
+    chosen: str = "unused"
+    reason: str = ""
+    compiled: dict[tuple[Any, ...], Callable[..., Any]] = field(default_factory=dict)
 
     def call(self, function: Callable[..., Any], x: Tensor, *args: Tensor) -> Any:
         """`function(x, *args)`, x (G, K, M)."""
-        if self.chosen is None:
-            self.choose(*(("eager", "asked for") if self.mode == "off" else ("compiled", "inductor")))
+        if self.chosen == "unused":
+            self.chosen, self.reason = ("eager", "asked for") if self.mode == "off" else ("compiled", "inductor")
         foreign = type(x) is not Tensor or x.is_meta or torch.compiler.is_compiling()  # something else traces
         if self.chosen == "eager" or foreign:
             return function(x, *args)
@@ -125,7 +111,7 @@ class _Backend:
                     raise RuntimeError(
                         f"trainer.compile=on, but compiling failed: {_first_line(error)}; type trainer.compile=off"
                     ) from error
-                self.choose("eager", f"compiling failed: {_first_line(error)}")
+                self.chosen, self.reason = "eager", f"compiling failed: {_first_line(error)}"
                 return function(x, *args)
         return compiled(x, *args)
 
@@ -166,12 +152,12 @@ def set_mode(mode: str) -> None:
     """`auto` compiles where that works, `on` insists (RuntimeError otherwise), `off` runs eager."""
     if mode not in ("auto", "on", "off"):
         raise ValueError(f"compile mode {mode} is not allowed: choose one of auto, on, off")
-    _backend.mode, _backend.chosen, _backend.reason = mode, None, ""
+    _backend.mode, _backend.chosen, _backend.reason = mode, "unused", ""
 
 
-def record() -> dict[str, str]:
-    """What ran: {"fake_quantization": "compiled" | "eager" | "unused", "reason": ...}, for the record of a run."""
-    return {"fake_quantization": _backend.chosen or "unused", "reason": _backend.reason}
+def provenance() -> dict[str, str]:
+    """What computed: {"fake_quantization": "compiled" | "eager" | "unused", "reason": ...}, as a run's metrics keep it."""
+    return {"fake_quantization": _backend.chosen, "reason": _backend.reason}
 
 
 @cache
@@ -191,7 +177,7 @@ def limits(qmin: int, qmax: int, scale_gradient: float, hold: bool, log: bool, d
 def forward(x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor, silu: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """x_hat of x, or of silu(x), for x (G, K, M) with scale and real zero point (G,); and scale and integer
     zero point as columns of the rows, (G K, 1)."""
-    return cast(tuple[Tensor, Tensor, Tensor], _backend.call(_forward_silu if silu else _forward, x, scale, zero_point, limits))
+    return cast(tuple[Tensor, Tensor, Tensor], _backend.call(_FORWARD[silu], x, scale, zero_point, limits))
 
 
 def backward(
@@ -199,8 +185,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients to x (G, K, M), scale and zero point (G,), from the columns that `forward` gave; `symmetric` leaves the last
     one out (None), which saves a sum. See `functional.fake_quantize`."""
-    function = _backward_silu if silu else _backward_symmetric if symmetric else _backward
-    grad_x, grad_scale, *rest = _backend.call(function, grad, x, s, z, limits)
+    grad_x, grad_scale, *rest = _backend.call(_BACKWARD[silu, symmetric], grad, x, s, z, limits)
     return grad_x, grad_scale, rest[0] if rest else None
 
 

@@ -14,11 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from qdm_lightning.quantization.attention import QuantizedAttention
-from qdm_lightning.quantization.cost_report import FLOAT, CostReport, LayerCost
+from qdm_lightning.quantization.cost_report import CostReport, LayerCost
 from qdm_lightning.quantization.layers import QuantizedLayer
 from qdm_lightning.quantization.preparation import Quantizers, prepare
 from qdm_lightning.quantization.spec import QuantConfig
-from qdm_lightning.quantization.summary import LayerRow, QuantizationReport
+from qdm_lightning.quantization.summary import FLOAT, LayerRow, QuantizationReport
 
 FLOAT_BYTES = 4
 
@@ -62,15 +62,6 @@ def cost(
     return CostReport(list(_layers(model, report, macs)))
 
 
-def network_cost(network: nn.Module, report: QuantizationReport, shape: Sequence[int]) -> CostReport:
-    """The cost of a prepared `network(x, t)` for one image of `shape` (C, H, W).
-
-    Raises:
-        ValueError: as `cost`.
-    """
-    return cost(network, report, (torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64)))
-
-
 def _copy(model: nn.Module, tensor: Callable[[Tensor], Tensor] = lambda original: original) -> nn.Module:
     """A copy of the modules that holds `tensor(original)`, by default the very tensors of `model`."""
     with torch.no_grad():
@@ -85,8 +76,11 @@ def _on_meta(original: Tensor) -> Tensor:
 
 def _check_report(model: nn.Module, report: QuantizationReport) -> None:
     modules = dict(model.named_modules())
-    quantized = {name for name, module in modules.items() if isinstance(module, QuantizedLayer)}
-    quantized |= {name for name, m in modules.items() if isinstance(getattr(m, "processor", None), QuantizedAttention)}
+    quantized = {
+        name
+        for name, module in modules.items()
+        if isinstance(module, QuantizedLayer) or isinstance(getattr(module, "processor", None), QuantizedAttention)
+    }
     listed = {_module_name(row) for row in report.quantized}
     strange = (quantized ^ listed) | {name for row in report.rows if (name := _module_name(row)) not in modules}
     if strange:
@@ -107,27 +101,28 @@ def _count(model: nn.Module, inputs: tuple[Any, ...], device: torch.device) -> C
     counter, macs = FlopCounterMode(display=False), Counter[str]()
     running, counted = [""], 0
 
-    def settle() -> None:
-        """What was counted since the last call belongs to the module that runs."""
+    def switch(entered: str | None) -> None:
+        """What was counted since the last call belongs to the module that ran; now `entered` runs, or its caller again."""
         nonlocal counted
         total = counter.get_total_flops() // 2
         macs[running[-1]] += total - counted
         counted = total
-
-    def enter(name: str) -> None:
-        settle()
-        running.append(name)
-
-    def leave() -> None:
-        settle()
-        running.pop()
+        if entered is None:
+            running.pop()
+        else:
+            running.append(entered)
 
     for name, module in model.named_modules():
-        module.register_forward_pre_hook(lambda *_, name=name: enter(name))
-        module.register_forward_hook(lambda *_: leave())
+        module.register_forward_pre_hook(lambda *_, name=name: switch(name))
+        module.register_forward_hook(lambda *_: switch(None))
     with torch.no_grad(), device, _products_in_the_open(), counter:
         model(*(x.to(device) if isinstance(x, Tensor) else x for x in inputs))
-    _check_counted(model, macs)
+    for name, module in model.named_modules():
+        if name in macs and not macs[name] and isinstance(module, _MULTIPLYING):
+            raise ValueError(
+                f"{name}, a {type(module).__name__}, multiplies by an operator that torch's counter has no formula for: "
+                "register one with torch.utils.flop_counter.register_flop_formula"
+            )
     return macs
 
 
@@ -143,42 +138,30 @@ def _products_in_the_open() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _check_counted(model: nn.Module, macs: Counter[str]) -> None:
-    for name, module in model.named_modules():
-        if name in macs and not macs[name] and isinstance(module, _MULTIPLYING):
-            raise ValueError(
-                f"{name}, a {type(module).__name__}, multiplies by an operator that torch's counter has no formula for: "
-                "register one with torch.utils.flop_counter.register_flop_formula"
-            )
-
-
 def _layers(model: nn.Module, report: QuantizationReport, macs: Counter[str]) -> Iterator[LayerCost]:
     rows: dict[str, list[LayerRow]] = {}
     for row in report.rows:
         rows.setdefault(_module_name(row), []).append(row)
-    sizes, inside_quantizers = _Sizes(), set[nn.Module]()
+    met, of_quantizers = set[int](), set[nn.Module]()
     for name, module in model.named_modules():
-        if module in inside_quantizers:
+        if module in of_quantizers:
             continue
+        processor = getattr(module, "processor", None)
         if isinstance(module, QuantizedLayer):
-            inside_quantizers |= {inner for child in module.children() for inner in child.modules()}
-        listed = rows.get(name, [])
-        if listed and listed[0].kind == "attention":
-            processor = getattr(module, "processor", None)
-            if isinstance(processor, QuantizedAttention):
-                inside_quantizers |= set(processor.modules())
-            yield from _attention(module, processor, listed, macs.pop(name, 0) + macs.pop(f"{name}.processor", 0), sizes)
+            of_quantizers.update(inner for child in module.children() for inner in child.modules())
+        elif isinstance(processor, QuantizedAttention):
+            of_quantizers.update(processor.modules())
+        listed = rows.get(name, [LayerRow(name, type(module).__name__, 0, FLOAT, FLOAT)])
+        if listed[0].kind == "attention":
+            yield from _attention(module, processor, listed, macs[name] + macs[f"{name}.processor"], met)
             continue
-        row = listed[0] if listed else LayerRow(name, type(module).__name__, 0, FLOAT, FLOAT)
-        layer = _layer(module, row, macs[name], sizes)
-        if listed or layer.macs or layer.float_bytes:
+        layer = _layer(module, listed[0], macs[name], met)
+        if name in rows or layer.macs or layer.float_bytes:
             yield layer
 
 
-def _layer(module: nn.Module, row: LayerRow, macs: int, sizes: _Sizes) -> LayerCost:
-    parameters, size, float_size = sizes.own(module, row.weight_bits)
-    if isinstance(module, QuantizedLayer):
-        size += _state_bytes(module.weight_quantizer) + _state_bytes(module.input_quantizer)
+def _layer(module: nn.Module, row: LayerRow, macs: int, met: set[int]) -> LayerCost:
+    parameters, size, float_size = _own_sizes(module, row.weight_bits, met)
     return LayerCost(
         name=row.name,
         kind=row.kind,
@@ -187,19 +170,15 @@ def _layer(module: nn.Module, row: LayerRow, macs: int, sizes: _Sizes) -> LayerC
         weight_bits=row.weight_bits,
         act_bits=row.act_bits,
         operands=(row.weight_bits, row.act_bits),
-        bytes=size,
+        bytes=size + _state_bytes(module, "weight_quantizer", "input_quantizer"),
         float_bytes=float_size,
     )
 
 
-def _attention(module: nn.Module, processor: Any, rows: list[LayerRow], macs: int, sizes: _Sizes) -> Iterator[LayerCost]:
+def _attention(module: nn.Module, processor: Any, rows: list[LayerRow], macs: int, met: set[int]) -> Iterator[LayerCost]:
     """The two products of an attention: q k^T and probs v multiply equally often."""
     qkv, probs = rows
-    parameters, size, float_size = sizes.own(module, FLOAT)
-    states = [0, 0]
-    if isinstance(processor, QuantizedAttention):
-        states[0] = sum(_state_bytes(quantizer) for quantizer in (processor.query, processor.key, processor.value))
-        states[1] = _state_bytes(processor.probabilities)
+    parameters, size, float_size = _own_sizes(module, FLOAT, met)
     yield LayerCost(
         name=qkv.name,
         kind=qkv.kind,
@@ -208,7 +187,7 @@ def _attention(module: nn.Module, processor: Any, rows: list[LayerRow], macs: in
         parameters=parameters,
         act_bits=qkv.act_bits,
         operands=(qkv.act_bits, qkv.act_bits),
-        bytes=size + states[0],
+        bytes=size + _state_bytes(processor, "query", "key", "value"),
         float_bytes=float_size,
     )
     yield LayerCost(
@@ -219,40 +198,37 @@ def _attention(module: nn.Module, processor: Any, rows: list[LayerRow], macs: in
         parameters=0,
         act_bits=probs.act_bits,
         operands=(probs.act_bits, qkv.act_bits),
-        bytes=states[1],
+        bytes=_state_bytes(processor, "probabilities"),
         float_bytes=0,
     )
 
 
-class _Sizes:
-    """Sizes of tensors as stored; one that several modules share counts where it is met first."""
+def _own_sizes(module: nn.Module, weight_bits: int, met: set[int]) -> tuple[int, int, int]:
+    """Parameters, bytes, and bytes without quantization of the tensors that belong to `module` itself.
 
-    def __init__(self) -> None:
-        self.met: set[int] = set()
-
-    def own(self, module: nn.Module, weight_bits: int) -> tuple[int, int, int]:
-        """Parameters, bytes, and bytes without quantization of the tensors that belong to `module` itself."""
-        parameters = size = float_size = 0
-        weight = module.weight if isinstance(module, QuantizedLayer) else None
-        for key, tensor in module.state_dict(keep_vars=True).items():
-            if "." in key or not isinstance(tensor, Tensor):
-                continue
-            if tensor is weight:  # also where it is shared: each layer has codes of its own
-                size += -(-tensor.numel() * weight_bits // 8)
-            if id(tensor) in self.met:
-                continue
-            self.met.add(id(tensor))
-            float_size += _bytes(tensor)
-            size += 0 if tensor is weight else _bytes(tensor)
-            parameters += tensor.numel() if isinstance(tensor, nn.Parameter) else 0
-        return parameters, size, float_size
+    A tensor that several modules share counts where it is met first, and is then added to `met`.
+    """
+    state = module.state_dict(keep_vars=True)
+    tensors = [tensor for key, tensor in state.items() if "." not in key and isinstance(tensor, Tensor)]
+    new = {id(tensor): tensor for tensor in tensors if id(tensor) not in met}
+    met.update(new)
+    weight = module.weight if isinstance(module, QuantizedLayer) else None
+    # A quantized weight counts also where it is shared: each layer has codes of its own.
+    codes = sum(-(-tensor.numel() * weight_bits // 8) for tensor in tensors if tensor is weight)
+    return (
+        sum(tensor.numel() for tensor in new.values() if isinstance(tensor, nn.Parameter)),
+        codes + sum(_bytes(tensor) for tensor in new.values() if tensor is not weight),
+        sum(map(_bytes, new.values())),
+    )
 
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * (FLOAT_BYTES if tensor.is_floating_point() else tensor.element_size())
 
 
-def _state_bytes(quantizer: nn.Module | None) -> int:
-    """Scales, zero points and whatever else a quantizer keeps."""
-    state = quantizer.state_dict() if quantizer is not None else {}
-    return sum(_bytes(value) for value in state.values() if isinstance(value, Tensor))
+def _state_bytes(module: nn.Module, *names: str) -> int:
+    """Scales, zero points and whatever else the quantizers of `module` by these names keep; 0 where it is not prepared."""
+    if not isinstance(module, QuantizedLayer | QuantizedAttention):
+        return 0
+    states = [quantizer.state_dict() for name in names if (quantizer := getattr(module, name)) is not None]
+    return sum(_bytes(value) for state in states for value in state.values() if isinstance(value, Tensor))

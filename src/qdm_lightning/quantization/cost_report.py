@@ -1,4 +1,4 @@
-"""What a network costs, layer by layer, and the conventions by which its theoretical speed-up is told.
+"""What a network costs, layer by layer, and the conventions by which its theoretical speed-up is counted.
 
 Theory by convention, not a measurement: elementwise operations, norms and memory traffic are not counted. Every convention
 relates the multiply-accumulates (MACs) to those of the same network in 32-bit floating point, see `RELATIVE_COST`.
@@ -6,12 +6,11 @@ relates the multiply-accumulates (MACs) to those of the same network in 32-bit f
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-FLOAT = 32
+from qdm_lightning.quantization.summary import FLOAT, bits_text, text_table
 
 
 def linear(a: int, b: int) -> float:
@@ -122,11 +121,10 @@ class CostReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data: the totals, `macs_by_kind`, and `layers`, each with its fields and its `speedup`."""
-        kinds: Counter[str] = Counter()
-        for layer in self.layers:
-            kinds[layer.kind] += layer.macs
+        kinds = dict.fromkeys(layer.kind for layer in self.layers)
+        by_kind = {kind: sum(layer.macs for layer in self.layers if layer.kind == kind) for kind in kinds}
         return self.totals() | {
-            "macs_by_kind": {kind: macs for kind, macs in kinds.items() if macs},
+            "macs_by_kind": {kind: macs for kind, macs in by_kind.items() if macs},
             "layers": [asdict(x) | {"operands": list(x.operands), "speedup": x.speedup()} for x in self.layers],
         }
 
@@ -135,7 +133,7 @@ class CostReport:
         head = ("module", "kind", "MACs", "parameters", "weight", "input", "bytes", *RELATIVE_COST)
         body = [
             (
-                *(x.name, x.kind, f"{x.macs:,}", f"{x.parameters:,}", _bits(x.weight_bits), _bits(x.act_bits)),
+                *(x.name, x.kind, f"{x.macs:,}", f"{x.parameters:,}", bits_text(x.weight_bits), bits_text(x.act_bits)),
                 *(f"{x.bytes:,}", *_factors(x.speedup())),
             )
             for x in self.layers
@@ -146,17 +144,7 @@ class CostReport:
     def table(self) -> str:
         """A plain-text table of all layers and the totals."""
         head, body, total = self.cells()
-        lines = [head, *body, total]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        aligned = [
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-            for line in lines
-        ]
-        return "\n".join(line.rstrip() for line in aligned)
-
-
-def _bits(bits: int | None) -> str:
-    return "-" if bits is None else "float" if bits == FLOAT else str(bits)
+        return text_table([head, *body, total], left=2)
 
 
 def _factors(speedup: dict[str, float] | None) -> list[str]:

@@ -15,16 +15,6 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from qdm_lightning.quantization import compiled
 
 
-def round_ste(x: Tensor) -> Tensor:
-    """Round half to even; the gradient passes unchanged."""
-    return x + (x.round() - x).detach()
-
-
-def integer_zero_point(zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    """The integer in [qmin, qmax] nearest to a learned real zero point; the gradient passes straight through both."""
-    return zero_point + (zero_point.clamp(qmin, qmax).round() - zero_point).detach()
-
-
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     """Integer codes Q(x) = clip(round(x / s) + z, qmin, qmax), as float32 values of x's shape. No gradient.
 
@@ -34,9 +24,14 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int)
         return torch.clamp(torch.round(x.float() / scale) + zero_point, qmin, qmax)
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """x_hat = s (Q - z), the inverse of `quantize` on its grid."""
-    return (codes - zero_point) * scale
+def exp(log_scale: Tensor) -> Tensor:
+    """s = exp(log s), which brings its logarithm with it: `fake_quantize` gives the gradient to log s itself, in its one pass.
+
+    What is computed from the result has no such logarithm, and autograd the gradient as usual. Not to be written in place.
+    """
+    scale = log_scale.exp()
+    scale.logarithm = log_scale  # type: ignore[attr-defined]
+    return scale
 
 
 def fake_quantize(
@@ -49,7 +44,6 @@ def fake_quantize(
     *,
     hold: bool = False,
     silu: bool = False,
-    log: bool = False,
 ) -> Tensor:
     """x_hat = s (clip(round(x / s) + z, qmin, qmax) - z), with LSQ+'s gradients.
 
@@ -58,13 +52,12 @@ def fake_quantize(
 
     Args:
         x: any shape and floating type; the result has both.
-        scale: positive, float32, one element or `x.shape[0]` elements.
+        scale: positive, float32, one element or `x.shape[0]` elements; from `exp`, log s gets the gradient, s times that to s.
         zero_point: float32, as many elements as `scale`; rounded, and the gradient passes straight through.
         qmin, qmax: ends of the integer grid.
         scale_gradient: factor g on the scale's gradient (LSQ, sec. 2.2).
         hold: hold the zero point to [qmin, qmax] too, also straight-through.
         silu: quantize silu(x) in the same pass; the gradient to x goes through silu too.
-        log: `scale` is log s, and the gradient to it is s times that to s.
 
     Raises:
         ValueError: `scale` and `zero_point` differ in size, or have neither one element nor one for each row of x.
@@ -74,28 +67,23 @@ def fake_quantize(
             f"scale has {scale.numel()} and zero_point {zero_point.numel()} elements for x of shape {tuple(x.shape)}: "
             f"give both 1 element or both {x.shape[0]}"
         )
-    return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, scale_gradient, hold, silu, log)
+    log_scale = getattr(scale, "logarithm", None)
+    limits = compiled.limits(qmin, qmax, scale_gradient, hold, log_scale is not None, x.device)
+    value = scale.detach() if scale.requires_grad else scale
+    return _FakeQuantize.apply(x, scale if log_scale is None else log_scale, zero_point, value, limits, silu)
 
 
 class _FakeQuantize(torch.autograd.Function):
+    """`learned` gets the gradient, s or log s as `limits` say; `scale` is s, without gradient."""
+
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        qmin: int,
-        qmax: int,
-        scale_gradient: float,
-        hold: bool,
-        silu: bool,
-        log: bool,
+        ctx: FunctionCtx, x: Tensor, learned: Tensor, zero_point: Tensor, scale: Tensor, limits: Tensor, silu: bool
     ) -> Tensor:
         rows, strides = compiled.as_rows(x, scale.numel())
-        limits = compiled.limits(qmin, qmax, scale_gradient, hold, log, x.device)
-        out, s, z = compiled.forward(rows, _vector(scale.exp() if log else scale), _vector(zero_point), limits, silu)
+        out, s, z = compiled.forward(rows, _vector(scale), _vector(zero_point), limits, silu)
         ctx.save_for_backward(rows, s, z)
-        ctx.constants = (x.shape, strides, scale.shape, limits, silu)  # type: ignore[attr-defined]
+        ctx.constants = (x.shape, strides, learned.shape, limits, silu)  # type: ignore[attr-defined]
         # In place: autograd adds to a gradient or keeps it without a copy only where it is nobody's view.
         return out.as_strided_(x.shape, strides)
 
@@ -115,7 +103,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     upstream = compiled.in_layout(grad, strides).as_strided(rows.shape, rows.stride())
     grad_x, *sums = compiled.backward(upstream, rows, s, z, limits, silu, symmetric=not ctx.needs_input_grad[2])
     own_sums = [g if g is None or g.shape == own else g.view(own) for g in sums]
-    return grad_x.as_strided_(shape, strides), *own_sums, None, None, None, None, None, None
+    return grad_x.as_strided_(shape, strides), *own_sums, None, None, None
 
 
 _once_backward = once_differentiable(_backward)

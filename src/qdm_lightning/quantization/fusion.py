@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import nn
 
@@ -17,25 +17,23 @@ def fuse_silu(model: nn.Module) -> None:
     """
     for module in model.modules():
         kind = type(module).__name__
-        if kind == "ResnetBlock2D":
-            _fold_block(module)
-        elif kind == "UNet2DModel" and isinstance(module.conv_act, nn.SiLU) and _takes_silu(module.conv_out):
-            module.conv_out.input_quantizer.silu = True
-            module.conv_act = nn.Identity()
+        if kind == "ResnetBlock2D" and _is_plain(module):
+            takes_time = module.time_emb_proj is not None and not module.skip_time_act
+            layers = [module.conv1, module.conv2, *([module.time_emb_proj] if takes_time else [])]
+            _fuse(module, layers, "nonlinearity", "dropout")
+        elif kind == "UNet2DModel" and isinstance(module.conv_act, nn.SiLU):
+            _fuse(module, [module.conv_out], "conv_act")
 
 
-def _fold_block(block: Any) -> None:
-    layers = [block.conv1, block.conv2]
-    if block.time_emb_proj is not None and not block.skip_time_act:
-        layers.append(block.time_emb_proj)
-    plain = isinstance(block.nonlinearity, nn.SiLU) and block.upsample is None and block.downsample is None
-    if not plain or block.dropout.p > 0 or not all(map(_takes_silu, layers)):
-        return
-    for layer in layers:
-        layer.input_quantizer.silu = True
-    block.nonlinearity = nn.Identity()
-    block.dropout = nn.Identity()
+def _is_plain(block: Any) -> bool:
+    resamples = block.upsample is not None or block.downsample is not None
+    return isinstance(block.nonlinearity, nn.SiLU) and not resamples and block.dropout.p == 0
 
 
-def _takes_silu(layer: Any) -> TypeGuard[Any]:
-    return isinstance(layer, QuantizedLayer) and layer.input_quantizer is not None
+def _fuse(module: nn.Module, layers: list[Any], *removed: str) -> None:
+    """Where all of `layers` have a quantizer, they take over what the children `removed` do."""
+    if all(isinstance(layer, QuantizedLayer) and layer.input_quantizer is not None for layer in layers):
+        for layer in layers:
+            layer.input_quantizer.silu = True
+        for name in removed:
+            setattr(module, name, nn.Identity())

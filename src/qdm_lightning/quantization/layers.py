@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuantizer
-
-if TYPE_CHECKING:
-    from qdm_lightning.quantization.calibration import Calibrator
-
-_optimizer_steps = 0
-
-
-def _count_step(*_: Any) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)  # a fused optimizer writes weights and raises no version counter
 
 
 class QuantizedLayer(nn.Module):
     """What `QuantConv2d`, `QuantConv1d` and `QuantLinear` share: a weight, its quantizer, the input's quantizer.
 
-    With gradients on, the weight is quantized at every forward pass, once a step. Without gradients in eval mode it is
-    quantized once and kept until the weight or its scales change (their version counters tell), an optimizer takes a step, or
-    `train()` or `eval()` is called. A write through `.data` raises no version counter: call `eval()` after it.
+    The weight is quantized at every forward pass, but once in a `cached_weights` block.
     """
 
     weight: Tensor
@@ -42,39 +30,41 @@ class QuantizedLayer(nn.Module):
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
         self.calibrating = False
-        self._cached: tuple[Any, Tensor, list[Tensor]] | None = None
 
     def quantized_weight(self) -> Tensor:
         """w_hat, of the weight's shape."""
         if self.weight_quantizer is None or self.calibrating:
             return self.weight
-        if torch.is_grad_enabled() or self.training:
-            self._cached = None
+        weights = _cached.get().get(self)
+        if weights is None or self.training or torch.is_grad_enabled():
             return cast(Tensor, self.weight_quantizer(self.weight))
-        state = [self.weight, *self.weight_quantizer.parameters(), *self.weight_quantizer.buffers()]
-        if any(t.is_inference() for t in state):  # these count no versions
-            return cast(Tensor, self.weight_quantizer(self.weight))
-        key = [_optimizer_steps, *((t.data_ptr(), t._version, t.dtype) for t in state)]
-        if self._cached is None or self._cached[0] != key:
-            # The tensors are held too: freed, their addresses would come again with other values.
-            self._cached = (key, self.weight_quantizer(self.weight), [t.detach() for t in state])
-        return self._cached[1]
+        if not weights:
+            weights.append(self.weight_quantizer(self.weight))
+        return weights[0]
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """x_hat, of x's shape."""
         return x if self.input_quantizer is None else cast(Tensor, self.input_quantizer(x))
 
-    def initialize_weight(self, calibrator: Calibrator) -> None:
-        """Start the weight's scales from the weight."""
-        if self.weight_quantizer is not None:
-            self.weight_quantizer.initialize(self.weight, calibrator)
 
-    def train(self, mode: bool = True) -> QuantizedLayer:
-        self._cached = None
-        return super().train(mode)
+_cached: ContextVar[Mapping[QuantizedLayer, list[Tensor]]] = ContextVar("cached", default=MappingProxyType({}))
+"""The quantized weight of each layer in a `cached_weights` block, an empty list before its first pass."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}  # a copy quantizes its own weight
+
+@contextmanager
+def cached_weights(model: nn.Module) -> Iterator[None]:
+    """Within the block each weight of a prepared `model` is quantized once: for sampling, many passes with the same weights.
+
+    It holds for passes in eval mode without gradients; others quantize as ever. The weights and their scales must not change
+    within the block. A block within a block uses what the outer one has; a copy of the model caches nothing.
+    """
+    outer = _cached.get()
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+    token = _cached.set({**outer, **{layer: outer.get(layer, []) for layer in layers}})
+    try:
+        yield
+    finally:
+        _cached.reset(token)
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -13,10 +14,10 @@ from qdm_lightning.quantization.fusion import fuse_silu
 from qdm_lightning.quantization.layers import SWAPS, QuantizedLayer, swap
 from qdm_lightning.quantization.quantizer import ActivationQuantizer, LSQActivation, LSQProbability, LSQWeight, WeightQuantizer
 from qdm_lightning.quantization.spec import QuantConfig
-from qdm_lightning.quantization.summary import LayerRow, QuantizationReport
+from qdm_lightning.quantization.summary import FLOAT, LayerRow, QuantizationReport
 
 UNET_FIRST_LAST = ("conv_in", "conv_out", "time_embedding.*", "*time_emb_proj")
-"""Names of the edges in diffusers' U-Nets: first and last convolution and the layers of the time embedding."""
+"""Names of the first and last layers in diffusers' U-Nets: two convolutions, and the layers of the time embedding."""
 
 _WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Modules that compute with their children's weights themselves: a quantized child would be bypassed."""
@@ -51,7 +52,7 @@ class Quantizers:
 
 
 def prepare(
-    model: nn.Module, config: QuantConfig, quantizers: Quantizers | None = None, *, edges: Sequence[str] | None = None
+    model: nn.Module, config: QuantConfig, quantizers: Quantizers | None = None, *, first_last: Sequence[str] | None = None
 ) -> QuantizationReport:
     """Swap the layers of `model`, in place, for quantized ones that hold the same parameters.
 
@@ -63,29 +64,29 @@ def prepare(
         model: any module, not prepared before.
         config: bit-widths and rules.
         quantizers: factories; the LSQ+ baseline where None.
-        edges: name patterns of the layers with `config.first_last_bits`; None: `UNET_FIRST_LAST` for diffusers'
+        first_last: name patterns of the layers with `config.first_last_bits`; None: `UNET_FIRST_LAST` for diffusers'
             U-Nets, else the first and the last layer in order of registration.
 
     Returns:
         what got how many bits and what stayed in float.
 
     Raises:
-        ValueError: the model is prepared already; a rule or edge pattern matches no layer; a layer whose kind can't be
-            quantized is not at 32 bits (a rule `<name>: 32` leaves it in float on purpose).
+        ValueError: the model is prepared already; a pattern of `rules` or `first_last` matches no layer; a layer whose kind
+            can't be quantized is not at 32 bits (a rule `<name>: 32` leaves it in float on purpose).
     """
     quantizers = quantizers or Quantizers()
     modules = _modules(model)
     if any(isinstance(m, QuantizedLayer | QuantizedAttention) for m in modules.values()):
         raise ValueError("the model is prepared already: prepare a fresh float model")
-    bits = _Bits(config, [n for n, m in modules.items() if _has_bits(m)], edges)
+    bits = _bits(config, modules, first_last)
     rows = []
     for name, module in modules.items():
         if is_attention(module):
-            rows += _prepare_attention(name, module, bits, quantizers)
+            rows += _prepare_attention(name, module, *bits[name], quantizers)
         elif isinstance(module, _WEIGHTED):
-            rows.append(_prepare_layer(model, name, module, bits, quantizers))
+            rows.append(_prepare_layer(model, name, module, *bits[name], quantizers))
         elif (own := sum(p.numel() for p in module.parameters(recurse=False))) > 0:
-            rows.append(LayerRow(name, type(module).__name__, own, 32, 32))
+            rows.append(LayerRow(name, type(module).__name__, own, FLOAT, FLOAT))
     fuse_silu(model)
     return QuantizationReport(rows)
 
@@ -96,87 +97,75 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if id(module) not in inside}
 
 
-def _has_bits(module: nn.Module) -> bool:
-    return isinstance(module, _WEIGHTED) or is_attention(module)
+def _matching(names: Sequence[str], pattern: str) -> list[str]:
+    return [name for name in names if fnmatchcase(name, pattern)]
 
 
-class _Bits:
-    """Resolves a layer's name to its bit-widths, and checks that every pattern is of use."""
-
-    def __init__(self, config: QuantConfig, names: list[str], edges: Sequence[str] | None) -> None:
-        self.config = config
-        if edges is None:
-            found = {"conv_in", "conv_out"} <= set(names)
-            edges = (
-                [p for p in UNET_FIRST_LAST if any(fnmatchcase(n, p) for n in names)] if found else [*names[:1], *names[-1:]]
-            )
-        self.edges = edges
-        for kind, patterns in (("quant.rules", config.rules), ("edges", edges)):
-            for pattern in patterns:
-                if not any(fnmatchcase(name, pattern) for name in names):
-                    some = ", ".join(names[:3])
-                    raise ValueError(f"{kind}: the pattern {pattern!r} matches no layer: layers are named like {some}")
-
-    def _rule(self, name: str) -> int | None:
-        matching = [bits for pattern, bits in self.config.rules.items() if fnmatchcase(name, pattern)]
-        return matching[-1] if matching else None
-
-    def layer(self, name: str) -> tuple[int, int]:
-        """Bits of weight and of input."""
-        rule = self._rule(name)
-        if rule is not None:
-            return rule, rule
-        if any(fnmatchcase(name, pattern) for pattern in self.edges):
-            return self.config.first_last_bits, self.config.first_last_bits
-        return self.config.weight_bits, self.config.act_bits
-
-    def attention(self, name: str) -> tuple[int, int]:
-        """Bits of q, k, v and of the probabilities."""
-        rule = self._rule(name)
-        return (rule, rule) if rule is not None else (self.config.attention_bits, self.config.probs_bits)
+def _bits(config: QuantConfig, modules: dict[str, nn.Module], first_last: Sequence[str] | None) -> dict[str, tuple[int, int]]:
+    """By name, the bits of weight and input, or of q, k, v and probabilities. Checks that every pattern is of use."""
+    names = [name for name, module in modules.items() if isinstance(module, _WEIGHTED) or is_attention(module)]
+    if first_last is None:
+        unet = {"conv_in", "conv_out"} <= set(names)
+        first_last = [p for p in UNET_FIRST_LAST if _matching(names, p)] if unet else [*names[:1], *names[-1:]]
+    for kind, patterns in (("quant.rules", config.rules), ("first_last", first_last)):
+        for pattern in patterns:
+            if not _matching(names, pattern):
+                some = ", ".join(names[:3])
+                raise ValueError(f"{kind}: the pattern {pattern!r} matches no layer: layers are named like {some}")
+    bits = dict.fromkeys(names, (config.weight_bits, config.act_bits))
+    for pattern in first_last:
+        bits.update(dict.fromkeys(_matching(names, pattern), (config.first_last_bits, config.first_last_bits)))
+    bits.update({name: (config.attention_bits, config.probs_bits) for name in names if is_attention(modules[name])})
+    for pattern, ruled in config.rules.items():
+        bits.update(dict.fromkeys(_matching(names, pattern), (ruled, ruled)))
+    return bits
 
 
-def _prepare_layer(model: nn.Module, name: str, layer: nn.Module, bits: _Bits, quantizers: Quantizers) -> LayerRow:
-    weight_bits, act_bits = bits.layer(name)
+def _quantizer(factory: Callable[..., Any], bits: int, **options: Any) -> Any:
+    return None if bits == FLOAT else factory(bits=bits, **options)
+
+
+def _names(*quantizers: nn.Module | None) -> list[str]:
+    return [type(quantizer).__name__ for quantizer in quantizers if quantizer is not None]
+
+
+def _prepare_layer(
+    model: nn.Module, name: str, layer: nn.Module, weight_bits: int, act_bits: int, quantizers: Quantizers
+) -> LayerRow:
+    kind = type(layer)
     parameters = sum(p.numel() for p in layer.parameters(recurse=not isinstance(layer, tuple(SWAPS))))
-    row = LayerRow(name, type(layer).__name__, parameters, weight_bits, act_bits)
-    if weight_bits == act_bits == 32:
+    row = LayerRow(name, kind.__name__, parameters, weight_bits, act_bits)
+    if weight_bits == act_bits == FLOAT:
         return row
-    if type(layer) not in SWAPS:
-        kinds = ", ".join(kind.__name__ for kind in SWAPS)
+    if kind not in SWAPS:
         raise ValueError(
-            f"{name or 'the model'} is a {type(layer).__name__}, which can't be quantized (only {kinds} can): "
-            f"leave it in float by the rule quant.rules={{{name}: 32}}"
+            f"{name or 'the model'} is a {kind.__name__}, which can't be quantized (only "
+            f"{', '.join(swapped.__name__ for swapped in SWAPS)} can): leave it in float by the rule quant.rules={{{name}: 32}}"
         )
     if not name:
-        raise ValueError(f"the model is a bare {type(layer).__name__}: wrap it, for example nn.Sequential(model)")
-    weight_quantizer = None if weight_bits == 32 else quantizers.weight(bits=weight_bits, weight=layer.weight)
-    padded = not isinstance(layer, nn.Linear)
-    input_quantizer = None if act_bits == 32 else quantizers.activation(bits=act_bits, padded=padded)
+        raise ValueError(f"the model is a bare {kind.__name__}: wrap it, for example nn.Sequential(model)")
+    weight_quantizer = _quantizer(quantizers.weight, weight_bits, weight=layer.weight)
+    input_quantizer = _quantizer(quantizers.activation, act_bits, padded=not isinstance(layer, nn.Linear))
     new = swap(layer, weight_quantizer, input_quantizer).to(next(layer.parameters()).device).train(layer.training)
     everywhere = [n for n, m in model.named_modules(remove_duplicate=False) if m is layer]  # one layer may stand in two places
     for parent, _, leaf in (n.rpartition(".") for n in everywhere):
         setattr(model.get_submodule(parent), leaf, new)
-    row.quantizers = [type(q).__name__ for q in (weight_quantizer, input_quantizer) if q is not None]
+    row.quantizers = _names(weight_quantizer, input_quantizer)
     return row
 
 
-def _prepare_attention(name: str, module: nn.Module, bits: _Bits, quantizers: Quantizers) -> list[LayerRow]:
-    qkv_bits, probs_bits = bits.attention(name)
-    rows = [LayerRow(f"{name}.qkv", "attention", 0, 32, qkv_bits), LayerRow(f"{name}.probs", "attention", 0, 32, probs_bits)]
-    if qkv_bits == probs_bits == 32:
+def _prepare_attention(name: str, module: Any, qkv_bits: int, probs_bits: int, quantizers: Quantizers) -> list[LayerRow]:
+    rows = [LayerRow(f"{name}.{part}", "attention", 0, FLOAT, b) for part, b in (("qkv", qkv_bits), ("probs", probs_bits))]
+    if qkv_bits == probs_bits == FLOAT:
         return rows
     reason = unsupported(module)
     if reason:
         raise ValueError(
             f"{name}: this attention can't be quantized, {reason}: leave it in float by the rule quant.rules={{{name}: 32}}"
         )
-    operands = [None if qkv_bits == 32 else quantizers.attention(bits=qkv_bits, padded=False) for _ in range(3)]
-    probabilities = None if probs_bits == 32 else quantizers.probabilities(bits=probs_bits, padded=False)
-    device = next(module.parameters()).device
-    q, k, v = operands
-    processor = QuantizedAttention(q, k, v, probabilities).to(device).train(module.training)
-    module.set_processor(processor)  # type: ignore[operator]
-    for row, quantizer in zip(rows, (operands[0], probabilities), strict=True):
-        row.quantizers = [] if quantizer is None else [type(quantizer).__name__]
+    q, k, v = (_quantizer(quantizers.attention, qkv_bits, padded=False) for _ in range(3))
+    probabilities = _quantizer(quantizers.probabilities, probs_bits, padded=False)
+    processor = QuantizedAttention(q, k, v, probabilities).to(next(module.parameters()).device).train(module.training)
+    module.set_processor(processor)
+    rows[0].quantizers, rows[1].quantizers = _names(q), _names(probabilities)
     return rows

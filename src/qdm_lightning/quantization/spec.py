@@ -19,8 +19,8 @@ class QuantConfig:
     """Bit-widths of a student (config group `quant`).
 
     Args:
-        weight_bits: bits of every weight that is not at an edge.
-        act_bits: bits of every layer input that is not at an edge.
+        weight_bits: bits of every weight but those of the first and last layers.
+        act_bits: bits of every layer input but those of the first and last layers.
         qkv_bits: bits of the attention operands q, k, v; None follows `act_bits`.
         probs_bits: bits of the attention probabilities (unsigned, zero point 0).
         first_last_bits: bits (weights and inputs) of the first and last convolution and of the time embedding's layers.
@@ -50,12 +50,8 @@ class QuantConfig:
     calibration_timesteps: str = "uniform"
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "act_bits", "probs_bits", "first_last_bits"):
-            one_of(f"quant.{name}", getattr(self, name), BITS)
-        if self.qkv_bits is not None:
-            one_of("quant.qkv_bits", self.qkv_bits, BITS)
-        for pattern, bits in self.rules.items():
-            one_of(f"quant.rules.{pattern}", bits, BITS)
+        for name, bits in self._widths.items():
+            one_of(f"quant.{name}", bits, BITS)
         one_of("quant.mode", self.mode, ("qat", "ptq"))
         one_of("quant.calibration_timesteps", self.calibration_timesteps, ("uniform", "normal"))
         at_least("quant.calibration_batches", self.calibration_batches, 1)
@@ -68,15 +64,12 @@ class QuantConfig:
     @property
     def is_float(self) -> bool:
         """True where nothing is quantized: the run is a full-precision teacher."""
-        widths = (
-            self.weight_bits,
-            self.act_bits,
-            self.attention_bits,
-            self.probs_bits,
-            self.first_last_bits,
-            *self.rules.values(),
-        )
-        return all(bits == 32 for bits in widths)
+        return all(bits == 32 for bits in self._widths.values())
+
+    @property
+    def _widths(self) -> dict[str, int]:
+        fixed = {name: getattr(self, name) for name in ("weight_bits", "act_bits", "probs_bits", "first_last_bits")}
+        return fixed | {"qkv_bits": self.attention_bits} | {f"rules.{name}": bits for name, bits in self.rules.items()}
 
 
 @dataclass(kw_only=True)
@@ -91,7 +84,7 @@ class TaQOff:
 
 @dataclass(kw_only=True)
 class TaQNormalize(TaQOff):
-    """`taq=normalize`: the quantizer follows each sample's own mean and deviation; `psi` is added to the variance."""
+    """`taq=normalize`: the quantizer follows each sample's own mean and standard deviation; `psi` is added to the variance."""
 
     _target_: str = "qdm_lightning.quantization.taq.NormalizedActivation"
     psi: float = 1e-5
@@ -103,7 +96,7 @@ class TaQNormalize(TaQOff):
 
 @dataclass(kw_only=True)
 class TaQEma(TaQNormalize):
-    """`taq=ema`: as `normalize`, with mean and deviation from tables over `groups` timestep groups, averaged in training."""
+    """`taq=ema`: as `normalize`, with moments from tables over `groups` timestep groups, averaged in training."""
 
     _target_: str = "qdm_lightning.quantization.taq.EMANormalizedActivation"
     groups: int = 20

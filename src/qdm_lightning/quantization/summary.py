@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+FLOAT = 32
+"""The bit-width that means: not quantized."""
 
 
 @dataclass
@@ -29,23 +33,13 @@ class QuantizationReport:
         """Rows with a quantizer."""
         return [row for row in self.rows if row.quantizers]
 
-    @property
-    def left_float(self) -> list[LayerRow]:
-        """Rows without any."""
-        return [row for row in self.rows if not row.quantizers]
-
-    def as_dict(self) -> list[dict[str, Any]]:
-        """Plain data for a record."""
-        return [asdict(row) for row in self.rows]
-
     def summary(self) -> str:
         """One line: how many parameters have how many bits."""
-        by_bits: dict[int, int] = {}
+        by_bits: Counter[int] = Counter()
         for row in self.rows:
-            bits = row.weight_bits if row.quantizers else 32
-            by_bits[bits] = by_bits.get(bits, 0) + row.parameters
+            by_bits[row.weight_bits if row.quantizers else FLOAT] += row.parameters
         parts = [
-            f"{count:,} at {'float' if bits == 32 else f'{bits} bits'}" for bits, count in sorted(by_bits.items()) if count
+            f"{count:,} at {'float' if bits == FLOAT else f'{bits} bits'}" for bits, count in sorted(by_bits.items()) if count
         ]
         return f"{sum(by_bits.values()):,} parameters: {', '.join(parts)}"
 
@@ -53,15 +47,30 @@ class QuantizationReport:
         """A plain-text table of all rows, with the summary below."""
         head = ("module", "kind", "parameters", "weight", "input", "quantizers")
         body = [
-            (r.name, r.kind, f"{r.parameters:,}", _bits(r.weight_bits), _bits(r.act_bits), " ".join(r.quantizers) or "-")
+            (
+                r.name,
+                r.kind,
+                f"{r.parameters:,}",
+                bits_text(r.weight_bits),
+                bits_text(r.act_bits),
+                " ".join(r.quantizers) or "-",
+            )
             for r in self.rows
         ]
-        widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [head, *body]
-        ]
-        return "\n".join([*lines, "", self.summary(), "normalization, SiLU and residual additions: float"])
+        table = text_table([head, *body], left=len(head))
+        return "\n".join([table, "", self.summary(), "normalization, SiLU and residual additions: float"])
 
 
-def _bits(bits: int) -> str:
-    return "float" if bits == 32 else str(bits)
+def bits_text(bits: int | None) -> str:
+    """A bit-width as a table shows it; None where there is none."""
+    return "-" if bits is None else "float" if bits == FLOAT else str(bits)
+
+
+def text_table(lines: Sequence[Sequence[str]], left: int) -> str:
+    """Lines of cells as columns of plain text, the first `left` columns aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = [
+        [cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))]
+        for line in lines
+    ]
+    return "\n".join("  ".join(cells).rstrip() for cells in aligned)

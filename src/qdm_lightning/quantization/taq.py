@@ -6,52 +6,45 @@ others read it from `timesteps(t)`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from qdm_lightning.quantization import compiled
-from qdm_lightning.quantization.quantizer import LSQActivation
+from qdm_lightning.quantization.observer import Calibrator, Observer
+from qdm_lightning.quantization.quantizer import LSQActivation, fusible
+from qdm_lightning.quantization.spec import TaQEma, TaQNormalize, TaQScale
 from qdm_lightning.quantization.timestep import current_timesteps
-
-if TYPE_CHECKING:
-    from qdm_lightning.quantization.calibration import Calibrator
-    from qdm_lightning.quantization.observer import Observer
 
 
 class NormalizedActivation(LSQActivation):
-    """`taq=normalize`: the grid follows each sample's own mean mu_n and deviation sigma_n = sqrt(var_n + psi).
+    """`taq=normalize`: the grid follows each sample's own mean mu_n and standard deviation sigma_n = sqrt(var_n + psi).
 
     s_n = s sigma_n; z_n = round(z - mu_n / s_n), held to the grid where zeros are padded;
     x_hat = s_n (clip(round(x / s_n) + z_n, 0, 2^b - 1) - z_n). mu_n and sigma_n are taken over all axes but the first, in
     float32 and without gradient. s and z are learned in units of the normalized activation (x - mu_n) / sigma_n.
     """
 
-    def __init__(self, *, bits: int, padded: bool = False, psi: float = 1e-5) -> None:
+    def __init__(self, *, bits: int, padded: bool = False, psi: float = TaQNormalize.psi) -> None:
         super().__init__(bits=bits, padded=padded)
-        self.psi = psi
+        self.psi, self.holds_zero = psi, padded
 
+    @torch.no_grad()
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mu_n and sigma_n of x (B, ...), each (B,), float32, no gradient."""
-        with torch.no_grad():
-            return compiled.row_moments(x, self.psi)
-
-    @property
-    def holds_zero(self) -> bool:
-        return self.padded
+        return compiled.row_moments(x, self.psi)
 
     def learned_grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, deviation = self.moments(x)
+        mean, std = self.moments(x)
         # s acts through z_n too: LSQ's factor belongs on that path of its gradient as well.
         factor = compiled.gradient_factor(x.shape, self.qmax)
-        return _SampleGrid.apply(self.scale, self.zero_point, mean, deviation, factor)
+        return _SampleGrid.apply(self.scale, self.zero_point, mean, std, factor)
 
     def observe(self, x: Tensor) -> Tensor:
-        mean, deviation = self.moments(x)
-        column = (-1, *([1] * (x.ndim - 1)))
-        return (x - mean.view(column)) / deviation.view(column)
+        mean, std = (values.view(-1, *[1] * (x.ndim - 1)) for values in self.moments(x))
+        return (x - mean) / std
 
 
 class _SampleGrid(torch.autograd.Function):
@@ -59,32 +52,46 @@ class _SampleGrid(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, scale: Tensor, zero_point: Tensor, mean: Tensor, deviation: Tensor, factor: float
+        ctx: FunctionCtx, scale: Tensor, zero_point: Tensor, mean: Tensor, std: Tensor, factor: float
     ) -> tuple[Tensor, Tensor]:
-        own = scale * deviation
+        own = scale * std
         shift = mean / own
-        ctx.save_for_backward(scale, deviation, shift)
+        ctx.save_for_backward(scale, std, shift)
         ctx.factor = factor  # type: ignore[attr-defined]
         return own, zero_point - shift
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_scale: Tensor, grad_zero: Tensor) -> tuple[Tensor | None, ...]:
-        scale, deviation, shift = ctx.saved_tensors  # type: ignore[attr-defined]
+        scale, std, shift = ctx.saved_tensors  # type: ignore[attr-defined]
         # d s_n / d s = sigma_n, and d z_n / d s = mu_n / (s_n s).
         through_zero = ctx.factor * (grad_zero @ shift) / scale  # type: ignore[attr-defined]
-        return grad_scale @ deviation + through_zero, grad_zero.sum(0, keepdim=True), None, None, None
+        return grad_scale @ std + through_zero, grad_zero.sum(0, keepdim=True), None, None, None
 
 
-class _Grouped:
+class _Grouped(nn.Module):
     """Timestep groups: which group a sample belongs to, and which groups were ever seen."""
 
-    groups: int
-    num_train_timesteps: int
     seen: Tensor
 
-    def group(self, rows: int) -> Tensor:
-        """g = floor(t G / T), (rows,) int64.
+    def set_groups(self, groups: int, num_train_timesteps: int) -> None:
+        """Set G and T; no group was seen."""
+        self.groups, self.num_train_timesteps = groups, num_train_timesteps
+        self.register_buffer("seen", torch.zeros(groups, dtype=torch.bool))
+
+    def group_of(self, t: Tensor) -> Tensor:
+        """g = floor(t G / T) of timesteps t, (rows,) int64.
+
+        Raises:
+            ValueError: a timestep outside [0, T).
+        """
+        total = self.num_train_timesteps
+        if bool(((t < 0) | (t >= total)).any()):
+            raise ValueError(f"timesteps {t.min().item()}..{t.max().item()} lie outside [0, {total})")
+        return torch.div(t.long() * self.groups, total, rounding_mode="floor")
+
+    def current_group(self, rows: int) -> Tensor:
+        """The group of each row of the running pass, (rows,) int64.
 
         Raises:
             RuntimeError: no timestep was given.
@@ -93,7 +100,7 @@ class _Grouped:
         t = current_timesteps(rows)
         if t is None:
             raise RuntimeError(f"{type(self).__name__} needs the timesteps: run the model under `with timesteps(t):`")
-        return timestep_group(t, self.groups, self.num_train_timesteps)
+        return self.group_of(t)
 
     def check_seen(self, group: Tensor) -> None:
         """Raise RuntimeError if a group was neither calibrated nor trained."""
@@ -105,59 +112,53 @@ class _Grouped:
             )
 
 
-def timestep_group(t: Tensor, groups: int, num_train_timesteps: int) -> Tensor:
-    """g = floor(t G / T) of timesteps t, any shape.
-
-    Raises:
-        ValueError: a timestep outside [0, T).
-    """
-    if bool(((t < 0) | (t >= num_train_timesteps)).any()):
-        raise ValueError(f"timesteps {t.min().item()}..{t.max().item()} lie outside [0, {num_train_timesteps})")
-    return torch.div(t.long() * groups, num_train_timesteps, rounding_mode="floor")
-
-
 class EMANormalizedActivation(NormalizedActivation, _Grouped):
     """`taq=ema`: as `normalize`, with mu_g and sigma_g read from tables by the timestep's group: static at each step.
 
-    In training the tables follow the groups' own means and deviations by an exponential average ("smoothing").
+    In training the tables follow the groups' own means and standard deviations by an exponential average ("smoothing").
 
     Args:
-        groups: G. num_train_timesteps: T.
+        groups: number of timestep groups, G.
+        num_train_timesteps: timesteps of the process, T.
         momentum: share of the old value at each update.
     """
 
     mean: Tensor
-    deviation: Tensor
-    seen: Tensor
+    std: Tensor
 
     def __init__(
         self,
         *,
         bits: int,
         padded: bool = False,
-        psi: float = 1e-5,
-        groups: int = 20,
-        momentum: float = 0.95,
-        num_train_timesteps: int = 1000,
+        psi: float = TaQEma.psi,
+        groups: int = TaQEma.groups,
+        momentum: float = TaQEma.momentum,
+        num_train_timesteps: int = TaQEma.num_train_timesteps,
     ) -> None:
         super().__init__(bits=bits, padded=padded, psi=psi)
-        self.groups, self.momentum, self.num_train_timesteps = groups, momentum, num_train_timesteps
+        self.momentum = momentum
         self.register_buffer("mean", torch.zeros(groups))
-        self.register_buffer("deviation", torch.ones(groups))
-        self.register_buffer("seen", torch.zeros(groups, dtype=torch.bool))
+        self.register_buffer("std", torch.ones(groups))
+        self.set_groups(groups, num_train_timesteps)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}deviation" in state_dict:  # its name in version 0.1
+            state_dict[f"{prefix}std"] = state_dict.pop(f"{prefix}deviation")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        group = self.group(x.shape[0])
+        group = self.current_group(x.shape[0])
         if self.training or self.observer is not None:
             self._update(group, *super().moments(x))
         self.check_seen(group)
-        return self.mean[group], self.deviation[group]
+        return self.mean[group], self.std[group]
 
-    def _update(self, group: Tensor, mean: Tensor, deviation: Tensor) -> None:
+    def _update(self, group: Tensor, mean: Tensor, std: Tensor) -> None:
         count = torch.bincount(group, minlength=self.groups)
         here = count > 0
-        for table, values in ((self.mean, mean), (self.deviation, deviation)):
+        for table, values in ((self.mean, mean), (self.std, std)):
             average = torch.zeros_like(table).index_add_(0, group, values) / count.clamp(min=1)
             updated = torch.where(self.seen, self.momentum * table + (1 - self.momentum) * average, average)
             table.copy_(torch.where(here, updated, table))
@@ -171,20 +172,23 @@ class GroupedActivation(LSQActivation, _Grouped):
     its row alone (`training.optimizer.QuantizerAdam` does; the parameters carry `rows_move_alone = True`).
     """
 
-    seen: Tensor
-    quantize_silu = LSQActivation.quantize_silu  # the grid depends on t alone
-
-    def __init__(self, *, bits: int, padded: bool = False, groups: int = 20, num_train_timesteps: int = 1000) -> None:
+    def __init__(
+        self,
+        *,
+        bits: int,
+        padded: bool = False,
+        groups: int = TaQScale.groups,
+        num_train_timesteps: int = TaQScale.num_train_timesteps,
+    ) -> None:
         super().__init__(bits=bits, padded=padded)
-        self.groups, self.num_train_timesteps = groups, num_train_timesteps
-        self.log_scale = nn.Parameter(torch.zeros(groups))
-        self.zero_point = nn.Parameter(torch.zeros(groups))
+        self.learn(groups)
         for parameter in (self.log_scale, self.zero_point):
             parameter.rows_move_alone = True  # type: ignore[attr-defined]
-        self.register_buffer("seen", torch.zeros(groups, dtype=torch.bool))
+        self.set_groups(groups, num_train_timesteps)
 
+    @fusible
     def learned_grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        group = self.group(x.shape[0])
+        group = self.current_group(x.shape[0])
         if self.training:
             self.seen[group] = True
         else:
@@ -192,19 +196,19 @@ class GroupedActivation(LSQActivation, _Grouped):
         return self.scale[group], self.zero_point[group]
 
     def observe(self, x: Tensor) -> Tensor:
-        self.group(x.shape[0])  # raises where no timestep was given
+        self.current_group(x.shape[0])  # raises where no timestep was given
         return x
 
     @torch.no_grad()
     def initialize(self, observer: Observer, calibrator: Calibrator) -> None:
         """Each group from its own samples; groups without any start from all of them, and stay unseen."""
-        group = timestep_group(observer.timesteps, self.groups, self.num_train_timesteps)
-        found = group.unique()
-        pools = [observer.pool(group == g)[0] for g in found]
+        group = self.group_of(observer.timesteps)
+        present = group.unique()
+        pools = [observer.pool(group == g)[0] for g in present]
         width = max(pool.numel() for pool in pools)
         equal = torch.stack([pool.repeat(-(-width // pool.numel()))[:width] for pool in pools])
         rest, own = (calibrator.search(values, self.qmin, self.qmax, symmetric=False) for values in (observer.pool(), equal))
         scale, zero_point = (result.repeat(self.groups) for result in rest)
-        scale[found], zero_point[found] = own
-        self.seen[found] = True
+        scale[present], zero_point[present] = own
+        self.seen[present] = True
         self.set_grid(scale, zero_point)

@@ -56,7 +56,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": machine["gpu"] if device.type == "cuda" else device.type,
         **{name: machine[name] for name in ("processor", "capability", "threads")},
-        "fake_quantization": compiled.record()["fake_quantization"],
+        "fake_quantization": compiled.provenance()["fake_quantization"],
     }
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from qdm_lightning.data.module import ImageDataModule
 from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig, SamplerConfig
-from qdm_lightning.quantization.calibration import Calibrator
+from qdm_lightning.quantization.observer import Calibrator
 from qdm_lightning.quantization.preparation import Quantizers
 from qdm_lightning.quantization.spec import QuantConfig
 from qdm_lightning.training.spec import TEACHER_OPTIMIZER, OptimizerConfig, PathsConfig, TeacherConfig, TrainerConfig

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qdm_lightning.diffusion.process import add_noise, noise_scheduler
 from qdm_lightning.diffusion.spec import DiffusionConfig
 from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.quantization.layers import cached_weights
 from qdm_lightning.quantization.quantizer import ActivationQuantizer
 from qdm_lightning.training.validation_set import BUCKETS, ValidationSet
 
@@ -64,11 +65,12 @@ def activations_by_bucket(
     picked = order[torch.arange(count) * len(order) // count]
     hooks = [module.register_forward_pre_hook(partial(see, name)) for name, module in chosen.items()]
     try:
-        for part in picked.split(batch_size):
-            x0, t, eps = validation_set.x0[part], validation_set.t[part], validation_set.eps[part]
-            bucket = t * BUCKETS // validation_set.num_train_timesteps
-            x = add_noise(scheduler, x0, eps, t).to(device, memory_format=torch.channels_last)
-            network(x, t.to(device))
+        with cached_weights(network):
+            for part in picked.split(batch_size):
+                x0, t, eps = validation_set.x0[part], validation_set.t[part], validation_set.eps[part]
+                bucket = t * BUCKETS // validation_set.num_train_timesteps
+                x = add_noise(scheduler, x0, eps, t).to(device, memory_format=torch.channels_last)
+                network(x, t.to(device))
     finally:
         for hook in hooks:
             hook.remove()

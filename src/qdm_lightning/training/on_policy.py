@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from qdm_lightning.diffusion.sampling import image_seeds, sample
 from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig, SamplerConfig
+from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.quantization.layers import cached_weights
 
 FIRST_SEED = 100_000_000
 """Index of the first trajectory: far from the images that evaluation draws."""
@@ -29,9 +29,7 @@ class TrajectoryBuffer:
         self.x = torch.empty(0)
         self.t = torch.empty(0, dtype=torch.int64)
 
-    def mix(
-        self, x: Tensor, t: Tensor, generator: torch.Generator, step: int, network: Callable[[Tensor, Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def mix(self, x: Tensor, t: Tensor, generator: torch.Generator, step: int, network: Denoiser) -> tuple[Tensor, Tensor]:
         """x (B, C, H, W) and t (B,) with the first `fraction * B` samples replaced by states of the buffer."""
         if not len(self.x) or step % self.nem.on_policy_refresh == 0:
             self._refresh(tuple(x.shape[1:]), step, network, x.device)
@@ -39,9 +37,7 @@ class TrajectoryBuffer:
         pick = torch.randint(len(self.x), (count,), generator=generator)
         return torch.cat([self.x[pick].to(x.device), x[count:]]), torch.cat([self.t[pick].to(t.device), t[count:]])
 
-    def _refresh(
-        self, shape: tuple[int, ...], step: int, network: Callable[[Tensor, Tensor], Tensor], device: torch.device
-    ) -> None:
+    def _refresh(self, shape: tuple[int, ...], step: int, network: Denoiser, device: torch.device) -> None:
         states: list[Tensor] = []
         times: list[Tensor] = []
 
@@ -53,7 +49,8 @@ class TrajectoryBuffer:
         images = max(1, self.nem.on_policy_buffer // steps)
         sampler = SamplerConfig(kind="ddim", steps=steps, batch_size=min(images, 64))
         seeds = image_seeds(self.seed, images, start=FIRST_SEED + step * images)
-        sample(network, sampler, self.diffusion, shape=shape, seeds=seeds, device=device, on_state=keep)  # type: ignore[arg-type]
+        with cached_weights(network):
+            sample(network, sampler, self.diffusion, shape=shape, seeds=seeds, device=device, on_state=keep)  # type: ignore[arg-type]
         self.x, self.t = torch.cat(states)[: self.nem.on_policy_buffer], torch.cat(times)[: self.nem.on_policy_buffer]
 
     def state(self) -> dict[str, Tensor]:

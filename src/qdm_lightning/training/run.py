@@ -26,7 +26,7 @@ from qdm_lightning.metrics.frechet import features, frechet_distance, frechet_ke
 from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.models.image_sampler import ImageSampler
 from qdm_lightning.quantization import compiled
-from qdm_lightning.quantization.cost import network_cost
+from qdm_lightning.quantization.cost import cost as count_cost
 from qdm_lightning.runs.provenance import git_commit, hardware, peak_memory, versions
 from qdm_lightning.training.callbacks import LearnedScales, SampleDuringTraining, StageProgress
 from qdm_lightning.training.devices import measuring_device, set_up
@@ -142,7 +142,8 @@ class Run:
         write_whole(self.folder / "quantization.txt", f"{report.table()}\n".encode())
         self.progress.say(report.summary())
         student = student.to(self.device).to(memory_format=torch.channels_last)
-        cost = network_cost(student, report, (e.data.channels, size, size))
+        image = torch.zeros(1, e.data.channels, size, size)
+        cost = count_cost(student, report, (image, torch.zeros(1, dtype=torch.int64)))
         log_layers(self.loggers, report, cost)
         return student, cost.totals()
 
@@ -201,7 +202,7 @@ class Run:
         """metrics.json, with what the results must carry, and everything to the loggers."""
         self.metrics |= {
             "num_samples": self.experiment.num_samples,
-            "kernels": compiled.record(),
+            "kernels": compiled.provenance(),
             "versions": versions(),
             "hardware": hardware(),
             "peak_memory_bytes": peak_memory(),

@@ -85,6 +85,8 @@ def _settings(student: Any, experiment: Experiment) -> dict[str, Any]:
 def load_student(folder: str | Path, *, trusted: Collection[str] = ()) -> nn.Module:
     """The quantized student of a run: a `UNet2DModel` in eval mode, on the CPU, channels-last, as it was measured.
 
+    A call quantizes its weights; under `with quantization.cached_weights(student):` many calls do that once.
+
     Under `with quantization.timesteps(t):` its output `student(x, t).sample`, (B, C, H, W), is that of the run's student,
     bit for bit: same machine, versions and threads, fake quantization compiled or eager as it was there (`compiled.set_mode`
     takes `trainer.compile`; both say `auto` by themselves).

@@ -12,6 +12,7 @@ from qdm_lightning.diffusion.losses import per_sample_mse
 from qdm_lightning.diffusion.process import add_noise, noise_scheduler
 from qdm_lightning.diffusion.spec import DiffusionConfig
 from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.quantization.layers import cached_weights
 
 BUCKETS = 10
 """Number of equal ranges of t."""
@@ -58,7 +59,8 @@ def nem_error(
     """L_NeM on the validation set by bucket of t, from t = 0 up; both networks in eval mode on one device."""
     scheduler, device = noise_scheduler(diffusion), next(student.parameters()).device
     errors = []
-    for x0, t, eps in validation_set.batches(batch_size):
-        x = add_noise(scheduler, x0, eps, t).to(device, memory_format=torch.channels_last)
-        errors.append(per_sample_mse(teacher(x, t.to(device)), student(x, t.to(device))).cpu())
+    with cached_weights(student):
+        for x0, t, eps in validation_set.batches(batch_size):
+            x = add_noise(scheduler, x0, eps, t).to(device, memory_format=torch.channels_last)
+            errors.append(per_sample_mse(teacher(x, t.to(device)), student(x, t.to(device))).cpu())
     return validation_set.by_bucket(torch.cat(errors))

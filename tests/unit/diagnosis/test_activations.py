@@ -33,7 +33,9 @@ class Small(nn.Module):
 
 def quantized(activation, bits=4):
     network = Small()
-    prepare(network, QuantConfig(act_bits=bits, rules={"first": 32, "last": 32}), Quantizers(activation=activation), edges=[])
+    prepare(
+        network, QuantConfig(act_bits=bits, rules={"first": 32, "last": 32}), Quantizers(activation=activation), first_last=[]
+    )
     return Denoiser(network).eval()
 
 

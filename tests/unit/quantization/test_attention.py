@@ -99,7 +99,7 @@ def test_bits_by_operand():
 
 def test_operands_follow_act_bits_and_rules():
     model = nn.ModuleDict({"a": attention(), "b": attention(), "c": attention()})
-    prepare(model, QuantConfig(act_bits=3, rules={"b": 6, "c": 32}), edges=())
+    prepare(model, QuantConfig(act_bits=3, rules={"b": 6, "c": 32}), first_last=())
     assert model["a"].processor.query.bits == 3
     assert model["a"].processor.probabilities.bits == 8
     assert model["b"].processor.query.bits == model["b"].processor.probabilities.bits == 6
@@ -140,7 +140,7 @@ def test_other_modules_are_no_attention():
 
 def test_gradients_reach_every_scale():
     model, x = nn.ModuleList([attention()]), torch.randn(4, 9, 16)
-    prepare(model, QuantConfig(weight_bits=3, act_bits=3, probs_bits=3), edges=())
+    prepare(model, QuantConfig(weight_bits=3, act_bits=3, probs_bits=3), first_last=())
     calibrate(model, lambda: model[0](x), MSESearch())
     model[0](x).square().sum().backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None or not bool((p.grad != 0).any())]

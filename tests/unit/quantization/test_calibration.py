@@ -157,7 +157,7 @@ def test_eight_bits_after_calibration_are_close_to_float(activation, search):
 def test_quantizers_are_off_meanwhile_and_on_afterwards(widths):
     model, x = network(), torch.randn(4, 3, 8, 8)
     expected = model(x)
-    prepare(model, QuantConfig(**widths), edges=())
+    prepare(model, QuantConfig(**widths), first_last=())
     seen = []
     calibrate(model, lambda: seen.append(model(x)), MinMax())
     assert torch.equal(seen[0], expected)

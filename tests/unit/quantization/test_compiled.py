@@ -70,7 +70,7 @@ def test_compiled_equals_eager(fresh):
     for shape, x in moments.items():
         for found, wanted in zip(compiled.row_moments(x, 1e-5), eager_moments[shape], strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
-    assert compiled.record() == {"fake_quantization": "compiled", "reason": "inductor"}
+    assert compiled.provenance() == {"fake_quantization": "compiled", "reason": "inductor"}
 
 
 def test_compiled_silu_equals_eager(fresh):
@@ -153,11 +153,11 @@ def test_every_shape_and_grid_is_one_of_a_few_variants(traced):
     compiled.set_mode("on")
     found = run_all(GRIDS, [torch.float32])
     assert len(compiled._backend.compiled) == 3
-    assert compiled.record()["fake_quantization"] == "compiled"
+    assert compiled.provenance()["fake_quantization"] == "compiled"
     compiled.set_mode("off")
     for name, expected in run_all(GRIDS, [torch.float32]).items():
         assert all(torch.equal(a, b) for a, b in zip(found[name], expected, strict=True)), name
-    assert compiled.record() == {"fake_quantization": "eager", "reason": "asked for"}
+    assert compiled.provenance() == {"fake_quantization": "eager", "reason": "asked for"}
 
 
 def test_training_in_bfloat16_and_sampling_are_compiled(traced):
@@ -174,7 +174,7 @@ def test_training_in_bfloat16_and_sampling_are_compiled(traced):
         y.float().sum().backward()
         with torch.no_grad():
             quantizers[1](layer.eval()(x))
-    assert compiled.record()["fake_quantization"] == "compiled"
+    assert compiled.provenance()["fake_quantization"] == "compiled"
 
 
 def test_the_code_knows_its_threads(traced):
@@ -205,9 +205,9 @@ def test_auto_runs_eager_without_a_compiler_and_says_so(monkeypatch, fresh):
     expected = run(*CASES["activation"], 0, 15)
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", broken)
     compiled.set_mode("auto")
-    assert compiled.record() == {"fake_quantization": "unused", "reason": ""}
+    assert compiled.provenance() == {"fake_quantization": "unused", "reason": ""}
     assert all(torch.equal(a, b) for a, b in zip(run(*CASES["activation"], 0, 15), expected, strict=True))
-    assert compiled.record() == {"fake_quantization": "eager", "reason": "compiling failed: no C++ compiler"}
+    assert compiled.provenance() == {"fake_quantization": "eager", "reason": "compiling failed: no C++ compiler"}
 
 
 def test_on_insists(monkeypatch, fresh):
@@ -223,7 +223,7 @@ def test_what_is_too_large_to_compile_runs_eager_and_says_so(monkeypatch, fresh)
     compiled.set_mode("auto")
     assert torch.equal(fake_quantize(x, scale, zero_point, 0, 15), torch.full((8,), 3.0))
     assert not compiled._backend.compiled
-    assert "more than 7 elements ran eager" in compiled.record()["reason"]
+    assert "more than 7 elements ran eager" in compiled.provenance()["reason"]
     compiled.set_mode("on")
     with pytest.raises(RuntimeError, match="a tensor has 8 elements"):
         fake_quantize(x, scale, zero_point, 0, 15)

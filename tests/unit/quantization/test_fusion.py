@@ -1,4 +1,4 @@
-"""A SiLU folded into the quantizer after it changes nothing but the number of passes."""
+"""A SiLU fused with the quantizer after it changes nothing but the number of passes."""
 
 import copy
 
@@ -15,16 +15,17 @@ from qdm_lightning.quantization import (
     QuantConfig,
     Quantizers,
     calibrate,
+    compiled,
     preparation,
     prepare,
     timesteps,
 )
-from qdm_lightning.quantization.quantizer import ActivationQuantizer
+from qdm_lightning.quantization.quantizer import ActivationQuantizer, LSQProbability
 from qdm_lightning.quantization.taq import GroupedActivation
 
 
 class Rounded(LSQActivation):
-    """Overrides the arithmetic: a folded layer must use it too."""
+    """Overrides the arithmetic: a fused layer must use it too."""
 
     def quantize(self, x):
         return torch.round(x * 4) / 4
@@ -62,19 +63,19 @@ def inputs():
     return torch.randn(4, 3, 8, 8, generator=generator), torch.tensor([10, 300, 600, 900])
 
 
-def folded(model):
+def fused(model):
     return {name.removesuffix(".input_quantizer") for name, m in model.named_modules() if getattr(m, "silu", False)}
 
 
 @pytest.mark.parametrize("factory", [LSQActivation, NormalizedActivation, GroupedActivation, Rounded])
-def test_folded_equals_unfolded(unet, factory, monkeypatch):
+def test_fused_equals_unfused(unet, factory, monkeypatch):
     """Calibration, output and gradients; exactly but for the gradient through silu, which torch rounds in another order."""
     x, t = inputs()
     together = prepared(unet, factory)
     monkeypatch.setattr(preparation, "fuse_silu", lambda model: None)
     apart = prepared(unet, factory)
-    assert folded(together)
-    assert not folded(apart)
+    assert fused(together)
+    assert not fused(apart)
     for model in (together, apart):
         calibrate(model, lambda model=model: forward(model, x, t), MSESearch())
     assert all(torch.equal(a, b) for a, b in zip(together.state_dict().values(), apart.state_dict().values(), strict=True))
@@ -88,21 +89,21 @@ def test_folded_equals_unfolded(unet, factory, monkeypatch):
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_what_is_folded(unet):
+def test_what_is_fused(unet):
     model = prepared(unet)
     blocks = [name for name, m in model.named_modules() if type(m).__name__ == "ResnetBlock2D"]
     leaves = ("conv1", "conv2", "time_emb_proj")
-    assert folded(model) == {f"{block}.{leaf}" for block in blocks for leaf in leaves} | {"conv_out"}
+    assert fused(model) == {f"{block}.{leaf}" for block in blocks for leaf in leaves} | {"conv_out"}
     assert not any(isinstance(m, nn.SiLU) for block in blocks for m in model.get_submodule(block).modules())
 
 
 def test_a_block_with_a_float_layer_or_dropout_keeps_its_silu(unet):
     name = "down_blocks.0.resnets.0"
-    assert not any(n.startswith(name) for n in folded(prepared(unet, rules={f"{name}.conv2": 32})))
+    assert not any(n.startswith(name) for n in fused(prepared(unet, rules={f"{name}.conv2": 32})))
     dropping = copy.deepcopy(unet)
     dropping.get_submodule(name).dropout.p = 0.1
     model = prepared(dropping)
-    assert not any(n.startswith(name) for n in folded(model))
+    assert not any(n.startswith(name) for n in fused(model))
     assert isinstance(model.get_submodule(name).nonlinearity, nn.SiLU)
     assert model.get_submodule(name).dropout.p == 0.1
 
@@ -112,18 +113,32 @@ def test_a_float_end_keeps_its_silu(unet):
     assert isinstance(model.conv_act, nn.SiLU)
 
 
-def test_a_grid_that_follows_x_sees_silu_of_x():
-    """A variant that overrides learned_grid gets the values that are quantized."""
-    seen = []
+class Follows(LSQActivation):
+    """Overrides the grid, by the values of x."""
 
-    class Follows(LSQActivation):
-        def learned_grid(self, x):
-            seen.append(x)
-            return super().learned_grid(x)
+    def learned_grid(self, x):
+        return self.scale * x.detach().abs().mean(), self.zero_point
 
-    quantizer = Follows(bits=4)
+
+class Own(ActivationQuantizer):
+    """A user's, that knows of no SiLU."""
+
+    def quantize(self, x):
+        return torch.round(x * 4) / 4
+
+
+@pytest.mark.parametrize("kind", [Follows, Rounded, Own, NormalizedActivation])
+def test_what_is_overridden_gets_silu_of_x(kind):
+    quantizer, x = kind(bits=4), torch.randn(2, 3)
+    expected = quantizer(F.silu(x))
     quantizer.silu = True
-    x = torch.randn(2, 3)
-    quantizer(x)
-    assert torch.equal(seen[0], F.silu(x))
-    assert Follows.quantize_silu is ActivationQuantizer.quantize_silu
+    assert torch.equal(quantizer(x), expected)
+
+
+@pytest.mark.parametrize("kind", [LSQActivation, LSQProbability, GroupedActivation])
+def test_a_fixed_grid_makes_one_pass_of_both(kind, monkeypatch):
+    quantizer, x = kind(bits=4), torch.randn(2, 3)
+    quantizer.silu = True
+    monkeypatch.setattr(compiled, "forward", lambda x, s, z, limits, silu: (x + silu, s, z))
+    with timesteps(torch.tensor([10, 900])):
+        assert torch.equal(quantizer(x), x + 1)

@@ -1,16 +1,15 @@
-"""The cache of quantized weights: as good as new whatever happens to the weights."""
+"""Layers on quantized operands, and the block in which their weights are quantized once."""
 
 import copy
-import io
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
 
 from qdm_lightning.quantization.calibration import MinMax, calibrate
-from qdm_lightning.quantization.layers import QuantConv1d, QuantConv2d, QuantLinear
+from qdm_lightning.quantization.layers import QuantConv1d, QuantConv2d, QuantLinear, cached_weights
 from qdm_lightning.quantization.preparation import prepare
 from qdm_lightning.quantization.spec import QuantConfig
 
@@ -29,7 +28,7 @@ LAYERS = {
 def quantized(kind=QuantLinear, bits=4):
     build, shape, _, _ = LAYERS[kind]
     model, x = nn.Sequential(build()), torch.randn(shape)
-    prepare(model, QuantConfig(weight_bits=bits, act_bits=bits), edges=())
+    prepare(model, QuantConfig(weight_bits=bits, act_bits=bits), first_last=())
     calibrate(model, lambda: model(x), MinMax())
     assert type(model[0]) is kind
     return model, x
@@ -41,8 +40,7 @@ def test_forward_is_the_float_layer_on_quantized_operands(kind):
     layer, (_, _, function, options) = model[0], LAYERS[kind]
     expected = function(layer.input_quantizer(x), layer.weight_quantizer(layer.weight), layer.bias, **options)
     assert torch.equal(model(x), expected)
-    model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), cached_weights(model.eval()):
         assert torch.equal(model(x), expected)
         assert torch.equal(model(x), expected)  # from the cache
 
@@ -50,7 +48,7 @@ def test_forward_is_the_float_layer_on_quantized_operands(kind):
 def test_reflection_padding_is_kept():
     model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"))
     x = torch.randn(1, 2, 5, 5)
-    prepare(model, QuantConfig(weight_bits=4, act_bits=4), edges=())
+    prepare(model, QuantConfig(weight_bits=4, act_bits=4), first_last=())
     calibrate(model, lambda: model(x), MinMax())
     layer = model[0]
     padded = F.pad(layer.quantized_input(x), (1, 1, 1, 1), mode="reflect")
@@ -63,132 +61,98 @@ def count_quantizations(model):
     return calls
 
 
-def test_weights_are_quantized_once_for_sampling_and_at_every_step_of_training():
+def test_weights_are_quantized_once_in_a_block_and_at_every_pass_outside():
     model, x = quantized()
-    calls = count_quantizations(model)
-    model.eval()
+    calls = count_quantizations(model.eval())
     with torch.no_grad():
-        for _ in range(3):
-            model(x)
-    assert len(calls) == 1
-    for _ in range(3):
-        model(x)  # gradients are on
-    assert len(calls) == 4
-    model.train()
+        model(x), model(x)
+        assert len(calls) == 2
+        for block in (1, 2):
+            with cached_weights(model):
+                assert all(torch.equal(model(x), model(x)) for _ in range(3))
+            assert len(calls) == 2 + block
+        model(x)
+    assert len(calls) == 5
+
+
+def test_the_cache_serves_evaluation_without_gradients_alone():
+    model, x = quantized()
+    calls = count_quantizations(model.eval())
+    with cached_weights(model):
+        model(x), model(x)  # gradients are on
+        assert len(calls) == 2
+        model.train()
+        with torch.no_grad():
+            model(x), model(x)
+        assert len(calls) == 4
+        with torch.no_grad():
+            model.eval()(x), model(x)
+        assert len(calls) == 5
+        model(x).sum().backward()
+    assert len(calls) == 6
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_block_in_a_block_uses_the_outer_ones_weights_and_other_models_have_their_own():
+    (model, x), (other, _) = quantized(), quantized()
+    calls, others = count_quantizations(model.eval()), count_quantizations(other.eval())
+    with torch.no_grad(), cached_weights(model):
+        model(x)
+        with cached_weights(model), cached_weights(other):
+            for _ in range(2):
+                model(x), other(x)
+        model(x), other(x), other(x)
+    assert (len(calls), len(others)) == (1, 3)
+
+
+def test_an_exception_ends_the_block():
+    model, x = quantized()
     with torch.no_grad():
-        for _ in range(3):
-            model(x)
-    assert len(calls) == 7
-
-
-def step(model, **options):
-    model.train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, **options)
-    model(torch.randn(4, 6)).square().sum().backward()
-    model.eval()
-    with torch.no_grad():
-        model(torch.randn(4, 6))  # cached, and then the step
-    optimizer.step()
-
-
-def load(model):
-    other, _ = quantized()
-    model.load_state_dict(other.state_dict())
-
-
-def load_through_bytes(model):
-    buffer = io.BytesIO()
-    torch.save(quantized()[0].state_dict(), buffer)
-    buffer.seek(0)
-    model.load_state_dict(torch.load(buffer, weights_only=True), assign=True)
-
-
-def write_data_and_evaluate(model):
-    model[0].weight.data.mul_(-1)
-    model.eval()
-
-
-def write_in_inference_mode(model):
-    with torch.inference_mode():
+        before = model.eval()(x)
+        with pytest.raises(KeyError), cached_weights(model):
+            {"weights cached": model(x)}["missing"]
         model[0].weight.mul_(-1)
-
-
-def replace_data_twice(model):
-    for _ in range(2):
-        model[0].weight.data = model[0].weight.data * -3
-
-
-def parametrized(model):
-    class Negative(nn.Module):
-        def forward(self, weight):
-            return -weight
-
-    parametrize.register_parametrization(model[0], "weight", Negative())
+        assert not torch.equal(model(x), before)
 
 
 CHANGES = {
     "in place": lambda model: model[0].weight.mul_(-1),
-    "one number": lambda model: model[0].weight[0, 0].add_(10),
-    "by a view": lambda model: model[0].weight.t()[0].add_(10),
     "the scale": lambda model: model[0].weight_quantizer.log_scale.add_(1),
-    "initialized anew": lambda model: nn.init.normal_(model[0].weight),
-    "fused foreach": lambda model: torch._foreach_mul_(list(model.parameters()), -1.0),
-    "replaced": lambda model: setattr(model[0], "weight", nn.Parameter(-model[0].weight)),
-    "data replaced": replace_data_twice,
-    "data written, then eval": write_data_and_evaluate,
-    "inference mode": write_in_inference_mode,
-    "adam": step,
-    "adam foreach": lambda model: step(model, foreach=True),
-    "adam fused": lambda model: step(model, fused=True),
-    "load_state_dict": load,
-    "load_state_dict, assigned": load_through_bytes,
-    "dtype": lambda model: model.double().float(),
+    "data": lambda model: model[0].weight.data.mul_(-1),
     "calibrated anew": lambda model: calibrate(model, lambda: model(torch.randn(4, 6) * 9), MinMax()),
-    "parametrized": parametrized,
+    "load_state_dict": lambda model: model.load_state_dict(quantized()[0].state_dict()),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_the_cache_is_never_stale(name):
+def test_a_change_after_a_block_is_seen(name):
     model, x = quantized()
-    model.eval()
     with torch.no_grad():
-        before = model(x)
-    with torch.set_grad_enabled(name.startswith("adam")):
+        with cached_weights(model.eval()):
+            before = model(x)
         CHANGES[name](model)
-    model.eval() if name.startswith("data written") else None
-    with torch.no_grad():
-        found = model(x)
-        layer = model[0]
-        expected = F.linear(layer.input_quantizer(x), layer.weight_quantizer(layer.weight), layer.bias)
-    assert torch.equal(found, expected)
-    if name != "dtype":
-        assert not torch.equal(found, before)
+        for context in (nullcontext(), cached_weights(model)):
+            with context:
+                after, layer = model(x), model[0]
+            assert torch.equal(after, F.linear(layer.input_quantizer(x), layer.weight_quantizer(layer.weight), layer.bias))
+            assert not torch.equal(after, before)
 
 
-def test_weights_passed_for_one_call_are_never_mistaken_for_earlier_ones():
-    """Temporary tensors come at the addresses of freed ones, with the same version."""
-    model = nn.Sequential(nn.Linear(64, 64))
-    x = torch.randn(4, 64)
-    prepare(model, QuantConfig(weight_bits=4, act_bits=4), edges=())
-    calibrate(model, lambda: model(x), MinMax())
-    layer = model.eval()[0]
-    with torch.no_grad():
-        for factor in torch.linspace(-2, 2, 40).tolist():
-            weight = layer.weight * factor
-            torch.func.functional_call(model, {"0.weight": weight}, (x,))
-            expected = layer.weight_quantizer(weight)
-            assert torch.equal(layer._cached[1], expected)
-            del weight, expected
+def test_calibration_in_a_block_sees_float_weights():
+    (model, x), (other, _) = quantized(), quantized()
+    other.load_state_dict(model.state_dict())
+    calibrate(other, lambda: other(x), MinMax())
+    with torch.no_grad(), cached_weights(model.eval()):
+        model(x)
+        calibrate(model, lambda: model(x), MinMax())
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
 
 
-def test_a_copy_caches_for_itself():
+def test_a_copy_caches_nothing():
     model, x = quantized()
-    model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), cached_weights(model.eval()):
         before = model(x)
         twin = copy.deepcopy(model)
-        assert torch.equal(twin(x), before)
         twin[0].weight.mul_(-1)
         assert not torch.equal(twin(x), before)
         assert torch.equal(model(x), before)
@@ -196,28 +160,13 @@ def test_a_copy_caches_for_itself():
 
 def test_the_cache_is_in_no_checkpoint():
     model, x = quantized()
-    with torch.no_grad():
-        model.eval()(x)
-    assert set(model.state_dict()) == {
+    with torch.no_grad(), cached_weights(model.eval()):
+        model(x)
+        names = set(model.state_dict())
+    assert names == {
         "0.weight",
         "0.bias",
         "0.weight_quantizer.log_scale",
         "0.input_quantizer.log_scale",
         "0.input_quantizer.zero_point",
     }
-
-
-def test_a_model_made_in_inference_mode_runs():
-    with torch.inference_mode():
-        model, x = quantized()
-        expected = model.eval()(x)
-        model[0].weight.mul_(-1)
-        assert not torch.equal(model(x), expected)
-
-
-def test_training_after_sampling_has_gradients():
-    model, x = quantized()
-    with torch.no_grad():
-        model.eval()(x)
-    model.train()(x).square().sum().backward()
-    assert all(p.grad is not None and bool((p.grad != 0).any()) for p in model.parameters())

@@ -28,38 +28,38 @@ def bits(report):
     return {row.name: (row.weight_bits, row.act_bits) for row in report.rows}
 
 
-def test_first_and_last_layer_have_the_bits_of_the_edges():
+def test_first_and_last_layer_have_bits_of_their_own():
     report = prepare(network(), QuantConfig(weight_bits=3, act_bits=4, first_last_bits=6))
     assert bits(report) == {"0": (6, 6), "1": (32, 32), "2": (3, 4), "4": (3, 4), "5": (6, 6)}
-    assert [row.name for row in report.left_float] == ["1"]
+    assert [row.name for row in report.rows if not row.quantizers] == ["1"]
 
 
-def test_edges_by_name():
-    report = prepare(network(), QuantConfig(weight_bits=2, act_bits=2), edges=("4",))
+def test_first_and_last_layers_by_name():
+    report = prepare(network(), QuantConfig(weight_bits=2, act_bits=2), first_last=("4",))
     assert bits(report) == {"0": (2, 2), "1": (32, 32), "2": (2, 2), "4": (8, 8), "5": (2, 2)}
 
 
 def test_rules_go_over_everything_and_the_last_that_matches_wins():
     report = prepare(network(), QuantConfig(rules={"*": 5, "[02]": 3, "2": 32}))
     assert bits(report) == {"0": (3, 3), "1": (32, 32), "2": (32, 32), "4": (5, 5), "5": (5, 5)}
-    assert [row.name for row in report.left_float] == ["1", "2"]
+    assert [row.name for row in report.rows if not row.quantizers] == ["1", "2"]
 
 
 @pytest.mark.parametrize(
-    "options", [{"config": QuantConfig(rules={"conv*": 8})}, {"config": QuantConfig(), "edges": ("conv*",)}]
+    "options", [{"config": QuantConfig(rules={"conv*": 8})}, {"config": QuantConfig(), "first_last": ("conv*",)}]
 )
 def test_a_pattern_without_a_match_is_refused(options):
-    kind = r"edges" if "edges" in options else r"quant\.rules"
+    kind = r"first_last" if "first_last" in options else r"quant\.rules"
     with pytest.raises(ValueError, match=rf"{kind}: the pattern 'conv\*' matches no layer: layers are named like 0, 2, 4"):
         prepare(network(), **options)
 
 
 def test_weights_or_inputs_alone():
     model = network()
-    prepare(model, QuantConfig(weight_bits=4, act_bits=32), edges=())
+    prepare(model, QuantConfig(weight_bits=4, act_bits=32), first_last=())
     assert all(m.input_quantizer is None and m.weight_quantizer for m in model if isinstance(m, QuantizedLayer))
     model = network()
-    report = prepare(model, QuantConfig(weight_bits=32, act_bits=4), edges=())
+    report = prepare(model, QuantConfig(weight_bits=32, act_bits=4), first_last=())
     assert all(m.weight_quantizer is None and m.input_quantizer for m in model if isinstance(m, QuantizedLayer))
     assert report.summary() == "806 parameters: 806 at float"
 
@@ -94,7 +94,7 @@ def test_hooks_move_along():
 def test_a_layer_in_two_places_is_quantized_in_both():
     layer = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Sequential(layer, nn.ReLU(), layer), "c": layer})
-    report = prepare(model, QuantConfig(), edges=("a",))
+    report = prepare(model, QuantConfig(), first_last=("a",))
     assert model["b"][0] is model["b"][2] is model["c"]
     assert type(model["c"]) is QuantLinear
     assert list(bits(report)) == ["a", "b.0"]
@@ -103,7 +103,7 @@ def test_a_layer_in_two_places_is_quantized_in_both():
 def test_tied_weights_stay_tied():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
-    prepare(model, QuantConfig(), edges=())
+    prepare(model, QuantConfig(), first_last=())
     assert model[1].weight is model[0].weight
     assert model[1].weight_quantizer is not model[0].weight_quantizer
 
@@ -151,7 +151,7 @@ def test_what_cannot_be_quantized_is_an_error_and_the_rule_that_it_names_helps(k
 def test_parameters_of_other_modules_are_reported_as_float():
     model = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
     report = prepare(model, QuantConfig())
-    assert [(row.name, row.kind, row.parameters) for row in report.left_float] == [
+    assert [(row.name, row.kind, row.parameters) for row in report.rows if not row.quantizers] == [
         ("0", "Embedding", 12),
         ("2", "LayerNorm", 8),
     ]
@@ -164,7 +164,7 @@ def test_a_table_says_it_all():
     assert lines[3].split() == ["2", "Conv2d", "148", "4", "3", "LSQWeight", "LSQActivation"]
     assert lines[2].split() == ["1", "GroupNorm", "8", "float", "float", "-"]
     assert report.summary() == "806 parameters: 668 at 4 bits, 130 at 8 bits, 8 at float"
-    assert report.as_dict()[2]["quantizers"] == ["LSQWeight", "LSQActivation"]
+    assert report.rows[2].quantizers == ["LSQWeight", "LSQActivation"]
     assert report.quantized == [row for row in report.rows if row.name != "1"]
 
 
@@ -180,7 +180,7 @@ def test_a_users_own_factories_are_called_with_what_they_need():
         return LSQActivation(**options)
 
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
-    prepare(model, QuantConfig(weight_bits=5, act_bits=3), Quantizers(weight=weight, activation=activation), edges=())
+    prepare(model, QuantConfig(weight_bits=5, act_bits=3), Quantizers(weight=weight, activation=activation), first_last=())
     assert asked == [
         ("weight", 5, (4, 3, 3, 3)),
         ("activation", {"bits": 3, "padded": True}),

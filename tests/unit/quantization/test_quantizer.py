@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from qdm_lightning.quantization.calibration import MinMax
-from qdm_lightning.quantization.functional import round_ste
 from qdm_lightning.quantization.observer import Observer
 from qdm_lightning.quantization.quantizer import (
     ActivationQuantizer,
@@ -141,7 +140,8 @@ class PowersOfTwo:
 
     @property
     def scale(self):
-        return 2 ** round_ste(self.log_scale / math.log(2))
+        log2 = self.log_scale / math.log(2)
+        return 2 ** (log2 + (log2.round() - log2).detach())
 
 
 @pytest.mark.parametrize("base", [LSQActivation, LSQProbability, LSQWeight, NormalizedActivation])

@@ -5,7 +5,7 @@ import torch
 
 from qdm_lightning.quantization.calibration import MinMax, MSESearch
 from qdm_lightning.quantization.observer import Observer
-from qdm_lightning.quantization.taq import EMANormalizedActivation, GroupedActivation, NormalizedActivation, timestep_group
+from qdm_lightning.quantization.taq import EMANormalizedActivation, GroupedActivation, NormalizedActivation
 from qdm_lightning.quantization.timestep import timesteps
 from qdm_lightning.training.optimizer import QuantizerAdam
 
@@ -19,10 +19,10 @@ def normalized(bits=4, padded=False, scale=0.3, zero_point=6.2):
 
 
 def by_sample(x, moments, bits, padded, scale, zero_point):
-    """x_hat and the gradient to log s, each sample with its own mean and deviation; upstream is 1."""
+    """x_hat and the gradient to log s, each sample with its own mean and standard deviation; upstream is 1."""
     out, gradient, qmax = [], 0.0, 2**bits - 1
-    for sample, (mean, deviation) in zip(x.double(), moments, strict=True):
-        s_n = scale * deviation
+    for sample, (mean, std) in zip(x.double(), moments, strict=True):
+        s_n = scale * std
         z_n = round(zero_point - mean / s_n)
         z_n = min(max(z_n, 0), qmax) if padded else z_n
         codes = ((sample / s_n).round() + z_n).clamp(0, qmax)
@@ -30,7 +30,7 @@ def by_sample(x, moments, bits, padded, scale, zero_point):
         ratio = sample / s_n
         outside = (ratio + z_n < 0) | (ratio + z_n > qmax)
         # x_hat depends on s through s_n, and through z_n: d z_n / d s = mean / (s_n s); d x_hat / d z_n = -s_n outside.
-        slope = torch.where(outside, (codes - z_n) * deviation - mean / scale, (ratio.round() - ratio) * deviation)
+        slope = torch.where(outside, (codes - z_n) * std - mean / scale, (ratio.round() - ratio) * std)
         gradient += slope.sum() * scale * (sample.numel() * qmax) ** -0.5
     return torch.stack(out), gradient
 
@@ -40,7 +40,7 @@ def own_moments(x):
 
 
 def samples(*shape):
-    """Every sample with a mean and deviation of its own."""
+    """Every sample with a mean and standard deviation of its own."""
     column = (-1, *[1] * (len(shape) - 1))
     return torch.randn(shape) * torch.logspace(-1, 1, shape[0]).view(column) + torch.linspace(-3, 2, shape[0]).view(column)
 
@@ -69,7 +69,7 @@ def test_moments_carry_no_gradient():
     x = torch.randn(3, 50, requires_grad=True)
     quantizer = normalized(bits=8, scale=0.1, zero_point=128.0)
     quantizer(x).sum().backward()
-    assert x.grad.unique().tolist() == [1.0]  # nothing clipped, and no path through mean and deviation
+    assert x.grad.unique().tolist() == [1.0]  # nothing clipped, and no path through mean and std
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -85,13 +85,14 @@ def test_a_sample_does_not_see_its_batch(layout):
 @pytest.mark.parametrize(("groups", "total"), [(20, 1000), (1, 1000), (1000, 1000), (7, 1000), (3, 10), (8, 10)])
 def test_group_is_the_floor_of_t_g_over_t(groups, total):
     t = torch.arange(total)
-    assert timestep_group(t, groups, total).tolist() == [k * groups // total for k in range(total)]
+    quantizer = GroupedActivation(bits=4, groups=groups, num_train_timesteps=total)
+    assert quantizer.group_of(t).tolist() == [k * groups // total for k in range(total)]
 
 
 @pytest.mark.parametrize("t", [-1, 1000])
 def test_timesteps_outside_the_process_are_refused(t):
     with pytest.raises(ValueError, match=r"timesteps -?\d+..\d+ lie outside \[0, 1000\)"):
-        timestep_group(torch.tensor([5, t]), 20, 1000)
+        GroupedActivation(bits=4).group_of(torch.tensor([5, t]))
 
 
 @pytest.mark.parametrize("kind", [EMANormalizedActivation, GroupedActivation])
@@ -131,13 +132,26 @@ def test_ema_tables_follow_the_groups_means():
     assert quantizer.seen.tolist() == [True, True, False, True]
     expected = [(first[0][0] + first[1][0]) / 2, first[2][0], 0.0, first[3][0]]
     torch.testing.assert_close(quantizer.mean.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-6)
-    before = quantizer.deviation.clone()
+    before = quantizer.std.clone()
     with timesteps(torch.tensor([260, 400, 600, 700])):
         quantizer(y)
     second = own_moments(y)
     updated = 0.9 * before[1].item() + 0.1 * (second[0][1] + second[1][1]) / 2
     expected = [before[0].item(), updated, (second[2][1] + second[3][1]) / 2, before[3].item()]
-    torch.testing.assert_close(quantizer.deviation.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(quantizer.std.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-6)
+
+
+def test_tables_of_version_0_1_load():
+    """Its checkpoints hold the table of standard deviations as `deviation`."""
+    quantizer = EMANormalizedActivation(bits=4, groups=2, psi=PSI)
+    with timesteps(torch.tensor([0, 999])):
+        quantizer(samples(2, 40))
+    state = {name.replace("std", "deviation"): value for name, value in quantizer.state_dict().items()}
+    assert "deviation" in state
+    other = torch.nn.ModuleDict({"inner": EMANormalizedActivation(bits=4, groups=2, psi=PSI)})
+    other.load_state_dict({f"inner.{name}": value for name, value in state.items()})
+    assert torch.equal(other["inner"].std, quantizer.std)
+    assert not torch.equal(quantizer.std, torch.ones(2))
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -147,13 +161,13 @@ def test_ema_quantizes_by_its_tables_and_evaluation_leaves_them(padded):
     with timesteps(torch.tensor([0, 999])):
         quantizer(samples(2, 40))
     quantizer.eval()
-    tables = [table.clone() for table in (quantizer.mean, quantizer.deviation, quantizer.seen)]
+    tables = [table.clone() for table in (quantizer.mean, quantizer.std, quantizer.seen)]
     x, t = samples(3, 40), torch.tensor([700, 1, 800])
     with timesteps(t):
         out = quantizer(x)
-    moments = [(quantizer.mean[g].item(), quantizer.deviation[g].item()) for g in (1, 0, 1)]
+    moments = [(quantizer.mean[g].item(), quantizer.std[g].item()) for g in (1, 0, 1)]
     torch.testing.assert_close(out.double(), by_sample(x, moments, 4, padded, 0.3, 6.2)[0], rtol=1e-5, atol=1e-6)
-    for before, after in zip(tables, (quantizer.mean, quantizer.deviation, quantizer.seen), strict=True):
+    for before, after in zip(tables, (quantizer.mean, quantizer.std, quantizer.seen), strict=True):
         assert torch.equal(before, after)
 
 
