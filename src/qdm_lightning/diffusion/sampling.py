@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from qdm_lightning.diffusion.process import alphas_cumprod, noise_scheduler, predicted_x0
+from qdm_lightning.diffusion.process import alphas_cumprod, noise_scheduler
 from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
 
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -47,12 +47,23 @@ def timesteps(sampler: SamplerConfig, diffusion: DiffusionConfig) -> list[int]:
     return sorted({min(int((spacing * i) ** 2), total - 1) for i in range(steps)}, reverse=True)
 
 
+def predicted_x0(x: Tensor, eps: Tensor, alpha_bar: Tensor, clip: bool) -> Tensor:
+    """x0 = (x - sqrt(1 - abar) eps) / sqrt(abar) (DDIM, eq. 9), clipped to [-1, 1] where `clip`.
+
+    Args:
+        x, eps: state at t and noise estimate, (B, C, H, W).
+        alpha_bar: scalar at t.
+    """
+    x0 = (x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
+    return x0.clamp(-1, 1) if clip else x0
+
+
 def ddim_step(
     eps: Tensor, x: Tensor, *, alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float, clip: bool, noise: Tensor | None
 ) -> Tensor:
     """One step of DDIM (eq. 12 and 16) between any two timesteps.
 
-    x0 is `predicted_x0`, clipped to [-1, 1] where `clip`, and then eps follows the clipped x0;
+    x0 is `predicted_x0`; where it is clipped, eps follows the clipped x0;
     sigma = eta sqrt((1 - abar_prev) / (1 - abar)) sqrt(1 - abar / abar_prev);
     x_prev = sqrt(abar_prev) x0 + sqrt(1 - abar_prev - sigma^2) eps + sigma noise.
 
@@ -61,9 +72,8 @@ def ddim_step(
         alpha_bar, alpha_bar_prev: scalars at this timestep and at the next lower one (1 after the last).
         noise: standard normal, as `x`; None where eta is 0.
     """
-    x0 = predicted_x0(x, eps, alpha_bar)
+    x0 = predicted_x0(x, eps, alpha_bar, clip)
     if clip:
-        x0 = x0.clamp(-1, 1)
         eps = (x - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
     variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
     sigma = eta * variance**0.5
