@@ -41,16 +41,3 @@ def add_noise(scheduler: DDPMScheduler, x0: Tensor, eps: Tensor, t: Tensor) -> T
         t: timesteps 0..T-1, (B,), int64.
     """
     return scheduler.add_noise(x0, eps, t)
-
-
-def predicted_x0(x: Tensor, eps: Tensor, alpha_bar: Tensor, clip: bool = False) -> Tensor:
-    """x0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t), the image that an estimate of the noise stands for (DDIM, eq. 9).
-
-    Args:
-        x: states x_t, (B, C, H, W).
-        eps: estimated noise of the same shape.
-        alpha_bar: abar_t, a scalar or of a shape that broadcasts, such as (B, 1, 1, 1).
-        clip: clip the image to [-1, 1].
-    """
-    x0 = (x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
-    return x0.clamp(-1, 1) if clip else x0

@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from qdm_lightning.diffusion.process import alphas_cumprod, noise_scheduler, predicted_x0
+from qdm_lightning.diffusion.process import alphas_cumprod, noise_scheduler
 from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
 
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -45,6 +45,17 @@ def timesteps(sampler: SamplerConfig, diffusion: DiffusionConfig) -> list[int]:
         return [i * total // steps for i in reversed(range(steps))]
     spacing = math.sqrt(0.8 * total) / max(steps - 1, 1)
     return sorted({min(int((spacing * i) ** 2), total - 1) for i in range(steps)}, reverse=True)
+
+
+def predicted_x0(x: Tensor, eps: Tensor, alpha_bar: Tensor, clip: bool) -> Tensor:
+    """x0 = (x - sqrt(1 - abar) eps) / sqrt(abar) (DDIM, eq. 9), clipped to [-1, 1] where `clip`.
+
+    Args:
+        x, eps: state at t and noise estimate, (B, C, H, W).
+        alpha_bar: scalar at t.
+    """
+    x0 = (x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
+    return x0.clamp(-1, 1) if clip else x0
 
 
 def ddim_step(

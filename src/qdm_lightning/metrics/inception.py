@@ -38,21 +38,19 @@ class InceptionFeatures(nn.Module):
 
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()
-        config = InceptionMetric(weights=weights)
-        path = Path(config.weights).expanduser() if config.weights else _published()
+        given = InceptionMetric(weights=weights).weights
+        path = Path(given).expanduser() if given else _published()
         _check(path)
         try:
-            layers = ["2048", "logits_unbiased"]
             self.extractor = FeatureExtractorInceptionV3(
-                "inception-v3-compat", layers, feature_extractor_weights_path=str(path)
+                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
             )
         except RuntimeError as error:
             raise ValueError(
                 f"metrics.weights={path} does not hold Inception v3 as torch-fidelity has it: {first_line(error)}"
             ) from error
         self.weights_sha256 = file_hash(path)
-        published = self.weights_sha256.startswith(PUBLISHED)
-        self.name = "inception" if published else f"inception_{self.weights_sha256[:8]}"
+        self.name = "inception" if self.weights_sha256.startswith(PUBLISHED) else f"inception_{self.weights_sha256[:8]}"
         self.requires_grad_(False).eval()
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qdm_lightning.base.checks import one_line
 from qdm_lightning.base.files import file_hash
 from qdm_lightning.metrics.spec import ResNet20Metric
 from qdm_lightning.metrics.weights import color, read_state
@@ -77,8 +77,6 @@ class ResNet20Features(nn.Module):
     name = "resnet20"
     dim = 64
     resize = "32x32, bilinear, antialiased where it shrinks"
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()
@@ -86,27 +84,23 @@ class ResNet20Features(nn.Module):
         self.network = ResNet20()
         self._fill(path)
         self.weights_sha256 = file_hash(path)
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
     def _fill(self, path: Path) -> None:
-        own, given = self.network.state_dict(), read_state(path)
-        counters = {name for name in own if name.endswith("num_batches_tracked")}  # plain arrays often leave them out
-        wrong = sorted(set(given) - set(own)) + sorted(set(own) - counters - set(given))
-        wrong += sorted(name for name in set(own) & set(given) if own[name].shape != given[name].shape)
-        if wrong:
-            raise ValueError(
-                f"metrics.weights={path} is no CIFAR-10 ResNet-20: {', '.join(wrong[:3])} missing, unknown or of another shape"
-            )
-        self.network.load_state_dict({**{name: own[name] for name in counters}, **given})
+        state = read_state(path)
+        counters = {name: n for name, n in self.network.state_dict().items() if name.endswith("num_batches_tracked")}
+        try:
+            self.network.load_state_dict({**counters, **state})  # plain arrays often leave the counters out
+        except RuntimeError as error:
+            raise ValueError(f"metrics.weights={path} is no CIFAR-10 ResNet-20: {one_line(error):.300}") from error
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled features (N, 64) and logits (N, 10), float32, of uint8 `images` (N, 1 | 3, H, W)."""
         x = color(images, "metrics=resnet20").float() / 255
         if x.shape[-2:] != (32, 32):
             x = F.interpolate(x, (32, 32), mode="bilinear", align_corners=False, antialias=True)
-        features = self.network.features((x - self.mean) / self.std)
+        mean, std = (x.new_tensor(rgb).view(1, 3, 1, 1) for rgb in (MEAN, STD))
+        features = self.network.features((x - mean) / std)
         return features, self.network.linear(features)
 
     def forward(self, images: Tensor) -> Tensor:

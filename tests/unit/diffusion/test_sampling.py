@@ -3,7 +3,8 @@ import torch
 from diffusers import UNet2DModel
 
 from qdm_lightning.diffusion.images import to_uint8
-from qdm_lightning.diffusion.sampling import SEEDS, image_seeds, sample, timesteps
+from qdm_lightning.diffusion.process import add_noise, alphas_cumprod, noise_scheduler
+from qdm_lightning.diffusion.sampling import SEEDS, image_seeds, predicted_x0, sample, timesteps
 from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
 
 DIFFUSION = DiffusionConfig()
@@ -142,3 +143,12 @@ def test_to_uint8_rounds_and_clamps():
     images = torch.tensor([-3.0, -1.0, -1 + 1.01 / 255, 0.0, 1.0, 3.0])
     assert to_uint8(images).tolist() == [0, 0, 1, 128, 255, 255]
     assert torch.equal(to_uint8(torch.arange(256) / 127.5 - 1), torch.arange(256, dtype=torch.uint8))
+
+
+def test_the_true_noise_predicts_the_image():
+    t = torch.tensor([0, 300, 999])
+    x0, eps = torch.randn(2, 3, 1, 2, 2, generator=torch.Generator().manual_seed(0)).unbind()
+    alpha_bar = alphas_cumprod(DIFFUSION)[t].view(-1, 1, 1, 1)
+    x = add_noise(noise_scheduler(DIFFUSION), x0, eps, t)
+    torch.testing.assert_close(predicted_x0(x, eps, alpha_bar, clip=False), x0, rtol=0, atol=1e-4)
+    torch.testing.assert_close(predicted_x0(x, eps, alpha_bar, clip=True), x0.clamp(-1, 1), rtol=0, atol=1e-4)

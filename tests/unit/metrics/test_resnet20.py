@@ -103,8 +103,9 @@ def test_unfit_weights_are_refused(weights, tmp_path):
     )
     np.savez(tmp_path / "more.npz", **{name: v.numpy() for name, v in state.items()}, extra=np.zeros(1))
     for file, name in (("short", r"conv1\.weight"), ("shape", r"linear\.bias"), ("more", "extra")):
-        with pytest.raises(ValueError, match=rf"{file}\.npz is no CIFAR-10 ResNet-20: {name}"):
+        with pytest.raises(ValueError, match=rf"{file}\.npz is no CIFAR-10 ResNet-20: .*{name}") as caught:
             ResNet20Features(str(tmp_path / f"{file}.npz"))
+        assert "\n" not in str(caught.value)
     for name in ("half.npz", "half.safetensors"):
         (tmp_path / name).write_bytes(weights.read_bytes()[:1000])
         with pytest.raises(ValueError, match="damaged"):
