@@ -1,6 +1,7 @@
 """Every score against torch-fidelity's own command on folders of the same pictures, and the distance against three others."""
 
 import multiprocessing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from PIL import Image
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
+import qdm_lightning
 from qdm_lightning.metrics.digits import DigitsFeatures
 from qdm_lightning.metrics.frechet import feature_batches, frechet_distance
 from qdm_lightning.metrics.moments import Moments, frechet
 from qdm_lightning.metrics.protocol import PROTOCOL, inception_score, kernel_distance, precision_recall
-from qdm_lightning.metrics.train_digits import DIGITS
+
+DIGITS = Path(qdm_lightning.__file__).parent / "data" / "assets" / "digits.npz"
 
 
 class Extractor(FeatureExtractorBase):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdm_lightning.diffusion.process import alphas_cumprod, predicted_x0
+from qdm_lightning.diffusion.process import alphas_cumprod
 from qdm_lightning.diffusion.sampling import predicted_x0, timesteps
 from qdm_lightning.models.image_sampler import ImageSampler
 

@@ -1,6 +1,6 @@
 """`metrics=digits`: a small digits classifier whose 64 features measure how close 8x8 pictures come to real digits.
 
-The weights ship with the package; `python -m qdm_lightning.metrics.train_digits` made them.
+The weights ship with the package; `experiments/embedded/classifier.py` made them.
 """
 
 from __future__ import annotations

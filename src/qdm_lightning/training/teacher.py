@@ -28,7 +28,7 @@ FORMAT = 2
 """Raised when the way of training changes, so that older cached teachers are not taken for new ones."""
 
 ASSETS = Path(__file__).parent / "assets"
-"""Teachers that come with the package, each a folder as in the cache; `make_teacher` makes one."""
+"""Teachers that come with the package, each a folder as in the cache; experiments/embedded/teacher.py makes one."""
 
 FITTED = "teacher.json"
 """File of a cached or shipped teacher: its key, the settings behind it, what its training came to. Its last file."""

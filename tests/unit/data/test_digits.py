@@ -1,9 +1,13 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+import qdm_lightning
 from qdm_lightning.data.digits import DigitsData, load_digits
-from qdm_lightning.metrics.train_digits import DIGITS
+
+DIGITS = Path(qdm_lightning.__file__).parent / "data" / "assets" / "digits.npz"
 
 
 def test_split_covers_all_digits_once():

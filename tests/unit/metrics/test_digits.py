@@ -1,10 +1,14 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+import qdm_lightning
 from qdm_lightning.metrics.digits import DigitsFeatures
 from qdm_lightning.metrics.frechet import features, frechet_distance, frechet_key, halves_distance
-from qdm_lightning.metrics.train_digits import DIGITS
+
+DIGITS = Path(qdm_lightning.__file__).parent / "data" / "assets" / "digits.npz"
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from qdm_lightning.cli.schema import CONF_DIR
 from qdm_lightning.display.progress import Progress
 from qdm_lightning.models.diffusers_io import load_unet
 from qdm_lightning.train import train
-from qdm_lightning.training import make_teacher, teacher
+from qdm_lightning.training import teacher
 from qdm_lightning.training.callbacks import StageProgress
 from qdm_lightning.training.checkpoint_io import load_checkpoint
 from qdm_lightning.training.module import DiffusionModule
@@ -223,8 +224,9 @@ def test_the_teacher_that_is_to_be_shipped(first, tmp_path, monkeypatch):
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             train(compose("train", command[3:]), Progress("silent"))
 
-    monkeypatch.setattr(make_teacher, "subprocess", SimpleNamespace(run=in_this_process))
-    make_teacher.main(tmp_path / "made", TINY)
+    script = runpy.run_path(str(CONF_DIR.parent / "experiments" / "embedded" / "teacher.py"))
+    monkeypatch.setattr(script["subprocess"], "run", in_this_process)
+    script["main"](tmp_path / "made", TINY)
     files = [file.relative_to(tmp_path / "made").as_posix() for file in sorted((tmp_path / "made").rglob("*.*"))]
     assert files == [
         "model_index.json",

@@ -1,4 +1,4 @@
-"""How `assets/digits.npz` was made: `python -m qdm_lightning.data.make_digits [file]`. Needs scikit-learn.
+"""How `data/assets/digits.npz` was made: `python experiments/embedded/digits.py [file]`. Needs scikit-learn.
 
 The 1,797 pictures of `sklearn.datasets.load_digits` (8x8, values 0..16, the test half of UCI's "Optical Recognition of
 Handwritten Digits", CC BY 4.0) become uint8 as round(v * 255 / 16). 297 of them, drawn once by numpy's
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+import qdm_lightning
+
 HELD_OUT = 297
 
 
@@ -26,4 +28,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "assets" / "digits.npz")
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(qdm_lightning.__file__).parent / "data" / "assets" / "digits.npz")

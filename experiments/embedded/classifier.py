@@ -1,4 +1,4 @@
-"""How `assets/digits.safetensors` was made: `python -m qdm_lightning.metrics.train_digits [file]` (some 10 s on one core).
+"""How `metrics/assets/digits.safetensors` was made: `python experiments/embedded/classifier.py [file]`, 10 s on one core.
 
 Trains `DigitsClassifier` on the 1,500 training digits from a fixed seed on one thread, and writes nothing unless it gets at
 least 97 % of the 297 held-out digits right. A quarter of every batch is noised, and its targets are as uncertain as the noise
@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+import qdm_lightning
 from qdm_lightning.metrics.digits import WEIGHTS, DigitsClassifier
 
-DIGITS = Path(__file__).parents[1] / "data" / "assets" / "digits.npz"
+PACKAGE = Path(qdm_lightning.__file__).parent
 STEPS = 1500
 BATCH = 64
 NOISED = 0.25
@@ -70,7 +71,7 @@ def train(x: Tensor, labels: Tensor, seed: int = 0) -> DigitsClassifier:
 def main(path: Path) -> None:
     """Train, check, write."""
     torch.set_num_threads(1)
-    x, labels, held_out = load_digits(DIGITS)
+    x, labels, held_out = load_digits(PACKAGE / "data" / "assets" / "digits.npz")
     network = train(x[~held_out], labels[~held_out])
     with torch.no_grad():
         accuracy = (network(x[held_out]).argmax(1) == labels[held_out]).float().mean().item()
@@ -81,4 +82,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "assets" / WEIGHTS)
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else PACKAGE / "metrics" / "assets" / WEIGHTS)

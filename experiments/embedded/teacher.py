@@ -1,4 +1,4 @@
-"""How `assets/teacher_digits` was made: `python -m qdm_lightning.training.make_teacher [folder]`, minutes on a CPU.
+"""How `training/assets/teacher_digits` was made: `python experiments/embedded/teacher.py [folder]`, minutes on a CPU.
 
 It is the teacher that `python -m qdm_lightning.train` would train on the digits, as the cache keeps it: a diffusers folder,
 and `teacher.json` with its key, the settings behind it and what its training came to.
