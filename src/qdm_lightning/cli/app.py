@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -99,9 +99,9 @@ def _main(job: Job, words: Sequence[str]) -> None:
     if not (args.hydra_help or args.shell_completion or args.info):
         with explained(args.overrides):
             job.check_typed(args.config_name or name)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra lets errors through instead of printing them its own way
     try:
-        with _errors_pass():
-            hydra.main(version_base=VERSION_BASE, config_path=str(CONF_DIR), config_name=name)(job)()
+        hydra.main(version_base=VERSION_BASE, config_path=str(CONF_DIR), config_name=name)(job)()
     except Exception:
         if job.folder is not None:  # it began: what went wrong is no bad input
             raise
@@ -124,20 +124,6 @@ def _as_hydra_reads_it(words: Sequence[str], overrides: Sequence[str]) -> None:
 def _home(word: str) -> str:
     name, _, value = word.partition("=")
     return f"{name}={Path(value).expanduser()}" if value == "~" or value.startswith("~/") else word
-
-
-@contextmanager
-def _errors_pass() -> Iterator[None]:
-    """Within the block Hydra lets errors through instead of printing them its own way: by the variable that it documents."""
-    name = "HYDRA_FULL_ERROR"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
 
 
 class Job:

@@ -109,14 +109,10 @@ def _arguments(folder: Path, config_dir: str | None, settings: Any) -> list[str]
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    environment = dict(os.environ)
-    if "SLURM_JOB_ID" not in environment:  # there all processes of a job are started from without
-        for name in RENDEZVOUS:
-            environment.pop(name, None)
-    threads = read_config(folder)["trainer"]["threads"]
-    if threads:
-        environment |= {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
-    return environment
+    left_out = () if "SLURM_JOB_ID" in os.environ else RENDEZVOUS  # there all processes of a job are started from without
+    threads = str(read_config(folder)["trainer"]["threads"])
+    limits = {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads} if threads != "0" else {}
+    return {name: value for name, value in os.environ.items() if name not in left_out} | limits
 
 
 def _run(command: list[str], environment: dict[str, str], log: Path | None) -> int:
@@ -139,10 +135,8 @@ def _run(command: list[str], environment: dict[str, str], log: Path | None) -> i
 def _slurm_signals_kept() -> Iterator[None]:
     """SLURM tells every process of a job that the job is preempted. That is for submitit in this process, which requeues it;
     a job's process that died of it would look like one that failed."""
-    if "SLURM_JOB_ID" not in os.environ:
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM})  # inherited
+    kept = {signal.SIGUSR2, signal.SIGTERM} if "SLURM_JOB_ID" in os.environ else set()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, kept)  # inherited
     try:
         yield
     finally:

@@ -115,16 +115,11 @@ def _composition(error: ConfigCompositionException) -> str:
             return _unknown_key(cause, match[1])
         return f"{match[1]} is not a group that can be chosen here: --help lists the groups"
     if match := re.match(r"In '([^']*)': \w+ raised while composing config: (.*)", text):
-        return _in_file(match[1], match[2])
-    return re.sub(r" ?To append to your (config|default list) use \S+", "", text) or one_line(cause)
-
-
-def _in_file(file: str, text: str) -> str:
-    if file == "teacher/pretrained":
-        return (
+        own = (
             "teacher=pretrained brings its own network: leave out the other model; beside an experiment, type model=pretrained"
         )
-    return f"{file}.yaml: {text}"
+        return own if match[1] == "teacher/pretrained" else f"{match[1]}.yaml: {match[2]}"
+    return re.sub(r" ?To append to your (config|default list) use \S+", "", text) or one_line(cause)
 
 
 def _unknown_key(cause: OmegaConfBaseException, key: str) -> str:
@@ -148,16 +143,15 @@ def _omegaconf(error: OmegaConfBaseException, override: str) -> str:
         return one_line(cause) if isinstance(cause, ValueError) else f"{key}: {what}"
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         return _unknown_key(error, key)
-    if isinstance(error, ValidationError):
-        given = override or f"{key}={error.value}"
-        if match := re.search(r"could not be converted to (\w+)", what):
-            return f"{given} is not allowed: {key} must be {TYPES.get(match[1], match[1])}"
-        if match := re.search(r"incompatible with type hint '(?:Optional|Union)?\[?([^]']*)", what):
-            return f"{given} is not allowed: {key} must be {' or '.join(match[1].split(', '))}"
-        if "is not Optional" in what:
-            return f"{given} is not allowed: {key} needs a value"
-        return f"{given} is not allowed: {what[0].lower()}{what[1:]}"
-    return f"{override}: {what}" if override else what
+    if not isinstance(error, ValidationError):
+        return f"{override}: {what}" if override else what
+    why = f"{what[0].lower()}{what[1:]}"
+    if match := re.search(r"could not be converted to (\w+)|incompatible with type hint '(?:Optional|Union)?\[?([^]']*)", what):
+        kind = TYPES.get(match[1], match[1]) if match[1] else " or ".join(match[2].split(", "))
+        why = f"{key} must be {kind}"
+    elif "is not Optional" in what:
+        why = f"{key} needs a value"
+    return f"{override or f'{key}={error.value}'} is not allowed: {why}"
 
 
 def _instantiation_cause(error: InstantiationException) -> str | None:

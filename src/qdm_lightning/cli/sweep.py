@@ -142,10 +142,8 @@ def _train(job: Job, plans: Sequence[Plan], launcher: Any, master: DictConfig) -
             print(f"skipped, it is there: {plan.folder.name}")
     root = Path(_resolved(master, "hydra.sweep.dir")).absolute()
     words = [word for word in sys.argv[1:] if not word.startswith("hydra.sweep.dir=")]
-    where = f"hydra.sweep.dir={_shown(root)}"
-    if not re.fullmatch(r"[\w.=/+-]+", where):
-        where = f"hydra.sweep.dir={quoted(_shown(root))}"
-    same = f"python -m qdm_lightning.{job.command.name} {shlex.join([*words, where])}"
+    where = _shown(root) if re.fullmatch(r"[\w.=/+-]+", _shown(root)) else quoted(_shown(root))
+    same = f"python -m qdm_lightning.{job.command.name} {shlex.join([*words, f'hydra.sweep.dir={where}'])}"
     reasons: dict[Path, str] = {}
     if missing:
         root.mkdir(parents=True, exist_ok=True)

@@ -141,15 +141,15 @@ def _network_shape(model: Any) -> tuple[int, int] | None:
 
 def _check_float(s: TrainConfig) -> None:
     """A run at 32 bits is a teacher: nothing in it is quantized or distilled."""
-    say = "a run with quant=fp32 trains a teacher"
-    if type(s.taq) is not TaQOff:
-        raise UserError(f"{say}, TaQ would have nothing to quantize: type taq=off")
-    if s.nem.mode != "off":
-        raise UserError(f"{say}, nem.mode={s.nem.mode} would need another one: type nem=off")
-    if s.quant.mode == "ptq":
-        raise UserError(f"{say}, quant.mode=ptq would have nothing to calibrate: type quant.mode=qat")
-    if s.teacher.source != "auto":
-        raise UserError(f"{say} and takes none: leave out teacher={s.teacher.source}")
+    faults = {
+        ", TaQ would have nothing to quantize: type taq=off": type(s.taq) is not TaQOff,
+        f", nem.mode={s.nem.mode} would need another one: type nem=off": s.nem.mode != "off",
+        ", quant.mode=ptq would have nothing to calibrate: type quant.mode=qat": s.quant.mode == "ptq",
+        f" and takes none: leave out teacher={s.teacher.source}": s.teacher.source != "auto",
+    }
+    for fault, there in faults.items():
+        if there:
+            raise UserError(f"a run with quant=fp32 trains a teacher{fault}")
 
 
 def taq_scope(taq: Any) -> str:
