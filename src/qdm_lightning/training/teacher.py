@@ -73,8 +73,9 @@ def obtain_teacher(experiment: Experiment, fit: Fit, say: Callable[[str], None])
     else:
         unet = load_unet(str(config.path))
     _check_shape(experiment, unet)
-    save_pipeline(unet, experiment.diffusion, own)
-    write_json(own / "origin.json", origin)
+    if not rank():  # else a rank would write into the folder that another one replaces
+        save_pipeline(unet, experiment.diffusion, own)
+        write_json(own / "origin.json", origin)
     return unet.eval(), origin
 
 
