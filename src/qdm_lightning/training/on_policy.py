@@ -55,11 +55,3 @@ class TrajectoryBuffer:
         seeds = image_seeds(self.seed, images, start=FIRST_SEED + step * images)
         sample(network, sampler, self.diffusion, shape=shape, seeds=seeds, device=device, on_state=keep)  # type: ignore[arg-type]
         self.x, self.t = torch.cat(states)[: self.nem.on_policy_buffer], torch.cat(times)[: self.nem.on_policy_buffer]
-
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
-        return {"x": self.x, "t": self.t}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take over a checkpoint's states."""
-        self.x, self.t = state["x"], state["t"]
