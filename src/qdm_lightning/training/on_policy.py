@@ -42,16 +42,14 @@ class TrajectoryBuffer:
     def _refresh(
         self, shape: tuple[int, ...], step: int, network: Callable[[Tensor, Tensor], Tensor], device: torch.device
     ) -> None:
-        states: list[Tensor] = []
-        times: list[Tensor] = []
+        states: list[tuple[Tensor, Tensor]] = []
 
         def keep(t: int, x: Tensor, eps: Tensor) -> None:
-            states.append(x.cpu())
-            times.append(torch.full((len(x),), t))
+            states.append((x.cpu(), torch.full((len(x),), t)))
 
         steps = min(STEPS, self.diffusion.num_train_timesteps)
         images = max(1, self.nem.on_policy_buffer // steps)
         sampler = SamplerConfig(kind="ddim", steps=steps, batch_size=min(images, 64))
         seeds = image_seeds(self.seed, images, start=FIRST_SEED + step * images)
         sample(network, sampler, self.diffusion, shape=shape, seeds=seeds, device=device, on_state=keep)  # type: ignore[arg-type]
-        self.x, self.t = torch.cat(states)[: self.nem.on_policy_buffer], torch.cat(times)[: self.nem.on_policy_buffer]
+        self.x, self.t = (torch.cat(parts)[: self.nem.on_policy_buffer] for parts in zip(*states, strict=True))

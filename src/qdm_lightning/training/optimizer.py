@@ -18,9 +18,8 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Parameters of the network, and those of its quantizers."""
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer | WeightQuantizer)]
-    learned = list({id(p): p for m in quantizers for p in m.parameters()}.values())
-    known = {id(p) for p in learned}
-    return [p for p in model.parameters() if id(p) not in known], learned
+    learned = {id(p): p for m in quantizers for p in m.parameters()}
+    return [p for p in model.parameters() if id(p) not in learned], list(learned.values())
 
 
 class QuantizerAdam(torch.optim.Adam):

@@ -43,12 +43,16 @@ VALUES = 2**14
 def log_layers(loggers: Sequence[Any], report: QuantizationReport, cost: CostReport) -> None:
     """A table of every layer: what it is, its bits and quantizers, what it costs."""
     quantizers = {row.name: " ".join(row.quantizers) for row in report.rows}
-    columns = ["module", "kind", "parameters", "weight_bits", "input_bits", "quantizers", "macs", "bytes", "float_bytes"]
     rows: list[list[Any]] = [
         [x.name, x.kind, x.parameters, x.weight_bits, x.act_bits, quantizers.get(x.name, ""), x.macs, x.bytes, x.float_bytes]
         for x in cost.layers
     ]
-    log_table(loggers, "quantization/layers", columns, rows)
+    log_table(
+        loggers,
+        "quantization/layers",
+        ["module", "kind", "parameters", "weight_bits", "input_bits", "quantizers", "macs", "bytes", "float_bytes"],
+        rows,
+    )
 
 
 def layer_label(name: str) -> str:
@@ -128,8 +132,7 @@ def _log_by_timestep(
     """L_NeM and histograms of activations, a point for each bucket of t; the errors as a table too."""
     total = experiment.diffusion.num_train_timesteps
     with cosmetic("activations by timestep", "histograms"):
-        edges = [bucket * total // BUCKETS for bucket in range(BUCKETS + 1)]
-        rows = [[edges[b], edges[b + 1] - 1, error] for b, error in enumerate(errors)]
+        rows = [[b * total // BUCKETS, (b + 1) * total // BUCKETS - 1, error] for b, error in enumerate(errors)]
         log_table(loggers, "nem_error/table", ["first_t", "last_t", "nem_error"], rows)
         seen = activations_by_bucket(
             student, experiment.trainer.histograms, validation_set, experiment.diffusion, experiment.sampler.batch_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -67,8 +67,9 @@ def run(experiment: Experiment, progress: Any) -> Result:
     features(experiment.feature_network, experiment.data.train_images[:1])  # it takes such images, or says so now
     step = (last_step(experiment.run_dir / CHECKPOINTS) or 0) if experiment.resume else None
     csv = partial(CSVMetrics, experiment.run_dir / "metrics.csv", step)
-    factories: list[Callable[..., Any]] = [csv, *([] if rank() else experiment.loggers)]
-    with opened(factories, run_dir=experiment.run_dir, config=experiment.resolved) as loggers:
+    with opened(
+        [csv, *([] if rank() else experiment.loggers)], run_dir=experiment.run_dir, config=experiment.resolved
+    ) as loggers:
         return Run(experiment, progress, loggers).result()
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DModel
@@ -113,8 +113,7 @@ def load_student(folder: str | Path, *, trusted: Collection[str] = ()) -> nn.Mod
         unet.load_state_dict(state)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{place}: {CONFIG} and {WEIGHTS} do not make a student: {one_line(error)}") from error
-    student: nn.Module = unet.to(memory_format=torch.channels_last).eval()
-    return student
+    return cast(nn.Module, unet.to(memory_format=torch.channels_last).eval())
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -79,8 +79,8 @@ def obtain_teacher(experiment: Experiment, fit: Fit, say: Callable[[str], None])
 def _auto(experiment: Experiment, fit: Fit, say: Callable[[str], None]) -> tuple[UNet2DModel, dict[str, Any]]:
     """The teacher of these settings: the package's, or the cache's, where it is trained first if it is not there."""
     key, settings = teacher_key(experiment)
-    shipped = [file.parent for file in sorted(ASSETS.glob(f"*/{FITTED}")) if read_json(file)["key"] == key]
-    shipped = [] if experiment.teacher.retrain else shipped
+    assets = [] if experiment.teacher.retrain else sorted(ASSETS.glob(f"*/{FITTED}"))
+    shipped = [file.parent for file in assets if read_json(file)["key"] == key]
     folder, trained = (shipped[0], False) if shipped else _cached(experiment, key, settings, fit, say)
     origin = {"source": "auto", "key": key, "trained_now": trained, "val_loss": read_json(folder / FITTED)["val_loss"]}
     return load_unet(folder), {**origin, "shipped": True} if shipped else origin

@@ -85,7 +85,7 @@ def fit(
         if data.start_step < module.max_steps:
             batches = validation_set.batches(max(data.batch_size, 256))
             loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
-            resume = None if done is None else str(folder / LAST)
+            resume = None if done is None else folder / LAST
             trainer.fit(module, data.train_dataloader(), loader, ckpt_path=resume, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -132,12 +132,9 @@ def _quiet_lightning() -> Iterator[None]:
         quiet("lightning.pytorch.accelerators.cuda"),
         warnings.catch_warnings(),
     ):
-        advice = (
-            "does not have many workers",
-            "`IterableDataset` has `__len__`",
-            "directory.*exists and is not empty",
-            "in eval mode at the start of training",
-            "LeafSpec.*is deprecated",
+        warnings.filterwarnings(
+            "ignore",
+            message=".*(does not have many workers|`IterableDataset` has `__len__`|directory.*exists and is not empty"
+            "|in eval mode at the start of training|LeafSpec.*is deprecated)",
         )
-        warnings.filterwarnings("ignore", message=f".*({'|'.join(advice)})")
         yield
