@@ -219,7 +219,8 @@ def print_closing(
     floor = [
         f"{name} {_number(value)} between two halves of the real images" for name, value in metrics.get("floor", {}).items()
     ]
-    lines = [*floor, f"pictures: {run_dir / 'samples.png'}{rows}", f"all else: {run_dir}"]
+    trial = ["a trial: these numbers mean nothing"] if metrics.get("trial") else []
+    lines = [*trial, *floor, f"pictures: {run_dir / 'samples.png'}{rows}", f"all else: {run_dir}"]
     console.print("\n".join([*lines, *following_lines(following)]), markup=False, highlight=False)
 
 

@@ -6,30 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import CheckpointIO
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from lightning.fabric.plugins import TorchCheckpointIO
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from qdm_lightning.base.checks import one_line
-from qdm_lightning.base.files import atomic_path
+from qdm_lightning.base.files import atomic_path, reading
 
 PREFIXES = {"ema": "ema.module.unet.", "raw": "student.unet."}
 """Where a checkpoint has the averaged weights of the U-Net that was trained, and those of the optimizer."""
 
 
-class AtomicCheckpointIO(CheckpointIO):
-    """Lightning checkpoints written whole or not at all, and read as data alone (`weights_only=True`)."""
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning checkpoints written whole or not at all."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with atomic_path(Path(path)) as temporary:
             torch.save(checkpoint, temporary)
-
-    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        return load_checkpoint(Path(path))
-
-    def remove_checkpoint(self, path: Any) -> None:
-        Path(path).unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -41,18 +34,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file: give a checkpoint, such as <run>/checkpoints/last.ckpt")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch each raise their own
-        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    with reading(path, "it cannot be read as a checkpoint") as stream:
+        return dict(torch.load(stream, map_location="cpu", weights_only=True))
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file by name, on the CPU. Raises ValueError where it is damaged or missing."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged: {one_line(error)}") from error
+    """Tensors of a safetensors file by name, on the CPU. Raises ValueError where the file is damaged."""
+    with reading(path) as stream:
+        return load(stream.read())
 
 
 def fill_from_checkpoint(unet: nn.Module, path: Path, weights: str = "ema") -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 
+from qdm_lightning.base.checks import first_line
 from qdm_lightning.quantization import compiled
 from qdm_lightning.training.spec import TrainerConfig
 
@@ -25,17 +26,15 @@ def set_up(trainer: TrainerConfig) -> None:
 
 
 @contextmanager
-def quiet(*names: str) -> Iterator[None]:
-    """The loggers of these names say nothing below a warning."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
+def quiet(name: str) -> Iterator[None]:
+    """The logger of this name says nothing below a warning."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logger.setLevel(level)
 
 
 def measuring_device(accelerator: str) -> torch.device:
@@ -61,7 +60,7 @@ def share(work: Work, accelerator: str, devices: int) -> None:
         with quiet("lightning.fabric"):
             fabric = Fabric(accelerator=accelerator, devices=devices, strategy="ddp_spawn")
     except Exception as error:  # Lightning's MisconfigurationException is a bare Exception
-        raise ValueError(f"devices={devices}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"devices={devices}: {first_line(error)}") from error
     fabric.launch(_call, work)  # type: ignore[arg-type]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +18,7 @@ from qdm_lightning.diffusion.process import add_noise, noise_scheduler
 from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig
 from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.training.on_policy import TrajectoryBuffer
-from qdm_lightning.training.optimizer import build_optimizer, ema_with_warmup, learning_rate_factor, split_parameters
+from qdm_lightning.training.optimizer import average, build_optimizer, learning_rate_factor, split_parameters
 from qdm_lightning.training.spec import OptimizerConfig
 
 
@@ -65,7 +66,7 @@ class DiffusionModule(LightningModule):
         self.teacher_bf16 = teacher_bf16
         self.student = Denoiser(network)
         self.teacher = None if teacher is None else Denoiser(teacher).requires_grad_(False).eval()
-        self.ema = AveragedModel(self.student, multi_avg_fn=ema_with_warmup(optimizer.ema_decay)).requires_grad_(False).eval()
+        self.ema = AveragedModel(self.student, multi_avg_fn=partial(average, optimizer.ema_decay)).requires_grad_(False).eval()
         self.scheduler = noise_scheduler(diffusion)
         self.buffer = TrajectoryBuffer(nem, diffusion, seed) if nem.on_policy_fraction else None
 
@@ -124,12 +125,14 @@ class DiffusionModule(LightningModule):
         self.log_dict(means, batch_size=len(x0), sync_dist=True)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Average the student; after the last step ask for the end, so that Lightning validates it, once."""
+        self.trainer.should_stop |= self.global_step >= self.max_steps
         self.ema.update_parameters(self.student)
         self.log(f"{self.prefix}train/loss", outputs["loss"], batch_size=len(batch))
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.student, self.optimizer)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(self.optimizer, self.max_steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate_factor, self.optimizer, self.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
@@ -141,10 +144,10 @@ class DiffusionModule(LightningModule):
         """The teacher is a folder of its own in the run: the checkpoint leaves it out."""
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("teacher.")}
         if self.buffer is not None:
-            checkpoint["trajectory_buffer"] = self.buffer.state()
+            checkpoint["trajectory_buffer"] = {"x": self.buffer.x, "t": self.buffer.t}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = {k: v for k, v in self.state_dict().items() if k.startswith("teacher.")}
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **own}
         if self.buffer is not None:
-            self.buffer.load(checkpoint["trajectory_buffer"])
+            self.buffer.x, self.buffer.t = (checkpoint["trajectory_buffer"][name] for name in "xt")

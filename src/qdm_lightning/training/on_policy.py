@@ -38,12 +38,10 @@ class TrajectoryBuffer:
         return torch.cat([self.x[pick].to(x.device), x[count:]]), torch.cat([self.t[pick].to(t.device), t[count:]])
 
     def _refresh(self, shape: tuple[int, ...], step: int, network: Denoiser, device: torch.device) -> None:
-        states: list[Tensor] = []
-        times: list[Tensor] = []
+        states: list[tuple[Tensor, Tensor]] = []
 
         def keep(t: int, x: Tensor, eps: Tensor) -> None:
-            states.append(x.cpu())
-            times.append(torch.full((len(x),), t))
+            states.append((x.cpu(), torch.full((len(x),), t)))
 
         steps = min(STEPS, self.diffusion.num_train_timesteps)
         images = max(1, self.nem.on_policy_buffer // steps)
@@ -51,12 +49,4 @@ class TrajectoryBuffer:
         seeds = image_seeds(self.seed, images, start=FIRST_SEED + step * images)
         with cached_weights(network):
             sample(network, sampler, self.diffusion, shape=shape, seeds=seeds, device=device, on_state=keep)  # type: ignore[arg-type]
-        self.x, self.t = torch.cat(states)[: self.nem.on_policy_buffer], torch.cat(times)[: self.nem.on_policy_buffer]
-
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
-        return {"x": self.x, "t": self.t}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take over a checkpoint's states."""
-        self.x, self.t = state["x"], state["t"]
+        self.x, self.t = (torch.cat(parts)[: self.nem.on_policy_buffer] for parts in zip(*states, strict=True))

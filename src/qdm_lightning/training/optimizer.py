@@ -18,9 +18,8 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Parameters of the network, and those of its quantizers."""
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer | WeightQuantizer)]
-    learned = list({id(p): p for m in quantizers for p in m.parameters()}.values())
-    known = {id(p) for p in learned}
-    return [p for p in model.parameters() if id(p) not in known], learned
+    learned = {id(p): p for m in quantizers for p in m.parameters()}
+    return [p for p in model.parameters() if id(p) not in learned], list(learned.values())
 
 
 class QuantizerAdam(torch.optim.Adam):
@@ -31,10 +30,8 @@ class QuantizerAdam(torch.optim.Adam):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         # The closure holds the backward pass: run it first, the gradients tell which rows must stay.
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         rows = [
             (p, p.grad == 0, p.detach().clone())
             for group in self.param_groups
@@ -51,34 +48,25 @@ class QuantizerAdam(torch.optim.Adam):
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> QuantizerAdam:
     """Adam (fused) over two groups: the network's parameters, and the quantizers' with their own learning rate."""
     network, quantizers = split_parameters(model)
-    groups = [{"params": network, "lr": config.lr}]
-    if quantizers:
-        groups.append({"params": quantizers, "lr": config.quantizer_lr})
+    rates = ((network, config.lr), (quantizers, config.quantizer_lr))
+    groups = [{"params": parameters, "lr": lr} for parameters, lr in rates if parameters]
     return QuantizerAdam(groups, betas=(config.beta1, config.beta2), fused=True)
 
 
-def learning_rate_factor(config: OptimizerConfig, max_steps: int) -> Callable[[int], float]:
-    """Factor on the learning rate by step: linear from 1/warmup to 1, then as `config.schedule` says.
+def learning_rate_factor(config: OptimizerConfig, max_steps: int, step: int) -> float:
+    """Factor on the learning rate at a step: linear from 1/warmup to 1, then as `config.schedule` says.
 
     `constant` stays at 1 (DDPM's code); `cosine` falls along half a cosine to 0 at `max_steps`.
     """
-
-    def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        if config.schedule == "constant":
-            return 1.0
-        progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-    return factor
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def ema_with_warmup(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
-    """An EMA for `torch.optim.swa_utils.AveragedModel` whose decay grows as min(decay, (1 + n) / (10 + n)) after n updates."""
-
-    def update(averaged: Tensors, current: Tensors, updates: Tensor | int) -> None:
-        n = int(updates)
-        torch._foreach_lerp_(list(averaged), list(current), 1 - min(decay, (1 + n) / (10 + n)))
-
-    return update
+def average(decay: float, averaged: Tensors, current: Tensors, updates: Tensor | int) -> None:
+    """Update an EMA (`multi_avg_fn` of `AveragedModel`) by min(decay, (1 + n) / (10 + n)), which grows with its n updates."""
+    n = int(updates)
+    torch._foreach_lerp_(list(averaged), list(current), 1 - min(decay, (1 + n) / (10 + n)))

@@ -43,13 +43,11 @@ def restore_teacher(experiment: Experiment, device: torch.device) -> Restored:
         FileNotFoundError: the run never got as far.
         ValueError: its files are damaged.
     """
-    unet = _teacher_unet(experiment)
-    files = sorted((experiment.run_dir / "teacher" / "unet").glob("*.safetensors"))
-    if len(files) == 1:
-        origin = {"file": _name(files[0], experiment), "weights": "ema", "sha256": file_hash(files[0])}
-    else:
-        origin = {"file": "teacher", "weights": "ema", "sha256": state_hash(unet)}
-    return Restored(_frozen(unet, device), {**origin, "step": None})
+    unet, folder = _teacher_unet(experiment), experiment.run_dir / "teacher"
+    files = list((folder / "unet").glob("*.safetensors"))
+    file = files[0] if len(files) == 1 else folder
+    digest = file_hash(file) if file.is_file() else state_hash(unet)
+    return _restored(unet, device, experiment.run_dir, file, weights="ema", sha256=digest, step=None)
 
 
 def restore_student(
@@ -66,37 +64,27 @@ def restore_student(
         FileNotFoundError: no such checkpoint, or the run never got as far.
         ValueError: a full-precision run, which has no student, or a checkpoint that is damaged or another network's.
     """
+    run_dir = experiment.run_dir
     if experiment.quant.is_float:
-        raise ValueError(f"{experiment.run_dir} trained at 32 bits: it has no student, type network=teacher")
+        raise ValueError(f"{run_dir} trained at 32 bits: it has no student, type network=teacher")
     student, _ = prepare_student(_teacher_unet(experiment), experiment)
-    student.to(memory_format=torch.channels_last)
+    goes_on = "python -m qdm_lightning.train run=... goes on"
     if experiment.quant.mode == "ptq" and checkpoint == "best":
-        path, weights, step = _student_file(experiment), "calibrated", 0
+        path = _existing(run_dir / FOLDER / WEIGHTS, f"run={run_dir} has no student yet: {goes_on}")
+        weights, step = "calibrated", 0
         fill(student, load_weights(path), path)
     else:
-        path = _checkpoint_file(experiment, checkpoint)
+        path = Path(checkpoint).expanduser().resolve()
+        if checkpoint in ("best", "last"):
+            path = run_dir / "checkpoints" / f"{checkpoint}.ckpt"
+            _existing(path, f"{path} is not there: the run was ended before its first checkpoint, {goes_on}")
         step = fill_from_checkpoint(student, path, weights)
-    origin = {"file": _name(path, experiment), "weights": weights, "sha256": file_hash(path), "step": step}
-    return Restored(_frozen(student, device), origin)
+    return _restored(student, device, run_dir, path, weights=weights, sha256=file_hash(path), step=step)
 
 
 def _teacher_unet(experiment: Experiment) -> nn.Module:
-    run_dir = experiment.run_dir
-    hint = f"run={run_dir} has no teacher yet: train it to its end, python -m qdm_lightning.train run=..."
-    return load_unet(_existing(run_dir / "teacher" / "unet", hint).parent)
-
-
-def _student_file(experiment: Experiment) -> Path:
-    hint = f"run={experiment.run_dir} has no student yet: python -m qdm_lightning.train run=... goes on"
-    return _existing(experiment.run_dir / FOLDER / WEIGHTS, hint)
-
-
-def _checkpoint_file(experiment: Experiment, checkpoint: str) -> Path:
-    if checkpoint not in ("best", "last"):
-        return Path(checkpoint).expanduser().resolve()
-    path = experiment.run_dir / "checkpoints" / f"{checkpoint}.ckpt"
-    hint = f"{path} is not there: the run was ended before its first checkpoint, python -m qdm_lightning.train run=... goes on"
-    return _existing(path, hint)
+    hint = f"run={experiment.run_dir} has no teacher yet: train it to its end, python -m qdm_lightning.train run=..."
+    return load_unet(_existing(experiment.run_dir / "teacher" / "unet", hint).parent)
 
 
 def _existing(path: Path, hint: str) -> Path:
@@ -105,12 +93,8 @@ def _existing(path: Path, hint: str) -> Path:
     return path
 
 
-def _frozen(unet: nn.Module, device: torch.device) -> Denoiser:
-    unet = unet.to(memory_format=torch.channels_last).to(device)
-    return Denoiser(unet).requires_grad_(False).eval()
-
-
-def _name(path: Path, experiment: Experiment) -> str:
-    """The file's path inside the run folder, where it lies there."""
-    run_dir = experiment.run_dir
-    return path.relative_to(run_dir).as_posix() if path.is_relative_to(run_dir) else str(path)
+def _restored(unet: nn.Module, device: torch.device, run_dir: Path, path: Path, **origin: Any) -> Restored:
+    """The network, and its origin: the path of its file, inside the run folder where it lies there, and what else is known."""
+    network = Denoiser(unet.to(memory_format=torch.channels_last).to(device)).requires_grad_(False).eval()
+    file = path.relative_to(run_dir).as_posix() if path.is_relative_to(run_dir) else str(path)
+    return Restored(network, {"file": file, **origin})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 
 from qdm_lightning.base.files import write_json, write_whole
@@ -28,11 +29,10 @@ from qdm_lightning.models.image_sampler import ImageSampler
 from qdm_lightning.quantization import compiled
 from qdm_lightning.quantization.cost import cost as count_cost
 from qdm_lightning.runs.provenance import git_commit, hardware, peak_memory, versions
-from qdm_lightning.training.callbacks import LearnedScales, SampleDuringTraining, StageProgress
 from qdm_lightning.training.devices import measuring_device, set_up
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.module import DiffusionModule
-from qdm_lightning.training.publishing import log_layers, log_results
+from qdm_lightning.training.publishing import log_layers, log_results, log_scales
 from qdm_lightning.training.student import calibrate_student, prepare_student
 from qdm_lightning.training.student_files import save_student
 from qdm_lightning.training.teacher import check_schedule, obtain_teacher
@@ -67,8 +67,9 @@ def run(experiment: Experiment, progress: Any) -> Result:
     features(experiment.feature_network, experiment.data.train_images[:1])  # it takes such images, or says so now
     step = (last_step(experiment.run_dir / CHECKPOINTS) or 0) if experiment.resume else None
     csv = partial(CSVMetrics, experiment.run_dir / "metrics.csv", step)
-    factories: list[Callable[..., Any]] = [csv, *([] if rank() else experiment.loggers)]
-    with opened(factories, run_dir=experiment.run_dir, config=experiment.resolved) as loggers:
+    with opened(
+        [csv, *([] if rank() else experiment.loggers)], run_dir=experiment.run_dir, config=experiment.resolved
+    ) as loggers:
         return Run(experiment, progress, loggers).result()
 
 
@@ -149,12 +150,8 @@ class Run:
 
     def fit(self, module: DiffusionModule, checkpoints: Path) -> dict[str, Any]:
         """Train a module, teacher or student, under a stage of its own; returns what `trainer.fit` returns."""
-        e, callbacks = self.experiment, list[Callback]()
-        if module.teacher is not None:
-            callbacks += [LearnedScales(), *e.callbacks]
-            if e.trainer.sample_every:
-                callbacks.append(SampleDuringTraining(partial(self.sample, module), e.trainer.sample_every))
-        name = module.prefix.rstrip("/") or "student"
+        e, name = self.experiment, module.prefix.rstrip("/") or "student"
+        scales, samples = LambdaCallback(on_validation_end=log_scales), LambdaCallback(on_train_batch_end=self.sample)
         with self.progress.stage(name, module.max_steps, "steps") as stage:
             return fit(
                 module,
@@ -162,17 +159,23 @@ class Run:
                 self.validation_set,
                 e.trainer,
                 folder=checkpoints,
+                stage=stage,
                 loggers=self.loggers,
-                callbacks=[StageProgress(stage), *callbacks],
+                callbacks=[] if module.teacher is None else [scales, *e.callbacks, samples],
             )
 
-    def sample(self, module: DiffusionModule, step: int) -> dict[str, float]:
-        """A grid of the student's images in the middle of its training, and their distance."""
+    def sample(self, trainer: Trainer, module: Any, *batch: Any) -> None:
+        """At each `trainer.sample_every`th step but the last: a grid of the student's images, and their distance."""
+        step, every = trainer.global_step, self.experiment.trainer.sample_every
+        if not every or step % every or step >= module.max_steps or not trainer.is_global_zero:
+            return
         images = self.draw(self.image_sampler(module.ema_student), f"sampling at step {step}")
         path = self.folder / "samples" / f"step_{step:07d}.png"
         save_grid(path, [to_uint8(images[:GRID_IMAGES])], [f"student, step {step}"])
         log_pictures(self.loggers, "samples/student", path, step)
-        return {f"sampled/{key}": value for key, value in self.distance(images).items()}
+        distance = {f"sampled/{key}": value for key, value in self.distance(images).items()}
+        for logger in self.loggers:
+            logger.log_metrics(distance, step)
 
     def measure(self, teacher: Denoiser, student: Denoiser | None) -> None:
         """Images of both networks from the same seeds, their distances, and where in t the student errs."""
@@ -207,6 +210,7 @@ class Run:
             "hardware": hardware(),
             "peak_memory_bytes": peak_memory(),
             "git": git_commit(),
+            **({"trial": True} if self.experiment.resolved.get("trial", False) else {}),
         }
         write_json(self.folder / "metrics.json", self.metrics)
         log_results(self.loggers, self.experiment, self.metrics, student, self.validation_set)

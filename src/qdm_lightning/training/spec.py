@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from qdm_lightning.base.checks import at_least, between, folder, one_of, positive
 
 SCHEDULES = ("cosine", "constant")
 """Courses of the learning rate after its warm-up."""
 
-TEACHER_OPTIMIZER = ("lr", "warmup_steps", "schedule", "ema_decay", "gradient_clip")
+
+@dataclass(kw_only=True)
+class LearningConfig:
+    """What the trainings of teacher and student have in common.
+
+    Args:
+        lr: learning rate of weights, biases and norms.
+        warmup_steps: linear warm-up before the schedule.
+        schedule: course of the learning rate after the warm-up: `cosine` decay to zero at the last step, or `constant` (DDPM).
+        gradient_clip: largest norm of the weights' gradient.
+        ema_decay: EMA of the network, with warm-up.
+    """
+
+    lr: float = 1e-3
+    warmup_steps: int = 50
+    schedule: str = "cosine"
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.995
+
+    def check(self, group: str) -> None:
+        """Raise ValueError at a value that is not allowed; `group` is the config group, which the message names."""
+        positive(f"{group}.lr", self.lr)
+        at_least(f"{group}.warmup_steps", self.warmup_steps, 0)
+        one_of(f"{group}.schedule", self.schedule, SCHEDULES)
+        positive(f"{group}.gradient_clip", self.gradient_clip)
+        between(f"{group}.ema_decay", self.ema_decay, 0.0, 1.0)
+
+
+TEACHER_OPTIMIZER = tuple(setting.name for setting in fields(LearningConfig))
 """Settings that the teacher's training shares with the student's optimizer."""
 
 
 @dataclass(kw_only=True)
-class TeacherConfig:
+class TeacherConfig(LearningConfig):
     """Where the full-precision teacher comes from, and how `auto` trains it (config group `teacher`).
 
     Args:
@@ -30,11 +58,8 @@ class TeacherConfig:
     retrain: bool = False
     seed: int = 0
     max_steps: int = 4000
-    lr: float = 1e-3
     warmup_steps: int = 200
-    schedule: str = "cosine"
     ema_decay: float = 0.999
-    gradient_clip: float = 1.0
 
     def __post_init__(self) -> None:
         one_of("teacher.source", self.source, ("auto", "checkpoint", "pretrained"))
@@ -46,46 +71,32 @@ class TeacherConfig:
             raise ValueError(f"teacher={self.source} needs a path: type teacher.path=<folder>")
         at_least("teacher.seed", self.seed, 0)
         at_least("teacher.max_steps", self.max_steps, 1)
-        at_least("teacher.warmup_steps", self.warmup_steps, 0)
-        one_of("teacher.schedule", self.schedule, SCHEDULES)
-        positive("teacher.lr", self.lr)
-        between("teacher.ema_decay", self.ema_decay, 0.0, 1.0)
-        positive("teacher.gradient_clip", self.gradient_clip)
+        self.check("teacher")
 
 
 @dataclass(kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(LearningConfig):
     """Adam for the student. Quantizer parameters form a group of their own.
 
     Args:
         lr: learning rate of weights, biases and norms.
         quantizer_lr: learning rate of log-scales and zero points.
-        betas: Adam's moments.
-        weight_decay: decoupled, on weights only.
+        beta1, beta2: decay of Adam's first and second moment.
         warmup_steps: linear warm-up before the schedule.
         schedule: course of the learning rate after the warm-up: `cosine` decay to zero at the last step, or `constant` (DDPM).
         gradient_clip: largest norm of the weights' gradient.
         ema_decay: EMA of the student, with warm-up.
     """
 
-    lr: float = 1e-3
     quantizer_lr: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.999
-    warmup_steps: int = 50
-    schedule: str = "cosine"
-    gradient_clip: float = 1.0
-    ema_decay: float = 0.995
 
     def __post_init__(self) -> None:
-        positive("optimizer.lr", self.lr)
+        self.check("optimizer")
         positive("optimizer.quantizer_lr", self.quantizer_lr)
         between("optimizer.beta1", self.beta1, 0.0, 0.9999999)
         between("optimizer.beta2", self.beta2, 0.0, 0.9999999)
-        at_least("optimizer.warmup_steps", self.warmup_steps, 0)
-        one_of("optimizer.schedule", self.schedule, SCHEDULES)
-        positive("optimizer.gradient_clip", self.gradient_clip)
-        between("optimizer.ema_decay", self.ema_decay, 0.0, 1.0)
 
 
 @dataclass(kw_only=True)
@@ -122,13 +133,10 @@ class TrainerConfig:
     histograms: list[str] = field(default_factory=lambda: ["*.query", "*.key", "*.value", "mid_block.*.conv1.*"])
 
     def __post_init__(self) -> None:
-        at_least("trainer.max_steps", self.max_steps, 1)
-        at_least("trainer.val_every", self.val_every, 1)
-        at_least("trainer.val_images", self.val_images, 1)
-        at_least("trainer.sample_every", self.sample_every, 0)
-        at_least("trainer.log_every", self.log_every, 1)
-        at_least("trainer.num_nodes", self.num_nodes, 1)
-        at_least("trainer.threads", self.threads, 0)
+        for name in ("max_steps", "val_every", "val_images", "log_every", "num_nodes"):
+            at_least(f"trainer.{name}", getattr(self, name), 1)
+        for name in ("sample_every", "threads"):
+            at_least(f"trainer.{name}", getattr(self, name), 0)
         one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps"))
         one_of("trainer.precision", self.precision, ("32-true", "bf16-mixed"))
         one_of("trainer.compile", self.compile, ("auto", "on", "off"))

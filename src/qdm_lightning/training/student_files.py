@@ -14,9 +14,9 @@ import functools
 import json
 from collections.abc import Callable, Collection
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DModel
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qdm_lightning.base.checks import one_line
-from qdm_lightning.base.files import atomic_folder, write_json
+from qdm_lightning.base.files import atomic_folder, read_json, write_json
 from qdm_lightning.base.trust import is_ours, targets
 from qdm_lightning.quantization.preparation import Quantizers, prepare
 from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuantizer
@@ -38,6 +38,7 @@ FORMAT = 1
 """Raised when a folder of an older version could no longer be read as it was meant."""
 
 FOLDER, CONFIG, WEIGHTS = "student", "config.json", "model.safetensors"
+PARTS = ("unet", "diffusion", "quant", "quantizers")
 BITS = ("weight_bits", "act_bits", "qkv_bits", "probs_bits", "first_last_bits", "rules")
 ROLES: dict[str, type[nn.Module]] = {
     "weight": WeightQuantizer,
@@ -102,7 +103,7 @@ def load_student(folder: str | Path, *, trusted: Collection[str] = ()) -> nn.Mod
     place = _place(Path(folder).expanduser())
     settings = read_settings(place)
     quantizers = Quantizers(
-        **{role: _quantizer(place / CONFIG, role, settings["quantizers"][role], frozenset(trusted)) for role in ROLES}
+        **{role: _quantizer(place / CONFIG, role, settings["quantizers"][role], tuple(trusted)) for role in ROLES}
     )
     state = load_weights(place / WEIGHTS)
     try:
@@ -114,8 +115,7 @@ def load_student(folder: str | Path, *, trusted: Collection[str] = ()) -> nn.Mod
         unet.load_state_dict(state)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{place}: {CONFIG} and {WEIGHTS} do not make a student: {one_line(error)}") from error
-    student: nn.Module = unet.to(memory_format=torch.channels_last).eval()
-    return student
+    return cast(nn.Module, unet.to(memory_format=torch.channels_last).eval())
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -125,22 +125,18 @@ def read_settings(folder: Path) -> dict[str, Any]:
         ValueError: the file is damaged, or of another format.
     """
     file = folder / CONFIG
-    try:
-        settings = upgraded(json.loads(file.read_text("utf-8")))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged: {one_line(error)}") from error
-    if not isinstance(settings, dict) or "format" not in settings:
+    settings: dict[str, Any] = upgraded(read_json(file))
+    if "format" not in settings:
         raise ValueError(f"{file} does not describe a student of ours")
     if settings["format"] != FORMAT:
         raise ValueError(
             f"{file} has format {settings['format']}, this version reads {FORMAT}: load it with the version it is of"
         )
-    for name in ("unet", "diffusion", "quant", "quantizers"):
-        if not isinstance(settings.get(name), dict):
-            raise ValueError(f"{file} is damaged: {name} is missing")
-    for role in ROLES:
-        if not isinstance(settings["quantizers"].get(role), dict) or not settings["quantizers"][role].get("_target_"):
-            raise ValueError(f"{file} is damaged: quantizers.{role}._target_ is missing")
+    kinds = dict(targets(settings.get("quantizers"), "quantizers"))
+    missing = [name for name in PARTS if not isinstance(settings.get(name), dict)]
+    missing += [f"quantizers.{role}._target_" for role in ROLES if not kinds.get(f"quantizers.{role}")]
+    if missing:
+        raise ValueError(f"{file} is damaged: {missing[0]} is missing")
     return settings
 
 
@@ -151,12 +147,12 @@ def _place(folder: Path) -> Path:
     raise FileNotFoundError(f"{folder} holds no student: give the folder of a run, or one with {CONFIG} and {WEIGHTS}")
 
 
-def _quantizer(file: Path, role: str, node: dict[str, Any], trusted: frozenset[str]) -> Callable[..., Any]:
+def _quantizer(file: Path, role: str, node: dict[str, Any], trusted: tuple[str, ...]) -> Callable[..., Any]:
     """The factory that a node names. Ours must be quantizers; other code runs only if it is trusted."""
     for key, target in targets(node, f"quantizers.{role}"):
-        if isinstance(target, str) and target in trusted:
+        if target in trusted:
             continue
-        if not (isinstance(target, str) and is_ours(target)):
+        if not is_ours(str(target)):
             raise ValueError(
                 f"{file} would run {target} ({key}._target_), which is not part of qdm_lightning: "
                 f"if you trust it, load_student(..., trusted=[{target!r}])"
@@ -180,8 +176,7 @@ def _value(file: Path, value: Any) -> Any:
 
 
 def _locate(file: Path, target: str) -> Any:
-    module, _, name = target.rpartition(".")
     try:
-        return getattr(import_module(module), name)
+        return resolve_name(target)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{file}: {target} cannot be imported: {one_line(error)}") from error

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from diffusers import UNet2DModel
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from qdm_lightning.base.files import atomic_folder, write_json, write_whole
+from qdm_lightning.base.files import atomic_folder, data_hash, read_json, write_json, write_whole
 from qdm_lightning.base.ranks import rank
 from qdm_lightning.diffusion.spec import NeMConfig
 from qdm_lightning.models.diffusers_io import load_diffusion, load_unet, save_pipeline
@@ -51,8 +50,7 @@ def teacher_key(experiment: Experiment) -> tuple[str, dict[str, Any]]:
         "val_every": experiment.trainer.val_every,
         "val_images": experiment.trainer.val_images,
     }
-    text = json.dumps(settings, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16], settings
+    return data_hash(settings)[:16], settings
 
 
 def obtain_teacher(experiment: Experiment, fit: Fit, say: Callable[[str], None]) -> tuple[UNet2DModel, dict[str, Any]]:
@@ -64,7 +62,7 @@ def obtain_teacher(experiment: Experiment, fit: Fit, say: Callable[[str], None])
     own, config = experiment.run_dir / "teacher", experiment.teacher
     if experiment.has_teacher:
         file = own / "origin.json"
-        return load_unet(own), json.loads(file.read_text("utf-8")) if file.is_file() else {"source": str(own)}
+        return load_unet(own), read_json(file) if file.is_file() else {"source": str(own)}
     origin: dict[str, Any] = {"source": config.source, "path": str(config.path)}
     if config.source == "auto":
         unet, origin = _auto(experiment, fit, say)
@@ -82,16 +80,11 @@ def obtain_teacher(experiment: Experiment, fit: Fit, say: Callable[[str], None])
 def _auto(experiment: Experiment, fit: Fit, say: Callable[[str], None]) -> tuple[UNet2DModel, dict[str, Any]]:
     """The teacher of these settings: the package's, or the cache's, where it is trained first if it is not there."""
     key, settings = teacher_key(experiment)
-    shipped = None if experiment.teacher.retrain else _shipped(key)
-    folder, trained = (shipped, False) if shipped else _cached(experiment, key, settings, fit, say)
-    fitted = json.loads((folder / FITTED).read_text("utf-8"))
-    origin = {"source": "auto", "key": key, "trained_now": trained, "val_loss": fitted["val_loss"]}
+    assets = [] if experiment.teacher.retrain else sorted(ASSETS.glob(f"*/{FITTED}"))
+    shipped = [file.parent for file in assets if read_json(file)["key"] == key]
+    folder, trained = (shipped[0], False) if shipped else _cached(experiment, key, settings, fit, say)
+    origin = {"source": "auto", "key": key, "trained_now": trained, "val_loss": read_json(folder / FITTED)["val_loss"]}
     return load_unet(folder), {**origin, "shipped": True} if shipped else origin
-
-
-def _shipped(key: str) -> Path | None:
-    files = sorted(ASSETS.glob(f"*/{FITTED}"))
-    return next((file.parent for file in files if json.loads(file.read_text("utf-8"))["key"] == key), None)
 
 
 def _cached(
@@ -101,13 +94,7 @@ def _cached(
     root = Path(experiment.paths.cache).expanduser() / "teachers"
     root.mkdir(parents=True, exist_ok=True)
     folder, work, leader = root / key, root / f"{key}.work", root / f"{key}.leader"
-    retrain = experiment.teacher.retrain
-
-    def train() -> tuple[UNet2DModel, Mapping[str, Any]]:
-        module = _module(experiment)
-        fitted = fit(module, work / "checkpoints")
-        return module.ema_student.unet, fitted
-
+    retrain, train = experiment.teacher.retrain, partial(_train, experiment, fit, work / "checkpoints")
     if rank():
         _follow(experiment, folder, leader, train)
     with _locked(root / f"{key}.lock", say):
@@ -147,11 +134,11 @@ def _locked(file: Path, say: Callable[[str], None]) -> AcquireReturnProxy:
         return lock.acquire()
 
 
-def _module(experiment: Experiment) -> DiffusionModule:
-    """The teacher in the making, a function of the settings alone."""
+def _train(experiment: Experiment, fit: Fit, checkpoints: Path) -> tuple[Any, Mapping[str, Any]]:
+    """Train the teacher, which is a function of the settings alone; its U-Net, and what `fit` returns."""
     config = experiment.teacher
     torch.manual_seed(config.seed)
-    return DiffusionModule(
+    module = DiffusionModule(
         experiment.build_model().to(memory_format=torch.channels_last),
         None,
         diffusion=experiment.diffusion,
@@ -162,6 +149,8 @@ def _module(experiment: Experiment) -> DiffusionModule:
         flip=experiment.data.flip,
         prefix="teacher/",
     )
+    fitted = fit(module, checkpoints)
+    return module.ema_student.unet, fitted
 
 
 def _from_checkpoint(experiment: Experiment, path: Path) -> Any:
@@ -188,8 +177,7 @@ def check_schedule(experiment: Experiment) -> None:
         place = str(run / "teacher") if (run / "teacher").is_dir() else None
     if place is None or experiment.has_teacher:
         return
-    ours = asdict(experiment.diffusion)
-    different = {k: v for k, v in (load_diffusion(place) or {}).items() if ours.get(k) != v}
+    different = {k: v for k, v in (load_diffusion(place) or {}).items() if getattr(experiment.diffusion, k) != v}
     if different:
         say = " ".join(f"diffusion.{k}={v}" for k, v in different.items())
         raise ValueError(f"teacher.path={path} was trained on another noise schedule: type {say}")
@@ -198,8 +186,7 @@ def check_schedule(experiment: Experiment) -> None:
 def _check_shape(experiment: Experiment, unet: Any) -> None:
     channels, size = experiment.data.channels, experiment.data.image_size
     if (unet.config.in_channels, unet.config.sample_size) != (channels, size):
-        wanted = f"{unet.config.in_channels} channel(s) of {unet.config.sample_size} pixels"
         raise ValueError(
-            f"the teacher takes {wanted}, the data have {channels} of {size}: choose other data, "
-            f"for example data=images data.image_size={unet.config.sample_size}"
+            f"the teacher takes {unet.config.in_channels} channel(s) of {unet.config.sample_size} pixels, the data have "
+            f"{channels} of {size}: choose other data, for example data=images data.image_size={unet.config.sample_size}"
         )

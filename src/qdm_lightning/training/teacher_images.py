@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qdm_lightning.base.files import atomic_path
+from qdm_lightning.base.files import atomic_path, data_hash
 from qdm_lightning.data.module import content_hash
 from qdm_lightning.metrics.weights import state_hash
 from qdm_lightning.models.image_sampler import ImageSampler
@@ -54,14 +52,11 @@ def teacher_images(
 
 
 def _key(drawn_by: ImageSampler, seeds: Sequence[int], model: Any) -> str:
-    config = getattr(drawn_by.network.unet, "config", None)
-    if isinstance(config, Mapping):  # that of diffusers; a leading `_` marks where it came from
-        config = {name: value for name, value in config.items() if not name.startswith("_")}
-    where = environment(drawn_by.device)
-    del where["fake_quantization"]  # the teacher has none
-    weights, sampler, diffusion = state_hash(drawn_by.network), asdict(drawn_by.sampler), asdict(drawn_by.diffusion)
-    settings = [weights, sampler, diffusion, model, config, drawn_by.shape, seeds, where]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    unet: Any = drawn_by.network.unet
+    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}  # `_` marks where it came from
+    where = {name: value for name, value in environment(drawn_by.device).items() if name != "fake_quantization"}
+    settings = [state_hash(drawn_by.network), asdict(drawn_by.sampler), asdict(drawn_by.diffusion), model, config]
+    return data_hash([*settings, drawn_by.shape, seeds, where])[:24]
 
 
 def _read(file: Path, shape: tuple[int, ...]) -> Tensor | None:

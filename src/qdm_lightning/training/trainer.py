@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from qdm_lightning.data.module import ImageDataModule
-from qdm_lightning.training.callbacks import StepTimer, ValidateAtEnd
 from qdm_lightning.training.checkpoint_io import AtomicCheckpointIO, load_checkpoint
 from qdm_lightning.training.devices import quiet
 from qdm_lightning.training.module import DiffusionModule
@@ -30,6 +31,28 @@ def last_step(checkpoints: Path) -> int | None:
     return int(load_checkpoint(file)["global_step"]) if file.is_file() else None
 
 
+class StageProgress(Callback):
+    """Advances a stage of the terminal by every training step, and measures the steps.
+
+    Args:
+        stage: with `advance(n, **fields)`.
+
+    Attributes:
+        seconds: seconds of each step made here: forward, backward and update, without validation.
+    """
+
+    def __init__(self, stage: Any) -> None:
+        self.stage, self.seconds, self._begin = stage, list[float](), 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._begin = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seconds.append(time.perf_counter() - self._begin)
+        show = trainer.global_step % 10 == 0
+        self.stage.advance(1, **({"loss": f"{float(outputs['loss'].detach()):.4f}"} if show else {}))
+
+
 def fit(
     module: DiffusionModule,
     data: ImageDataModule,
@@ -37,6 +60,7 @@ def fit(
     config: TrainerConfig,
     *,
     folder: Path,
+    stage: Any,
     loggers: list[Any],
     callbacks: list[Callback],
 ) -> dict[str, Any]:
@@ -44,6 +68,7 @@ def fit(
 
     Args:
         folder: where each validation leaves `last.ckpt`, and `best.ckpt` where `val/loss` is the least so far.
+        stage: stage of the terminal, see `StageProgress`; `skip(n)` tells it of steps that were made before.
 
     Returns:
         {"steps": number of steps in all, "best_step": step of the checkpoint that is loaded, "val_loss": its loss,
@@ -51,29 +76,29 @@ def fit(
     """
     done = last_step(folder)
     data.seed, data.start_step = module.seed, done or 0
+    stage.skip(data.start_step)
     best = ModelCheckpoint(folder, "best", f"{module.prefix}val/loss", enable_version_counter=False)
     last = ModelCheckpoint(folder, "last", enable_version_counter=False)
-    timer = StepTimer()
+    steps = StageProgress(stage)
     with _quiet_lightning():
-        trainer = _trainer(config, module.max_steps, [best, last, timer, ValidateAtEnd(), *callbacks], loggers)
+        trainer = _trainer(config, module.max_steps, [best, last, steps, *callbacks], loggers)
         if data.start_step < module.max_steps:
             batches = validation_set.batches(max(data.batch_size, 256))
             loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
-            resume = None if done is None else str(folder / LAST)
+            resume = None if done is None else folder / LAST
             trainer.fit(module, data.train_dataloader(), loader, ckpt_path=resume, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     state = load_checkpoint(folder / "best.ckpt")
     module.on_load_checkpoint(state)
     module.load_state_dict(state["state_dict"])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()  # the first rank may move the folder once all have read it
+    trainer.strategy.barrier()  # the first rank may move the folder once all have read it
     return {
         "steps": module.max_steps,
         "best_step": int(state["global_step"]),
         "val_loss": float(state["callbacks"][best.state_key]["best_model_score"]),
         "resumed_from": done,
-        "step_seconds": timer.median(),
+        "step_seconds": round(statistics.median(steps.seconds), 5) if steps.seconds else None,
     }
 
 
@@ -102,13 +127,14 @@ def _trainer(config: TrainerConfig, max_steps: int, callbacks: list[Callback], l
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
     """Lightning's advice is not for us: batches come out of memory without end, and the teacher is in eval mode on purpose."""
-    with quiet("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"), warnings.catch_warnings():
-        for message in (
-            ".*does not have many workers.*",
-            ".*`IterableDataset` has `__len__`.*",
-            ".*directory.*exists and is not empty.*",
-            ".*in eval mode at the start of training.*",
-            ".*LeafSpec.*is deprecated.*",
-        ):
-            warnings.filterwarnings("ignore", message=message)
+    with (
+        quiet("lightning.pytorch.utilities.rank_zero"),
+        quiet("lightning.pytorch.accelerators.cuda"),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings(
+            "ignore",
+            message=".*(does not have many workers|`IterableDataset` has `__len__`|directory.*exists and is not empty"
+            "|in eval mode at the start of training|LeafSpec.*is deprecated)",
+        )
         yield

@@ -119,6 +119,12 @@ def test_closing_says_where_and_what_next(console, tmp_path, monkeypatch):
     assert "fd_digits 4.55 between two halves of the real images\n" in shown
     assert f"pictures: {tmp_path / 'samples.png'} (teacher above student, same seeds)\n" in shown
     assert "  qdm-train quant=w3a3  fewer bits\n" in shown
+    assert "trial" not in shown
     monkeypatch.setenv("RANK", "1")
     print_closing(METRICS, tmp_path, console=console)
     assert text(console) == shown
+
+
+def test_closing_warns_of_a_trials_numbers(console, tmp_path):
+    print_closing({**METRICS, "trial": True}, tmp_path, console=console)
+    assert "a trial: these numbers mean nothing\n" in text(console)

@@ -23,7 +23,7 @@ from qdm_lightning.loggers import opened, tensorboard_logger, wandb_logger
 from qdm_lightning.loggers.media import TIMESTEP, log_files, log_pictures, log_table, log_values
 from qdm_lightning.runs.naming import labels
 from qdm_lightning.train import train
-from qdm_lightning.training.callbacks import StageProgress
+from qdm_lightning.training.trainer import StageProgress
 
 
 def wandb_run(run_dir: Path, config=(), **settings):

@@ -1,6 +1,7 @@
 """Schedule, EMA warm-up and parameter groups, against closed forms."""
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
@@ -8,8 +9,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from qdm_lightning.quantization import QuantConfig, prepare
 from qdm_lightning.training.optimizer import (
+    average,
     build_optimizer,
-    ema_with_warmup,
     learning_rate_factor,
     split_parameters,
 )
@@ -17,7 +18,7 @@ from qdm_lightning.training.spec import OptimizerConfig
 
 
 def test_schedule_rises_to_one_and_falls_to_zero():
-    factor = learning_rate_factor(OptimizerConfig(schedule="cosine", warmup_steps=10), max_steps=110)
+    factor = partial(learning_rate_factor, OptimizerConfig(schedule="cosine", warmup_steps=10), 110)
     assert factor(0) == 0.1
     assert factor(9) == factor(10) == 1.0
     assert math.isclose(factor(60), 0.5)
@@ -25,22 +26,22 @@ def test_schedule_rises_to_one_and_falls_to_zero():
 
 
 def test_the_constant_schedule_stays_after_its_warm_up():
-    factor = learning_rate_factor(OptimizerConfig(schedule="constant", warmup_steps=4), max_steps=8)
+    factor = partial(learning_rate_factor, OptimizerConfig(schedule="constant", warmup_steps=4), 8)
     assert [factor(step) for step in range(8)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
-    assert learning_rate_factor(OptimizerConfig(schedule="constant", warmup_steps=0), max_steps=8)(0) == 1
+    assert learning_rate_factor(OptimizerConfig(schedule="constant", warmup_steps=0), 8, 0) == 1
 
 
 def test_ema_follows_its_warm_up():
     model = nn.Linear(1, 1, bias=False)
-    average = AveragedModel(model, multi_avg_fn=ema_with_warmup(0.9))
+    averaged = AveragedModel(model, multi_avg_fn=partial(average, 0.9))
     expected = None
     for n in range(30):
         value = float(n * n)
         nn.init.constant_(model.weight, value)
-        average.update_parameters(model)
+        averaged.update_parameters(model)
         decay = min(0.9, (1 + n) / (10 + n))
         expected = value if expected is None else decay * expected + (1 - decay) * value
-    assert math.isclose(average.module.weight.item(), expected, rel_tol=1e-5)
+    assert math.isclose(averaged.module.weight.item(), expected, rel_tol=1e-5)
 
 
 def test_quantizers_form_a_group_of_their_own():

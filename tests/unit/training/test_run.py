@@ -17,10 +17,10 @@ from qdm_lightning.display.progress import Progress
 from qdm_lightning.models.diffusers_io import load_unet
 from qdm_lightning.train import train
 from qdm_lightning.training import teacher
-from qdm_lightning.training.callbacks import StageProgress
 from qdm_lightning.training.checkpoint_io import load_checkpoint
 from qdm_lightning.training.module import DiffusionModule
 from qdm_lightning.training.run import Run
+from qdm_lightning.training.trainer import StageProgress
 
 TINY = [
     "model.block_out_channels=[8,16]",
@@ -101,6 +101,14 @@ def test_a_run_leaves_its_record(first):
     assert all((result.run_dir / name).is_file() for name in names)
     rows = read_csv(result.run_dir / "metrics.csv")
     assert {"train/loss", "val/loss", "teacher/val/loss", "final/student/fd_digits"} <= set(rows[0])
+
+
+def test_the_record_of_a_trial_says_so(first):
+    """That of any other run says nothing about it."""
+    root, result = first
+    trial = run(root, "trial=true", "quant=fp32", name="trial")
+    assert json.loads((trial.run_dir / "metrics.json").read_text())["trial"] is True
+    assert "trial" not in result.metrics
 
 
 def test_the_teacher_is_trained_once_for_all_seeds(first):
