@@ -63,16 +63,13 @@ def save_grid(path: Path, rows: Sequence[Tensor], labels: Sequence[str], columns
 
 def _strip(images: Tensor, label: str, factor: int, columns: int) -> np.ndarray:
     """One row of the grid below its label: (MARGIN + H' + GAP, width, 3) uint8."""
-    pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-    pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
+    pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy().repeat(factor, axis=1).repeat(factor, axis=2)
     height, width = pixels.shape[1:3]
-    canvas = Image.new("RGB", (GAP + columns * (width + GAP), MARGIN + height + GAP), "white")
-    ImageDraw.Draw(canvas).text((GAP, 3), label, fill="black", font=ImageFont.load_default(12))
-    strip = np.array(canvas)
+    strip = Image.new("RGB", (GAP + columns * (width + GAP), MARGIN + height + GAP), "white")
+    ImageDraw.Draw(strip).text((GAP, 3), label, fill="black", font=ImageFont.load_default(12))
     for index, picture in enumerate(pixels):
-        left = GAP + index * (width + GAP)
-        strip[MARGIN : MARGIN + height, left : left + width] = picture
-    return strip
+        strip.paste(Image.fromarray(picture), (GAP + index * (width + GAP), MARGIN))
+    return np.array(strip)
 
 
 def png(image: Image.Image) -> bytes:
