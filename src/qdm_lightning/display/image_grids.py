@@ -44,13 +44,11 @@ def save_grid(path: Path, rows: Sequence[Tensor], labels: Sequence[str], columns
     Raises:
         ValueError: no image, rows of different shape, not uint8, or not as many labels as rows.
     """
-    from torch import uint8
-
     if not rows or len(rows) != len(labels):
         raise ValueError(f"a grid needs rows and a label for each: got {len(rows)} rows, {len(labels)} labels")
     shape = rows[0].shape
     for row in rows:
-        if row.shape != shape or row.dtype is not uint8 or row.dim() != 4 or shape[0] == 0 or shape[1] not in (1, 3):
+        if row.shape != shape or str(row.dtype) != "torch.uint8" or row.dim() != 4 or shape[0] == 0 or shape[1] not in (1, 3):
             raise ValueError(f"a grid needs uint8 rows (N, 1 or 3, H, W) of one shape: got {tuple(row.shape)} {row.dtype}")
     factor = enlargement(shape[2], shape[3])
     strips = [

@@ -195,8 +195,7 @@ def _draw_lines(ax: Any, panel: Panel, names: Sequence[str], legend: dict[str, A
     for x, y, text in panel.texts:
         ax.annotate(text, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=7.5)
     if panel.ticks is not None:
-        ax.set_xticks(range(len(panel.ticks)), list(panel.ticks))
-        ax.set_xlim(-0.5, len(panel.ticks) - 0.5)
+        ax.set(xticks=range(len(panel.ticks)), xticklabels=list(panel.ticks), xlim=(-0.5, len(panel.ticks) - 0.5))
     if panel.log_x:
         ax.set_xscale("log")
         positions = sorted({x for line in panel.lines for x in line.x})

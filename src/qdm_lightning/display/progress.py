@@ -43,8 +43,7 @@ class Stage:
     def __init__(self, say: Callable[[str], None], clock: Callable[[], float], name: str, total: int, unit: str) -> None:
         self._say, self._clock, self._begin = say, clock, clock()
         self.name, self.total, self.unit = name, total, unit
-        self._done, self._before, self._printed = 0, 0, -1
-        self._fields: dict[str, Any] = {}
+        self._done, self._before, self._printed, self._fields = 0, 0, -1, dict[str, Any]()
 
     def advance(self, n: int = 1, **fields: Any) -> None:
         """`n` more units are done; `fields`, such as `loss`, are shown from now on."""
