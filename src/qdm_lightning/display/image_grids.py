@@ -44,13 +44,11 @@ def save_grid(path: Path, rows: Sequence[Tensor], labels: Sequence[str], columns
     Raises:
         ValueError: no image, rows of different shape, not uint8, or not as many labels as rows.
     """
-    from torch import uint8
-
     if not rows or len(rows) != len(labels):
         raise ValueError(f"a grid needs rows and a label for each: got {len(rows)} rows, {len(labels)} labels")
     shape = rows[0].shape
     for row in rows:
-        if row.shape != shape or row.dtype is not uint8 or row.dim() != 4 or shape[0] == 0 or shape[1] not in (1, 3):
+        if row.shape != shape or str(row.dtype) != "torch.uint8" or row.dim() != 4 or shape[0] == 0 or shape[1] not in (1, 3):
             raise ValueError(f"a grid needs uint8 rows (N, 1 or 3, H, W) of one shape: got {tuple(row.shape)} {row.dtype}")
     factor = enlargement(shape[2], shape[3])
     strips = [
@@ -63,16 +61,13 @@ def save_grid(path: Path, rows: Sequence[Tensor], labels: Sequence[str], columns
 
 def _strip(images: Tensor, label: str, factor: int, columns: int) -> np.ndarray:
     """One row of the grid below its label: (MARGIN + H' + GAP, width, 3) uint8."""
-    pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-    pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
+    pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy().repeat(factor, axis=1).repeat(factor, axis=2)
     height, width = pixels.shape[1:3]
-    canvas = Image.new("RGB", (GAP + columns * (width + GAP), MARGIN + height + GAP), "white")
-    ImageDraw.Draw(canvas).text((GAP, 3), label, fill="black", font=ImageFont.load_default(12))
-    strip = np.array(canvas)
+    strip = Image.new("RGB", (GAP + columns * (width + GAP), MARGIN + height + GAP), "white")
+    ImageDraw.Draw(strip).text((GAP, 3), label, fill="black", font=ImageFont.load_default(12))
     for index, picture in enumerate(pixels):
-        left = GAP + index * (width + GAP)
-        strip[MARGIN : MARGIN + height, left : left + width] = picture
-    return strip
+        strip.paste(Image.fromarray(picture), (GAP + index * (width + GAP), MARGIN))
+    return np.array(strip)
 
 
 def png(image: Image.Image) -> bytes:

@@ -118,8 +118,8 @@ def save_png(path: Path, rows: Sequence[Sequence[Panel | BoxPanel]], title: str)
     """Draw rows of panels as PNG; run k has the k-th color. Raises ValueError without panels, or where rows differ."""
     if not rows or len({len(row) for row in rows}) != 1 or not rows[0]:
         raise ValueError("a plot needs rows of equally many panels, at least one")
-    names = [name for row in rows for panel in row for name in _series(panel)]
-    write_whole(path, picture(rows, list(dict.fromkeys(names)), title, panel_size=(4.6, 2.7), format="png"))
+    names = list(dict.fromkeys(name for row in rows for panel in row for name in _series(panel)))
+    write_whole(path, picture(rows, names, title, panel_size=(4.6, 2.7), format="png"))
 
 
 def _series(panel: Panel | BoxPanel) -> list[str]:
@@ -195,8 +195,7 @@ def _draw_lines(ax: Any, panel: Panel, names: Sequence[str], legend: dict[str, A
     for x, y, text in panel.texts:
         ax.annotate(text, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=7.5)
     if panel.ticks is not None:
-        ax.set_xticks(range(len(panel.ticks)), list(panel.ticks))
-        ax.set_xlim(-0.5, len(panel.ticks) - 0.5)
+        ax.set(xticks=range(len(panel.ticks)), xticklabels=list(panel.ticks), xlim=(-0.5, len(panel.ticks) - 0.5))
     if panel.log_x:
         ax.set_xscale("log")
         positions = sorted({x for line in panel.lines for x in line.x})
@@ -207,9 +206,11 @@ def _draw_lines(ax: Any, panel: Panel, names: Sequence[str], legend: dict[str, A
     low, high = min(values, default=0), max(values, default=0)
     if low > 0 and (panel.log_y or (panel.log_y is None and high > 10 * low)):
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.yaxis.set(
+            major_locator=LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)),
+            major_formatter=lambda value, _: f"{value:g}",
+            minor_formatter=NullFormatter(),
+        )
     if panel.falling:
         ax.invert_xaxis()
 
@@ -221,9 +222,9 @@ def _draw_line(ax: Any, line: Line, names: Sequence[str]) -> Any:
     marker = line.marker or ("" if line.error is None else MARKERS[index % len(MARKERS)])
     dash = line.dash or DASHES[index // len(COLORS) % len(DASHES)]
     error = [math.nan] * len(line.x) if line.error is None else line.error
-    points = [point for point in zip(line.x, line.y, error, strict=True) if math.isfinite(point[0]) and math.isfinite(point[1])]
-    look = {"color": color, "linestyle": dash, "marker": marker, "markersize": 11 if line.marker else None}
-    (handle,) = ax.plot([x for x, _, _ in points], [y for _, y, _ in points], **look)
+    points = [point for point in zip(line.x, line.y, error, strict=True) if all(map(math.isfinite, point[:2]))]
+    xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
+    (handle,) = ax.plot(xs, ys, color=color, linestyle=dash, marker=marker, markersize=11 if line.marker else None)
     for x, y, half_width in points if line.error is not None else ():
         if math.isfinite(half_width):
             ax.errorbar(x, y, yerr=half_width, color=color)

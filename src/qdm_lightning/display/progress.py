@@ -5,21 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 
+from qdm_lightning.base import checks
 from qdm_lightning.base.ranks import rank
 
 PLAIN_LINES = 10
@@ -27,30 +21,29 @@ PLAIN_LINES = 10
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds, with hours where there are any.
+    """Minutes and seconds, with hours and days where there are any.
 
-    >>> duration(75), duration(3 * 3600 + 61)
-    ('1:15', '3:01:01')
+    >>> duration(5), duration(75), duration(3 * 3600 + 61), duration(25 * 3600)
+    ('0:05', '1:15', '3:01:01', '1 day, 1:00:00')
     """
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    return str(timedelta(seconds=round(seconds))).removeprefix("0:").removeprefix("0")
 
 
 class Stage:
-    """A stage under way: it counts, and shows nothing.
+    """A stage under way: a line at each tenth of it, and one at its end.
 
     Args:
+        say: prints a line.
+        clock: seconds.
         name: as it is shown.
         total: units of the whole stage.
         unit: name of a unit, such as `steps`.
-        clock: seconds.
     """
 
-    def __init__(self, name: str, total: int, unit: str, clock: Callable[[], float]) -> None:
+    def __init__(self, say: Callable[[str], None], clock: Callable[[], float], name: str, total: int, unit: str) -> None:
+        self._say, self._clock, self._begin = say, clock, clock()
         self.name, self.total, self.unit = name, total, unit
-        self._clock, self._begin = clock, clock()
-        self._done, self._before, self._fields = 0, 0, dict[str, Any]()
+        self._done, self._before, self._printed, self._fields = 0, 0, -1, dict[str, Any]()
 
     def advance(self, n: int = 1, **fields: Any) -> None:
         """`n` more units are done; `fields`, such as `loss`, are shown from now on."""
@@ -64,6 +57,18 @@ class Stage:
 
     def _show(self, last: int) -> None:
         """Show `_done`, which was `last` so far."""
+        if self.total and self._done * PLAIN_LINES // self.total > last * PLAIN_LINES // self.total:
+            self.print()
+
+    def print(self) -> None:
+        """A line, unless the last one says the same."""
+        if self._printed != self._done:
+            self._printed = self._done
+            spent, new = self._clock() - self._begin, self._done - self._before
+            rest = self.total - self._done
+            left = f"{duration(spent / new * rest)} left" if new and rest > 0 else duration(spent)
+            rate, shown = self._rate_and_fields()
+            self._say(f"{self.name}: {self._done}/{self.total} {self.unit}, " + ", ".join(filter(None, (rate, left, shown))))
 
     def _rate_and_fields(self) -> tuple[str, str]:
         """Units done by this run per second, and the fields."""
@@ -74,11 +79,11 @@ class Stage:
 
 
 class _Bar(Stage):
-    """A bar among others on a terminal."""
+    """A bar among others on a terminal, in place of lines."""
 
-    def __init__(self, bars: RichProgress, *stage: Any) -> None:
+    def __init__(self, shown: bars.Progress, *stage: Any) -> None:
         super().__init__(*stage)
-        self._bars, self._task = bars, bars.add_task(self.name, total=self.total, rate="", shown="")
+        self._bars, self._task = shown, shown.add_task(self.name, total=self.total, rate="", shown="")
 
     def skip(self, n: int) -> None:
         super().skip(n)
@@ -87,29 +92,6 @@ class _Bar(Stage):
     def _show(self, last: int) -> None:
         rate, shown = self._rate_and_fields()
         self._bars.update(self._task, completed=self._done, rate=rate, shown=shown)
-
-
-class _Plain(Stage):
-    """A line at each tenth of the stage, and one at its end."""
-
-    def __init__(self, say: Callable[[str], None], *stage: Any) -> None:
-        super().__init__(*stage)
-        self._say, self._printed = say, -1  # units at the last line
-
-    def _show(self, last: int) -> None:
-        if self.total and self._done * PLAIN_LINES // self.total > last * PLAIN_LINES // self.total:
-            self.print()
-
-    def print(self) -> None:
-        """A line, unless the last one says the same."""
-        if self._printed == self._done:
-            return
-        self._printed = self._done
-        spent, new = self._clock() - self._begin, self._done - self._before
-        going = new and self._done < self.total
-        left = f"{duration(spent / new * (self.total - self._done))} left" if going else duration(spent)
-        rate, shown = self._rate_and_fields()
-        self._say(f"{self.name}: {self._done}/{self.total} {self.unit}, " + ", ".join(filter(None, (rate, left, shown))))
 
 
 class Progress:
@@ -131,17 +113,13 @@ class Progress:
         self, mode: str | None = None, console: Console | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.console = console or Console(soft_wrap=True)
-        if mode is None:
-            mode = "silent" if rank() else "bars" if self.console.is_terminal else "plain"
-        if mode not in ("bars", "plain", "silent"):
-            raise ValueError(f"mode={mode} is not allowed: choose one of bars, plain, silent")
-        self.mode = mode
-        self.started = False
-        self._clock = clock
-        self._bars: RichProgress | None = None
+        self.mode = mode or ("silent" if rank() else "bars" if self.console.is_terminal else "plain")
+        checks.one_of("mode", self.mode, ("bars", "plain", "silent"))
+        self.started, self._clock = False, clock
+        self._bars: bars.Progress | None = None
 
     def say(self, text: str) -> None:
-        """Print a line between the stages, or above the bars."""
+        """Print a line between the stages, or above the bars; nothing with `mode="silent"`."""
         if self.mode != "silent":
             self.console.print(text, markup=False, highlight=False)
 
@@ -149,38 +127,30 @@ class Progress:
     def stage(self, name: str, total: int, unit: str) -> Iterator[Stage]:
         """Show a stage of `total` units (such as `steps`) while the block runs; stages may lie inside one another."""
         self.started = True
-        if self.mode == "silent":
-            yield Stage(name, total, unit, self._clock)
-        elif self.mode == "plain":
-            plain = _Plain(self.say, name, total, unit, self._clock)
+        stage = (self.say, self._clock, name, total, unit)
+        if self.mode != "bars":
+            plain = Stage(*stage)
             yield plain
             plain.print()
+        elif self._bars is not None:  # below the bars of the outermost stage
+            yield _Bar(self._bars, *stage)
         else:
-            with self._live() as bars:
-                yield _Bar(bars, name, total, unit, self._clock)
-
-    @contextmanager
-    def _live(self) -> Iterator[RichProgress]:
-        """The bars of the outermost stage; stages inside it add theirs below."""
-        if self._bars is not None:
-            yield self._bars
-            return
-        columns = (
-            SpinnerColumn(finished_text="[green]✓"),
-            TextColumn("{task.description:20}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[shown]}"),
-        )
-        try:
-            with RichProgress(*columns, console=self.console, refresh_per_second=4) as self._bars:
-                yield self._bars
-        finally:
-            self._bars = None
+            columns = (
+                bars.SpinnerColumn(finished_text="[green]✓"),
+                bars.TextColumn("{task.description:20}"),
+                bars.BarColumn(bar_width=24),
+                bars.MofNCompleteColumn(),
+                bars.TextColumn("{task.fields[rate]}"),
+                bars.TimeElapsedColumn(),
+                bars.TextColumn("left"),
+                bars.TimeRemainingColumn(),
+                bars.TextColumn("[dim]{task.fields[shown]}"),
+            )
+            try:
+                with bars.Progress(*columns, console=self.console, refresh_per_second=4) as self._bars:
+                    yield _Bar(self._bars, *stage)
+            finally:
+                self._bars = None
 
 
 def _number(value: Any) -> str:

@@ -24,7 +24,7 @@ from qdm_lightning.reporting.records import (
 PROTOCOL = ("num_samples", "data.", "sampler.", "metrics.", "diffusion.")
 """Beginnings of settings that say how a run measured its result."""
 
-UNMEASURED = ("batch_size", "flip", "root", "path", "cache", "verify", "download")
+UNMEASURED = tuple(f"data.{name}" for name in ("batch_size", "flip", "root", "path", "cache", "verify", "download"))
 """Settings of `data` that do not: how it trained, and where the images lie. The floor tells other images apart."""
 
 
@@ -51,11 +51,15 @@ class Run:
     @property
     def student(self) -> dict[str, Any]:
         """Empty for a run that trained a teacher alone."""
-        return dict(self.metrics.get("student") or {})
+        return dict(self.metrics["student"])
 
     @property
     def seconds(self) -> float:
-        return float(sum(self.metrics.get("seconds", {}).values()))
+        return float(sum(self.metrics["seconds"].values()))
+
+    def named(self, error: Exception) -> str:
+        """The message of an error about a file of the run, by the run's name in place of its folder."""
+        return str(error).replace(str(self.folder), self.name)
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,7 @@ def collect(folders: Sequence[Path]) -> Contents:
     for path, name in names.items():
         _read(path, name, contents)
     if not contents.runs:
-        unfinished = contents.unfinished
-        also = f"; {len(unfinished)} unfinished: {unfinished[0][0]}, ..." if unfinished else ""
+        also = f"; {len(contents.unfinished)} unfinished: {contents.unfinished[0][0]}, ..." if contents.unfinished else ""
         raise FileNotFoundError(
             f"no finished run (a folder with {METRICS} and {CONFIG}) below {', '.join(map(str, folders))}{also}"
         )
@@ -160,14 +163,12 @@ def own_result(run: Run) -> Result:
     scores = {name: float(source[name]) for name in [*teacher, "image_mse"] if isinstance(source.get(name), int | float)}
     if run.student.get("nem_error"):
         scores["nem_error"] = float(np.mean(run.student["nem_error"]))
-    ignored = {f"data.{name}" for name in UNMEASURED}
-    shared = {name: value for name, value in run.settings.items() if name.startswith(PROTOCOL) and name not in ignored}
+    shared = {name: value for name, value in run.settings.items() if name.startswith(PROTOCOL) and name not in UNMEASURED}
     floors = {f"floor.{name}": f"{value:.4g}" for name, value in floor.items()}
-    protocol = {"measured": "at the end of training", **shared, **floors}
-    return Result(run, METRICS, protocol, scores, teacher, floor, run.metrics)
+    return Result(run, METRICS, {"measured": "at the end of training", **shared, **floors}, scores, teacher, floor, run.metrics)
 
 
-def _evaluations(run: Run, notes: list[str]) -> list[Result]:
+def _evaluations(run: Run, notes: list[str]) -> Iterator[Result]:
     """A result for each evaluation.json below the run; what cannot be read becomes a note.
 
     The teacher's evaluations of a run with a student are no results of their own: they are the `teacher` of those that
@@ -175,22 +176,17 @@ def _evaluations(run: Run, notes: list[str]) -> list[Result]:
     """
     records: dict[str, dict[str, Any]] = {}
     for file in sorted(run.folder.glob("evaluations/*/evaluation.json")):
-        source = file.relative_to(run.folder).as_posix()
         try:
-            records[source] = read_evaluation(file)
-        except ValueError as error:
-            notes.append(f"{run.name}/{source}: {error}; left out")
-    of_teacher = [record for record in records.values() if record["network"] == "teacher"]
-    results = []
+            records[file.relative_to(run.folder).as_posix()] = read_evaluation(file)
+        except (ValueError, OSError) as error:
+            notes.append(f"{run.named(error)}; left out")
+    of_teacher = [(_protocol(record), _scores(record)) for record in records.values() if record["network"] == "teacher"]
     for source, record in records.items():
         if record["network"] == "student" or not run.student:
-            protocol, origin = _protocol(record), record["origin"]
-            alike = [other for other in of_teacher if run.student and _protocol(other) == protocol]
-            teacher = _scores(alike[0]) if alike else {}
+            protocol, origin, floor = _protocol(record), record["origin"], _floats(record.get("floor", {}))
+            teacher = next((scores for alike, scores in of_teacher if run.student and alike == protocol), {})
             weights = f"{origin.get('weights')} of {Path(str(origin.get('file'))).name}"
-            floor = _floats(record.get("floor", {}))
-            results.append(Result(run, source, {**protocol, "weights": weights}, _scores(record), teacher, floor, record))
-    return results
+            yield Result(run, source, {**protocol, "weights": weights}, _scores(record), teacher, floor, record)
 
 
 def _floats(values: Mapping[str, float]) -> dict[str, float]:
@@ -203,5 +199,5 @@ def _scores(record: Mapping[str, Any]) -> dict[str, float]:
 
 def _protocol(record: Mapping[str, Any]) -> dict[str, Any]:
     """What two evaluations must share to compare, but for the weights."""
-    nested = {"sampler": record["sampler"], "diffusion": record["diffusion"]}
-    return {"measured": "by evaluate", **flatten(record["protocol"]), **flatten(nested)}
+    rest = flatten({"sampler": record["sampler"], "diffusion": record["diffusion"]})
+    return {"measured": "by evaluate", **flatten(record["protocol"]), **rest}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -36,39 +36,31 @@ WIDEST = 1600
 
 def page(groups: Sequence[Group], contents: Contents) -> str:
     """The whole file. What comes from files is escaped by the template; figures are escaped by matplotlib."""
-    names = series(groups)
-    cells = all_cells(groups)
-    losses, notes = loss_sketch(groups)
-    trajectories, more = trajectory_sketches(groups)
-    pictures, left_out = samples(cells)
-    salt = count()
+    names, cells = series(groups), all_cells(groups)
+    notes, salt = list(contents.notes), count()
 
-    def figure(sketch: Sketch) -> dict[str, Any]:
+    def svg(sketch: Sketch) -> Markup:
         description = f"{sketch.title}. {sketch.caption} The numbers are in the tables."
-        return {
-            "title": sketch.title,
-            "caption": sketch.caption,
-            "wide": len(sketch.panels) * len(sketch.panels[0]) > 1,
-            "svg": Markup(inline_svg(sketch.panels, names, description, f"figure {next(salt)}")),
-        }
+        return Markup(inline_svg(sketch.panels, names, description, f"figure {next(salt)}"))
 
     context = {
-        "groups": [_section(group, groups, figure) for group in groups],
+        "groups": [_section(group, groups) for group in groups],
         "several": len(groups) > 1,
         "runs": len(contents.runs),
         "cells": len(cells),
         "seeds": sorted({run.seed for run in contents.runs}),
         "unfinished": contents.unfinished,
-        "notes": [*contents.notes, *notes, *more, *left_out],
+        "notes": notes,
         "cost": tables.cost_table(cells),
-        "steps": list(map(figure, steps_sketches(groups))),
-        "training": [figure(losses)] if losses else [],
-        "errors": [figure(sketch) for sketch in (*trajectories, nem_sketch(cells)) if sketch],
-        "samples": pictures,
+        "steps": steps_sketches(groups),
+        "training": list(filter(None, [loss_sketch(groups, notes)])),
+        "errors": list(filter(None, [*trajectory_sketches(groups, notes), nem_sketch(cells)])),
+        "samples": list(samples(cells, notes)),
         "settings": tables.settings_table(cells),
         "common": tables.common_settings(contents.runs),
         "every": tables.runs_table(groups),
         "formulas": tables.FORMULAS,
+        "svg": svg,
         "asset": lambda name: Markup((ASSETS / name).read_text("utf-8")),
     }
     environment = jinja2.Environment(
@@ -81,9 +73,9 @@ def page(groups: Sequence[Group], contents: Contents) -> str:
     return environment.get_template("report.html.j2").render(context)
 
 
-def _section(group: Group, groups: Sequence[Group], figure: Callable[[Sketch], dict[str, Any]]) -> dict[str, Any]:
+def _section(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
     differing = tables.protocol_differences(group, groups)
-    sketches = [make(group, name) for name in group.distances for make in (bits_sketch, bytes_sketch)]
+    sketches = (make(group, name) for name in group.distances for make in (bits_sketch, bytes_sketch))
     return {
         "name": group.name,
         "title": group.title,
@@ -92,41 +84,38 @@ def _section(group: Group, groups: Sequence[Group], figure: Callable[[Sketch], d
         "distances": [tables.measure_table(group, name) for name in group.distances],
         "others": [tables.measure_table(group, name) for name in group.measures if name not in group.distances],
         "bounds": tables.reference_table(group),
-        "figures": [figure(sketch) for sketch in sketches if sketch],
+        "figures": list(filter(None, sketches)),
         "baselines": bool(group.baselines),
     }
 
 
-def samples(cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Images of one seed below one another: the teacher's, then each cell's student; and notes on what could not be read.
+def samples(cells: Sequence[Cell], notes: list[str]) -> Iterator[dict[str, Any]]:
+    """Images of one seed below one another: the teacher's, then each cell's student. What cannot be read is noted.
 
     Each run's `samples.png` is cut into its rows. A cell whose teacher drew other images gets them above its own.
     """
-    shown, notes = [], []
     for seed in sorted({seed for cell in cells for seed in cell.results}):
         rows: list[dict[str, str]] = []
         teacher: bytes | None = None
         for cell, run in ((cell, cell.results[seed].run) for cell in cells if seed in cell.results):
             try:
-                strips = [_strip(image) for image in read_rows(run.folder / "samples.png", 2 if run.student else 1)]
+                first, *students = map(_strip, read_rows(run.folder / "samples.png", 2 if run.student else 1))
             except (OSError, ValueError, Image.DecompressionBombError) as error:
                 reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read as a grid of samples"
                 notes.append(f"{run.name}/samples.png {reason}: left out of the samples")
                 continue
-            if strips[0] != teacher:
+            if first != teacher:
                 which = "teacher" if teacher is None else f"teacher of {cell.label}"
-                teacher = strips[0]
-                rows.append(_picture(which, teacher, f"Samples of the {which}, seed {seed}"))
-            if run.student:
-                rows.append(_picture(cell.label, strips[1], f"Samples of {cell.label}, seed {seed}, same noise as its teacher"))
+                rows.append(_picture(which, first, f"Samples of the {which}, seed {seed}"))
+            teacher = first
+            alt = f"Samples of {cell.label}, seed {seed}, same noise as its teacher"
+            rows += [_picture(cell.label, student, alt) for student in students]
         if rows:
-            shown.append({"seed": seed, "rows": rows})
-    return shown, notes
+            yield {"seed": seed, "rows": rows}
 
 
 def _strip(image: Image.Image) -> bytes:
-    if image.width > WIDEST:
-        image = image.resize((WIDEST, max(1, round(image.height * WIDEST / image.width))), Image.Resampling.LANCZOS)
+    image.thumbnail((WIDEST, image.height), Image.Resampling.LANCZOS, reducing_gap=None)
     return png(image)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from qdm_lightning.display.plots import Line, Panel
+from qdm_lightning.reporting.labels import grouped, identity
 from qdm_lightning.reporting.records import read_curves, read_trajectory
-from qdm_lightning.reporting.summary import Cell, Estimate, Group, all_cells, grouped
+from qdm_lightning.reporting.summary import Cell, Estimate, Group, all_cells
 
 POINTS = 150
 """Points of a loss curve, at most."""
@@ -74,11 +74,8 @@ def bytes_sketch(group: Group, distance: str) -> Sketch | None:
     if not sized:
         return None
     lines = _lines(((cell.series, size, cell.estimate(distance)) for size, cell in sized), dash="none")
-    top: dict[float, tuple[float, str]] = {}  # the bits, once beside the highest point of each size
-    for size, cell in sized:
-        highest = (cell.estimate(distance).mean, cell.bits)
-        if math.isfinite(highest[0]):
-            top[size] = max(top.get(size, highest), highest)
+    points = [(size, cell.estimate(distance).mean, cell.bits) for size, cell in sized]
+    by_size = grouped((point for point in points if math.isfinite(point[1])), lambda point: point[0])
     whole, teacher = [count for cell in group.cells for count in cell.cost("float_bytes")], group.teacher(distance)
     if whole and teacher:
         lines.append(Line("teacher in float32", [max(whole) / 1e6], [teacher.mean], dash="none", ink=True, marker="*"))
@@ -87,23 +84,18 @@ def bytes_sketch(group: Group, distance: str) -> Sketch | None:
         xlabel="stored, MB (logarithmic)",
         ylabel=distance,
         lines=lines,
-        texts=[(size, mean, bits) for size, (mean, bits) in top.items()],
+        texts=list(map(max, by_size.values())),  # the bits, once beside the highest point of each size
         log_x=True,
         log_y=None,
     )
-    caption = "Lower left is better. Bars are 95 % intervals over the seeds."
-    return Sketch(f"Trade-off of {distance} and bytes", caption, [[panel]])
+    title = f"Trade-off of {distance} and bytes"
+    return Sketch(title, "Lower left is better. Bars are 95 % intervals over the seeds.", [[panel]])
 
 
 def steps_sketches(groups: Sequence[Group]) -> list[Sketch]:
     """Distance against sampling steps: groups whose protocols are the same but for `sampler.steps`, where there are several."""
-
-    def all_but_steps(group: Group) -> str:
-        rest = {name: value for name, value in group.protocol.items() if name != "sampler.steps"}
-        return json.dumps(rest, sort_keys=True, default=str)
-
     sketches = []
-    for family in grouped(groups, all_but_steps).values():
+    for family in grouped(groups, lambda group: identity({**group.protocol, "sampler.steps": None})).values():
         for distance in family[0].distances if len(family) > 1 else []:
             ordered = sorted(family, key=lambda group: group.protocol["sampler.steps"])
             panels = [_steps_panel(ordered, distance, bits) for bits in dict.fromkeys(c.bits for g in ordered for c in g.cells)]
@@ -124,10 +116,9 @@ def _steps_panel(family: Sequence[Group], distance: str, bits: str) -> Panel:
     return Panel(title=bits, xlabel="sampling steps", ylabel=distance, lines=lines, log_x=True, log_y=None)
 
 
-def loss_sketch(groups: Sequence[Group]) -> tuple[Sketch | None, list[str]]:
-    """Loss curves of every run: a row a loss, a column a bit-width; and notes on files that could not be read."""
+def loss_sketch(groups: Sequence[Group], notes: list[str]) -> Sketch | None:
+    """Loss curves of every run: a row a loss, a column a bit-width. Files that cannot be read are added to the notes."""
     lines: dict[tuple[str, str], list[Line]] = defaultdict(list)
-    notes: list[str] = []
     for cell, curves in _each_run(groups, read_curves, notes):
         for name in CURVES.keys() & curves.keys():
             steps, values = curves[name]
@@ -145,19 +136,17 @@ def loss_sketch(groups: Sequence[Group]) -> tuple[Sketch | None, list[str]]:
         "A line a run, seeds alike in color. The trained loss is L_simple or L_NeM, whichever the method trains: "
         "compare methods on the validation losses. A teacher's curve is there where this run trained it."
     )
-    return (Sketch("Loss curves", caption, panels) if any(panels) else None), notes
+    return Sketch("Loss curves", caption, panels) if any(panels) else None
 
 
 def _each_run(groups: Sequence[Group], read: Callable[[Path], Any], notes: list[str]) -> Iterator[tuple[Cell, Any]]:
-    """What `read` finds in the folder of every run; a ValueError becomes a note."""
+    """What `read` finds in the folder of every run; what cannot be read becomes a note."""
     for cell in all_cells(groups):
         for run in cell.runs:
             try:
-                content = read(run.folder)
-            except ValueError as error:
-                notes.append(f"{run.name}/{error}: left out of the figures")
-            else:
-                yield cell, content
+                yield cell, read(run.folder)
+            except (ValueError, OSError) as error:
+                notes.append(f"{run.named(error)}; left out of the figures")
 
 
 def nem_sketch(cells: Sequence[Cell]) -> Sketch | None:
@@ -182,23 +171,24 @@ def _by_timestep(lines: Mapping[str, Sequence[Line]], ylabel: str) -> list[list[
     return [[Panel(title=bits, ylabel=ylabel, lines=curves, **axes) for bits, curves in lines.items()]]
 
 
-def trajectory_sketches(groups: Sequence[Group]) -> tuple[list[Sketch], list[str]]:
-    """The error that accumulates in sampling, where runs were diagnosed; a figure for each way of measuring, and notes."""
+def trajectory_sketches(groups: Sequence[Group], notes: list[str]) -> list[Sketch]:
+    """The error that accumulates in sampling, where runs were diagnosed; a figure for each way of measuring.
+
+    Files that cannot be read are added to the notes.
+    """
     lines: dict[str, dict[str, list[Line]]] = defaultdict(lambda: defaultdict(list))
-    notes: list[str] = []
-    lacking = 0
-    for cell, trajectory in _each_run(groups, read_trajectory, notes):
-        if trajectory is None:
-            lacking += 1
-        else:
-            how, t, mse = trajectory
-            lines[how][cell.bits].append(Line(cell.series, t, mse))
+    runs = list(_each_run(groups, read_trajectory, notes))
+    diagnosed = [(cell, *trajectory) for cell, trajectory in runs if trajectory is not None]
+    for cell, how, points in diagnosed:
+        lines[how][cell.bits].append(Line(cell.series, [t for t, _ in points], [mse for _, mse in points]))
+    lacking = len(runs) - len(diagnosed)
     without = f" {lacking} runs were not diagnosed (python -m qdm_lightning.diagnose run=...)." if lacking else ""
-    sketches = []
-    for how, by_bits in lines.items():
-        count = sum(map(len, by_bits.values()))
-        caption = (
-            f"States x_t of student against teacher from the same noise, a line a run ({count} diagnosed): {how}.{without}"
+    caption = "States x_t of student against teacher from the same noise, a line a run ({} diagnosed): {}.{}"
+    return [
+        Sketch(
+            "Error along the trajectory",
+            caption.format(sum(map(len, by_bits.values())), how, without),
+            _by_timestep(by_bits, "mean squared error"),
         )
-        sketches.append(Sketch("Error along the trajectory", caption, _by_timestep(by_bits, "mean squared error")))
-    return sketches, notes
+        for how, by_bits in lines.items()
+    ]

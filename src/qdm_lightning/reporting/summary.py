@@ -11,38 +11,17 @@ A cell is a set of runs that differ in their seed alone. For a measure m with va
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit  # scipy.stats would take a second to load
 
-from qdm_lightning.quantization.spec import TAQ
 from qdm_lightning.reporting.collect import Result, Run
+from qdm_lightning.reporting.labels import NONE, grouped, identity, labels
 from qdm_lightning.reporting.records import METRICS, flatten
-
-IGNORED = ("seed", "run", "paths.", "logger.", "tags", "trainer.threads", "callbacks.", "data.cache", "data.verify")
-"""Beginnings of settings that do not make another cell."""
-
-MEASURED = ("sampler.", "num_samples", "metrics.")
-"""Beginnings of settings that belong to the protocol: they do not make another cell either."""
-
-NONE = "none"
-"""Method of a trained cell without TaQ and NeM."""
-
-T = TypeVar("T")
-
-
-def grouped(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
-    """Items by their key, in the order of first appearance."""
-    groups: dict[Any, list[T]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
 
 
 @dataclass(frozen=True)
@@ -101,17 +80,14 @@ class Cell:
     def runs(self) -> list[Run]:
         return [result.run for result in self.results.values()]
 
-    def values(self, measure: str) -> dict[int, float]:
-        """The measure by seed; empty where no run has it."""
-        return {seed: r.scores[measure] for seed, r in sorted(self.results.items()) if measure in r.scores}
+    def values(self, measure: str, of: str = "scores") -> dict[int, float]:
+        """The measure by seed, or with `of="teacher"` the teacher's; empty where no run has it."""
+        values = {seed: getattr(result, of) for seed, result in sorted(self.results.items())}
+        return {seed: scores[measure] for seed, scores in values.items() if measure in scores}
 
     def estimate(self, measure: str) -> Estimate:
         """The measure over the seeds, of which one at least has it."""
         return Estimate.of(self.values(measure).values())
-
-    def teacher(self, measure: str) -> dict[int, float]:
-        """The teacher's measure by seed."""
-        return {seed: r.teacher[measure] for seed, r in sorted(self.results.items()) if measure in r.teacher}
 
     def cost(self, name: str) -> list[float]:
         """Distinct values of `student.cost` (`speedup.linear` and so on), which should be one."""
@@ -151,9 +127,8 @@ class Group:
     @property
     def title(self) -> str:
         """Short: images, sampler, feature network, and who measured."""
-        p = self.protocol
+        p, distances = self.protocol, " and ".join(self.distances) or "no distance"
         sampler = f"{p.get('sampler.kind', 'sampler')} with {p.get('sampler.steps', '?')} steps"
-        distances = " and ".join(self.distances) or "no distance"
         return f"{p.get('num_samples', '?')} images, {sampler}, {distances}, {p['measured']}"
 
     def measured(self, measure: str) -> list[Cell]:
@@ -176,32 +151,33 @@ def _is_distance(name: str) -> bool:
 
 def all_cells(groups: Sequence[Group]) -> list[Cell]:
     """A cell for each label, in order, with the first result of every seed."""
-    cells: dict[str, Cell] = {}
-    for group in groups:
-        for cell in group.cells:
-            whole = cells.setdefault(cell.label, Cell(cell.bits, cell.method, cell.rest))
-            whole.results = {**cell.results, **whole.results}
-    return list(cells.values())
+    by_label = grouped((cell for group in groups for cell in group.cells), lambda cell: cell.label)
+    return [
+        replace(own[0], results={seed: result for cell in reversed(own) for seed, result in cell.results.items()})
+        for own in by_label.values()
+    ]
 
 
 def difference(cell: Cell, baseline: Cell, measure: str) -> Estimate | None:
     """cell - baseline by seed, over the seeds that both have; None where there are none."""
-    ours, theirs = cell.values(measure), baseline.values(measure)
-    shared = sorted(ours.keys() & theirs.keys())
-    return Estimate.of(ours[seed] - theirs[seed] for seed in shared) if shared else None
+    ours, theirs = _paired(cell.values(measure), baseline.values(measure))
+    return Estimate.of(ours - theirs) if len(ours) else None
 
 
 def gap_closed(cell: Cell, baseline: Cell, distance: str) -> float | None:
     """100 * (baseline - cell) / (baseline - teacher) in percent, of means over the seeds that both have (see the module)."""
-    columns = (cell.values(distance), baseline.values(distance), cell.teacher(distance), baseline.teacher(distance))
-    shared = sorted(set.intersection(*map(set, columns)))
-    if not shared:
-        return None
-    ours, theirs, our_teacher, teacher = (np.array([column[seed] for seed in shared]) for column in columns)
-    if not np.allclose(our_teacher, teacher, rtol=1e-4, atol=0):
+    columns = [each.values(distance, of) for of in ("scores", "teacher") for each in (cell, baseline)]
+    ours, theirs, our_teacher, teacher = _paired(*columns)
+    if not len(ours) or not np.allclose(our_teacher, teacher, rtol=1e-4, atol=0):
         return None
     gap = float(np.mean(theirs - teacher))
     return 100 * float(np.mean(theirs - ours)) / gap if gap > 0 else None
+
+
+def _paired(*columns: dict[int, float]) -> list[np.ndarray]:
+    """The values of columns by seed, each at the seeds that all of them have."""
+    shared = sorted(set.intersection(*map(set, columns)))
+    return [np.array([column[seed] for seed in shared]) for column in columns]
 
 
 def summarize(results: Sequence[Result], baseline: str | None = None) -> tuple[list[Group], list[str]]:
@@ -217,31 +193,32 @@ def summarize(results: Sequence[Result], baseline: str | None = None) -> tuple[l
     Raises:
         ValueError: nothing is called `baseline`.
     """
-    labels = _labels(list({result.run.folder: result.run for result in results}.values()))
-    by_protocol = grouped(results, lambda result: json.dumps(result.protocol, sort_keys=True, default=str))
-    groups, notes = [], []
-    for number, key in enumerate(sorted(by_protocol, key=lambda key: _place(by_protocol[key][0], key))):
-        cells: dict[tuple[str, str, str], Cell] = {}
-        for result in by_protocol[key]:
-            label = labels[result.run.folder]
-            cell = cells.setdefault(label, Cell(*label))
-            if result.run.seed in cell.results:
-                earlier = cell.results[result.run.seed]
-                notes.append(f"{earlier.run.name}/{earlier.source}: {result.run.name} is the same cell and seed, and counts")
-            cell.results[result.run.seed] = result
+    names = labels(list({result.run.folder: result.run for result in results}.values()))
+    groups, notes = list[Group](), list[str]()
+    by_protocol = grouped(results, lambda result: identity(result.protocol)).values()
+    for number, alike in enumerate(sorted(by_protocol, key=lambda alike: _place(alike[0]))):
+        cells = []
+        for (bits, method, rest), own in grouped(alike, lambda result: names[result.run.folder]).items():
+            counts = {result.run.seed: result for result in own}  # the last of a seed
+            notes += [
+                f"{r.run.name}/{r.source}: {counts[r.run.seed].run.name} is the same cell and seed, and counts"
+                for r in own
+                if counts[r.run.seed] is not r
+            ]
+            cells.append(Cell(bits, method, rest, counts))
+        cells.sort(key=_order)
         name = chr(ord("A") + number) if number < 26 else f"P{number + 1}"
-        ordered = sorted(cells.values(), key=_order)
-        groups.append(Group(name, by_protocol[key][0].protocol, ordered, _baselines(ordered, baseline)))
+        groups.append(Group(name, alike[0].protocol, cells, _baselines(cells, baseline)))
     if baseline is not None and not any(group.baselines for group in groups):
-        names = dict.fromkeys(text for group in groups for cell in group.cells for text in (cell.label, cell.series))
-        raise ValueError(f"baseline={baseline} is no cell: choose one of {', '.join(map(repr, names))}")
+        choices = dict.fromkeys(text for group in groups for cell in group.cells for text in (cell.label, cell.series))
+        raise ValueError(f"baseline={baseline} is no cell: choose one of {', '.join(map(repr, choices))}")
     return groups, notes
 
 
-def _place(result: Result, key: str) -> tuple[Any, ...]:
+def _place(result: Result) -> tuple[Any, ...]:
     """Where a protocol stands: the runs' own first, then by sampler and steps."""
-    steps = result.protocol.get("sampler.steps")
-    return (result.source != METRICS, str(result.protocol.get("sampler.kind")), steps if isinstance(steps, int) else 0, key)
+    kind, steps = result.protocol.get("sampler.kind"), result.protocol.get("sampler.steps")
+    return (result.source != METRICS, str(kind), steps if isinstance(steps, int) else 0, identity(result.protocol))
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:
@@ -250,69 +227,11 @@ def _order(cell: Cell) -> tuple[Any, ...]:
 
 
 def _baselines(cells: Sequence[Cell], asked: str | None) -> dict[str, Cell]:
-    fixed = next((cell for cell in cells if cell.label == asked), None)
-    if fixed:
-        return {cell.label: fixed for cell in cells}
+    fixed = [cell for cell in cells if cell.label == asked]
     chosen = {}
     for cell in cells:
-        alike = [other for other in cells if other.bits == cell.bits and (asked or NONE) in (other.method, other.series)]
-        same = [other for other in alike if other.rest == cell.rest] or alike
-        if len(same) == 1:
-            chosen[cell.label] = same[0]
+        named = [other for other in cells if other.bits == cell.bits and (asked or NONE) in (other.method, other.series)]
+        alike = fixed or [other for other in named if other.rest == cell.rest] or named
+        if len(alike) == 1:
+            chosen[cell.label] = alike[0]
     return chosen
-
-
-def varying(runs: Sequence[Run], ignored: Sequence[str] = IGNORED) -> list[str]:
-    """Settings that differ between the runs, `_target_`s first; those that begin with `ignored` are left out."""
-    names = sorted({name for run in runs for name in run.settings if not name.startswith(tuple(ignored))})
-    if all(run.settings.get("teacher.seed") == run.seed for run in runs):  # each seed its own teacher
-        names = [name for name in names if name != "teacher.seed"]
-    return sorted(filter(lambda name: _differs(runs, name), names), key=lambda name: not name.endswith("_target_"))
-
-
-def _differs(runs: Sequence[Run], name: str) -> bool:
-    return len({json.dumps(run.settings.get(name), default=str) for run in runs}) > 1
-
-
-def _labels(runs: Sequence[Run]) -> dict[Path, tuple[str, str, str]]:
-    """(bits, method, rest) by run folder: equal for the same cell, different for any two cells.
-
-    `rest` names a setting only where bits, method and the settings before do not tell its values apart.
-    """
-    several_taq = len({_taq(run) for run in runs} - {""}) > 1
-    several_nem = len({_nem(run) for run in runs} - {""}) > 1
-    labels = {run.folder: [*_method(run, several_taq, several_nem), ""] for run in runs}
-    for name in varying(runs, (*IGNORED, *MEASURED)):
-        for alike in grouped(runs, lambda run: tuple(labels[run.folder])).values():
-            for run in alike if _differs(alike, name) else ():
-                value = str(run.settings.get(name))
-                short = value.rpartition(".")[2] if name.endswith("_target_") else value
-                labels[run.folder][2] += f" {name.removesuffix('._target_')}={short}"
-    return {folder: (bits, method, rest) for folder, (bits, method, rest) in labels.items()}
-
-
-def _method(run: Run, several_taq: bool, several_nem: bool) -> tuple[str, str]:
-    """Bits and method (see `Cell`)."""
-    weight, act = run.settings["quant.weight_bits"], run.settings["quant.act_bits"]
-    if weight == act == 32:
-        return "fp32", ""
-    taq, nem = _taq(run), _nem(run)
-    parts = ["PTQ"] if run.settings.get("quant.mode") == "ptq" else []
-    parts += [f"TaQ({taq})" if several_taq else "TaQ"] if taq else []
-    parts += [f"NeM({nem})" if several_nem else "NeM"] if nem else []
-    return f"w{weight}a{act}", "+".join(parts) or NONE
-
-
-def _taq(run: Run) -> str:
-    """The variant's name as it is typed, or its class; empty without one."""
-    target = str(run.settings.get("taq._target_") or "")
-    names = {getattr(kind, "_target_", ""): name for name, kind in TAQ.items() if name != "off"}
-    return names.get(target, target.rpartition(".")[2])
-
-
-def _nem(run: Run) -> str:
-    """The mode, or `on policy`; empty without one, also where nothing is trained."""
-    if run.settings.get("quant.mode") == "ptq":
-        return ""
-    mode = "on policy" if run.settings.get("nem.on_policy_fraction") else str(run.settings.get("nem.mode", "off"))
-    return "" if mode == "off" else mode

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qdm_lightning.reporting.collect import Contents, Result, Run
-from qdm_lightning.reporting.summary import IGNORED, Cell, Estimate, Group, all_cells, difference, gap_closed, varying
+from qdm_lightning.reporting.labels import IGNORED, grouped, varying
+from qdm_lightning.reporting.summary import Cell, Estimate, Group, all_cells, difference, gap_closed
 
 ABSENT = "–"  # noqa: RUF001 - an en dash stands for no value
 COSTS = ("macs", "bytes", "float_bytes", "speedup.linear", "speedup.bops", "speedup.bops64")
@@ -80,7 +80,7 @@ def _statistics(estimate: Estimate) -> list[Entry]:
 
 def measure_table(group: Group, measure: str) -> Table:
     """A row a cell: seeds, mean, std, interval, difference to the baseline with its interval, gap closed."""
-    gaps = measure in group.distances and any(cell.teacher(measure) for cell in group.cells)
+    gaps = measure in group.distances and any(cell.values(measure, "teacher") for cell in group.cells)
     head = ["cell", "n", "mean", "std", "95 % interval"]
     if group.baselines:
         head += ["baseline", "difference", "95 % of the difference", *(["gap closed, %"] if gaps else [])]
@@ -136,8 +136,13 @@ def _cost(cell: Cell, name: str) -> Entry:
 def settings_table(cells: Sequence[Cell]) -> Table:
     """Settings in which the runs differ, a row a cell; several values in one cell are all given."""
     names = varying([run for cell in cells for run in cell.runs])
-    values = [[dict.fromkeys(str(run.settings.get(name, "not set")) for run in cell.runs) for name in names] for cell in cells]
-    rows = [[Entry(cell.label), *(Entry(", ".join(texts)) for texts in row)] for cell, row in zip(cells, values, strict=True)]
+    rows = [
+        [
+            Entry(cell.label),
+            *(Entry(", ".join(dict.fromkeys(str(run.settings.get(name, "not set")) for run in cell.runs))) for name in names),
+        ]
+        for cell in cells
+    ]
     return Table("Settings that differ between the cells", ["cell", *names], rows, words=True)
 
 
@@ -170,19 +175,19 @@ def runs_table(groups: Sequence[Group]) -> Table:
 
 def _commit(result: Result) -> str:
     git = result.record.get("git")
-    if not isinstance(git, dict):
-        return ABSENT
-    return f"{str(git.get('commit'))[:9]}{' + changes' if git.get('changed') else ''}"
+    return f"{str(git.get('commit'))[:9]}{' + changes' if git.get('changed') else ''}" if isinstance(git, dict) else ABSENT
 
 
 def surroundings(group: Group) -> list[str]:
     """Versions and hardware in which the results of a table differ, a line each: the reader judges."""
-    values: dict[str, set[str]] = defaultdict(set)
-    for result in group.results:
-        for part in ("versions", "hardware"):
-            for name, value in (result.record.get(part) or {}).items():
-                values[f"{part}: {name}"].add(str(value))
-    return [f"{name} {' and '.join(sorted(different))}" for name, different in values.items() if len(different) > 1]
+    facts = dict.fromkeys(
+        (f"{part}: {name}", str(value))
+        for result in group.results
+        for part in ("versions", "hardware")
+        for name, value in (result.record.get(part) or {}).items()
+    )
+    by_name = grouped(facts, lambda fact: fact[0])
+    return [f"{name} {' and '.join(sorted(value for _, value in own))}" for name, own in by_name.items() if len(own) > 1]
 
 
 def protocol_differences(group: Group, groups: Sequence[Group]) -> list[str]:
@@ -230,29 +235,26 @@ def _markdown(table: Table | None) -> list[str]:
 
 def csv_text(groups: Sequence[Group]) -> str:
     """A row for each protocol, cell and measure: over seeds, against the baseline, cost, and the value of each seed."""
-    rows = [_csv_row(group, cell, measure) for group in groups for cell in group.cells for measure in group.measures]
     seeds = sorted({seed for group in groups for cell in group.cells for seed in cell.results})
     names = ["protocol", "title", "cell", "measure", "n", "mean", "std", "low_95", "high_95", "baseline", "pairs", "difference"]
-    names += ["difference_low_95", "difference_high_95", "gap_closed_percent", *map(_column, COSTS)]
+    names += ["difference_low_95", "difference_high_95", "gap_closed_percent", *(name.replace(".", "_") for name in COSTS)]
     stream = io.StringIO()
     writer = csv.DictWriter(stream, [*names, *(f"seed_{seed}" for seed in seeds)], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(filter(None, rows))
+    for group in groups:
+        writer.writerows(_csv_row(group, cell, name) for cell in group.cells for name in group.measures if cell.values(name))
     return stream.getvalue()
 
 
 def _csv_row(group: Group, cell: Cell, measure: str) -> dict[str, object]:
-    """Column to value, without the columns that have none; empty for a cell without the measure."""
-    values, baseline = cell.values(measure), group.baselines.get(cell.label)
-    if not values:
-        return {}
+    """Column to value, without the columns that have none."""
+    estimate, baseline = cell.estimate(measure), group.baselines.get(cell.label)
     texts = {"protocol": group.name, "title": group.title, "cell": cell.label, "measure": measure}
     texts |= {"baseline": baseline.label} if baseline else {}
-    estimate = cell.estimate(measure)
     row = {
         **{name: f"'{text}" if text.startswith(("=", "+", "-", "@")) else text for name, text in texts.items()},  # no formula
-        **{f"seed_{seed}": value for seed, value in values.items()},
-        **{_column(name): _spread(cell.cost(name)) for name in COSTS},
+        **{f"seed_{seed}": value for seed, value in cell.values(measure).items()},
+        **{name.replace(".", "_"): _spread(cell.cost(name)) for name in COSTS},
         "n": estimate.n,
         "mean": estimate.mean,
         "std": _finite(estimate.std),
@@ -263,13 +265,13 @@ def _csv_row(group: Group, cell: Cell, measure: str) -> dict[str, object]:
         gap = difference(cell, baseline, measure)
         row["pairs"] = gap.n if gap else 0
         if gap:
-            row |= {"difference": gap.mean, "difference_low_95": _finite(gap.low), "difference_high_95": _finite(gap.high)}
-            row["gap_closed_percent"] = gap_closed(cell, baseline, measure) if measure in group.distances else None
+            row |= {
+                "difference": gap.mean,
+                "difference_low_95": _finite(gap.low),
+                "difference_high_95": _finite(gap.high),
+                "gap_closed_percent": gap_closed(cell, baseline, measure) if measure in group.distances else None,
+            }
     return row
-
-
-def _column(cost: str) -> str:
-    return cost.replace(".", "_")
 
 
 def _finite(value: float) -> float | None:

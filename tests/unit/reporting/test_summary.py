@@ -171,6 +171,25 @@ def test_variants_are_named(sweep):
     assert labels == {"w4a4 TaQ(normalize)", "w4a4 TaQ(scale)", "w4a4 NeM(replace)", "w4a4 NeM(add)"}
 
 
+def test_classes_of_one_name_in_two_modules_are_told_apart(sweep):
+    """A class says which target it is where it is the only one of its name; elsewhere its whole path does."""
+    for target in ("a.Mine", "b.Mine", "b.Other"):
+        sweep.run(4, "none", 0, settings={"model._target_": target})
+        sweep.run(4, "TaQ", 0, settings={"taq._target_": target})
+    sweep.run(3, "none", 0, settings={"model._target_": "a.Mine"})
+    _, (group,), notes = read(sweep.root)
+    assert notes == []
+    assert sorted(c.label for c in group.cells) == [
+        "w3a3 none",
+        "w4a4 TaQ(Mine) taq=a.Mine",
+        "w4a4 TaQ(Mine) taq=b.Mine",
+        "w4a4 TaQ(Other)",
+        "w4a4 none model=Other",
+        "w4a4 none model=a.Mine",
+        "w4a4 none model=b.Mine",
+    ]
+
+
 def test_what_takes_no_step_does_not_mimic(sweep):
     """Post-training runs carry a NeM mode that nothing used; the student's own trajectory is a variant of NeM."""
     for name, method, settings in [
@@ -213,12 +232,12 @@ def test_evaluations_are_protocols_of_their_own(sweep, evaluate):
     _, groups, _ = read(sweep.root)
     assert len(groups) == 4
     assert [g.cells[0].values("fd_digits") for g in groups[1:2]] == [{0: 7.0, 1: 8.0}]
-    assert groups[1].cells[0].teacher("fd_digits") == {0: 5.0, 1: 5.0}
-    assert groups[2].cells[0].teacher("fd_digits") == {}
+    assert groups[1].cells[0].values("fd_digits", "teacher") == {0: 5.0, 1: 5.0}
+    assert groups[2].cells[0].values("fd_digits", "teacher") == {}
     (run / "evaluations" / "student_ddim10_0" / "evaluation.json").write_text("{")
     contents, groups, _ = read(sweep.root)
     assert len(contents.notes) == 1
-    assert "student_ddim10_0/evaluation.json: it is damaged" in contents.notes[0]
+    assert "student_ddim10_0/evaluation.json is damaged" in contents.notes[0]
 
 
 def test_a_value_that_is_not_finite_is_said(sweep):
@@ -234,7 +253,7 @@ def test_a_value_that_is_not_finite_is_said(sweep):
     ("file", "text", "message"),
     [
         ("metrics.json", "{", "metrics.json is damaged"),
-        ("metrics.json", "[]", "metrics.json is no run's record"),
+        ("metrics.json", "[]", "metrics.json is damaged: it holds no JSON object"),
         ("metrics.json", '{"seed": 0, "teacher": {"fd": "x"}, "floor": {}}', "metrics.json is no run's record"),
         ("metrics.json", '{"seed": 0, "teacher": {}, "floor": {}, "student": {"nem_error": 1}}', "must be a list"),
         ("config.yaml", "a: [", "config.yaml is damaged"),
