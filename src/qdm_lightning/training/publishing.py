@@ -27,6 +27,7 @@ from qdm_lightning.loggers.media import (
 )
 from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.quantization.cost_report import CostReport
+from qdm_lightning.quantization.layers import cached_weights
 from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from qdm_lightning.quantization.summary import QuantizationReport
 from qdm_lightning.runs.naming import labels
@@ -174,11 +175,12 @@ def activations_by_bucket(
     picked = order[torch.arange(count) * len(order) // count]
     hooks = [module.register_forward_pre_hook(partial(see, name)) for name, module in chosen.items()]
     try:
-        for part in picked.split(batch_size):
-            x0, t, eps = validation_set.x0[part], validation_set.t[part], validation_set.eps[part]
-            bucket = t * BUCKETS // validation_set.num_train_timesteps
-            x = add_noise(scheduler, x0, eps, t).to(device, memory_format=torch.channels_last)
-            network(x, t.to(device))
+        with cached_weights(network):
+            for part in picked.split(batch_size):
+                x0, t, eps = validation_set.x0[part], validation_set.t[part], validation_set.eps[part]
+                bucket = t * BUCKETS // validation_set.num_train_timesteps
+                x = add_noise(scheduler, x0, eps, t).to(device, memory_format=torch.channels_last)
+                network(x, t.to(device))
     finally:
         for hook in hooks:
             hook.remove()
