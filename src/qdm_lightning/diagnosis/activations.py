@@ -102,7 +102,7 @@ def activation_distributions(
     *,
     device: torch.device,
     batch_size: int,
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[], object] = lambda: None,
 ) -> dict[str, Distribution]:
     """Distributions of the inputs of some layers, by layer, while validation images are noised to each of `timesteps`.
 
@@ -126,8 +126,7 @@ def activation_distributions(
                 network(x.to(device, memory_format=torch.channels_last), times.to(device))
             for watch in watches:
                 watch.close(t)
-            if on_step is not None:
-                on_step()
+            on_step()
     finally:
         for hook in hooks:
             hook.remove()

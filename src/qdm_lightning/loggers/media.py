@@ -86,14 +86,8 @@ def log_pictures(loggers: Sequence[Any], key: str, path: Path, step: int) -> Non
         loggers,
         key,
         lambda run, wandb: run.log({key: wandb.Image(str(path)), STEP: step}),
-        lambda logger: logger.experiment.add_image(key, _pixels(path), step, dataformats="HWC"),
+        lambda logger: logger.experiment.add_image(key, np.array(Image.open(path).convert("RGB")), step, dataformats="HWC"),
     )
-
-
-def _pixels(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8."""
-    with Image.open(path) as picture:
-        return np.array(picture.convert("RGB"))
 
 
 def log_table(loggers: Sequence[Any], key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
