@@ -47,9 +47,10 @@ def test_contents_with_a_valid_zip_but_another_checksum_key_or_seeds(folder):
     file = folder.file(SEEDS)
     with np.load(file) as archive:
         arrays = {name: archive[name] for name in archive.files}
-    np.savez(file, **{**arrays, "features": arrays["features"] + 1})
-    with pytest.raises(ValueError, match="checksum"):
-        folder.read(SEEDS)
+    for other in ({"features": arrays["features"] + 1}, {"meta": np.array('{"key": "key", "seconds": 9}')}):
+        np.savez(file, **{**arrays, **other})
+        with pytest.raises(ValueError, match="checksum"):
+            folder.read(SEEDS)
     np.savez(file, **arrays)
     assert folder.read(SEEDS) is not None
     with pytest.raises(ValueError, match="is damaged"):
