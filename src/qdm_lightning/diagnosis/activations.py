@@ -21,8 +21,6 @@ QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 VALUES = 2**17
 """At most so many values of one layer at one timestep are looked at, taken evenly."""
 
-CHOSEN = 6
-
 
 @dataclass
 class Distribution:
@@ -77,12 +75,11 @@ def choose_layers(layers: Mapping[str, nn.Module], patterns: Sequence[str] | Non
         ValueError: a pattern matches nothing.
     """
     if patterns is not None:
-        matches = {pattern: [name for name in layers if fnmatchcase(name, pattern)] for pattern in patterns}
-        for pattern, names in matches.items():
-            if not names:
-                some = ", ".join(list(layers)[:4])
-                raise ValueError(f"layers: the pattern {pattern!r} matches no layer: they are named like {some}")
-        return [name for name in layers if any(name in names for names in matches.values())]
+        unmatched = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in layers)]
+        if unmatched:
+            some = ", ".join(list(layers)[:4])
+            raise ValueError(f"layers: the pattern {unmatched[0]!r} matches no layer: they are named like {some}")
+        return [name for name in layers if any(fnmatchcase(name, pattern) for pattern in patterns)]
     attention = [name for name in layers if name.endswith((".query", ".value"))][:2]
     least = min((getattr(module, "bits", 0) for module in layers.values()), default=0)  # the network's edges have more
     others = [
@@ -92,7 +89,7 @@ def choose_layers(layers: Mapping[str, nn.Module], patterns: Sequence[str] | Non
         and not isinstance(module, LSQProbability)
         and getattr(module, "bits", 0) == least
     ]
-    return [name for name in layers if name in {*attention, *spread(others, CHOSEN - len(attention))}]
+    return [name for name in layers if name in {*attention, *spread(others, 6 - len(attention))}]
 
 
 @torch.no_grad()
@@ -105,7 +102,7 @@ def activation_distributions(
     *,
     device: torch.device,
     batch_size: int,
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[], object] = lambda: None,
 ) -> dict[str, Distribution]:
     """Distributions of the inputs of some layers, by layer, while validation images are noised to each of `timesteps`.
 
@@ -129,8 +126,7 @@ def activation_distributions(
                 network(x.to(device, memory_format=torch.channels_last), times.to(device))
             for watch in watches:
                 watch.close(t)
-            if on_step is not None:
-                on_step()
+            on_step()
     finally:
         for hook in hooks:
             hook.remove()
@@ -141,9 +137,8 @@ class _Watch:
     """A forward hook that collects what one layer gets, timestep by timestep."""
 
     def __init__(self, name: str, layer: nn.Module) -> None:
-        self.grid = _grid_of(layer)
         quantizer = type(layer).__name__ if isinstance(layer, ActivationQuantizer) else None
-        self.distribution = Distribution(name, quantizer, None if self.grid is None else int(layer.qmax))  # type: ignore[arg-type]
+        self.distribution = Distribution(name, quantizer, int(layer.qmax) if hasattr(layer, "grid") else None)  # type: ignore[arg-type]
         self.parts: dict[str, list[Tensor]] = defaultdict(list)
 
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -151,8 +146,8 @@ class _Watch:
         if isinstance(layer, ActivationQuantizer):
             x = layer.operand(x)
             self.parts["quantized"].append(_thinned(output))
-        if self.grid is not None:
-            scale, zero_point = (value.reshape(-1, *[1] * (x.ndim - 1)) for value in self.grid(x))
+        if hasattr(layer, "grid"):
+            scale, zero_point = (value.reshape(-1, *[1] * (x.ndim - 1)) for value in layer.grid(x))  # type: ignore[operator]
             self.parts["grid"].append(_thinned(x.float() / scale + zero_point))
         self.parts["raw"].append(_thinned(x))
 
@@ -169,23 +164,13 @@ class _Watch:
             codes = values["grid"].round()
             self.distribution.clipped.append(float(((codes < 0) | (codes > (self.distribution.levels or 0))).double().mean()))
         if "quantized" in values:
-            raw = values["raw"]
-            self.distribution.error.append(float((values["quantized"] - raw).square().mean() / raw.var()))
-
-
-def _grid_of(layer: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
-    """x to scale and zero point, where the quantizer tells them."""
-    if hasattr(layer, "grid"):
-        return layer.grid  # type: ignore[return-value]
-    if isinstance(layer, LSQProbability):
-        return lambda x: (layer.scale, layer.zero_point)
-    return None
+            square = (values["quantized"] - values["raw"]).square().mean()
+            self.distribution.error.append(float(square / values["raw"].var()))
 
 
 def _thinned(x: Tensor) -> Tensor:
     """At most `VALUES` of x, evenly taken, float64 on the CPU."""
-    flat = x.reshape(-1)
-    return flat[:: max(1, flat.numel() // VALUES)].cpu().double()
+    return x.reshape(-1)[:: max(1, x.numel() // VALUES)].cpu().double()
 
 
 def _quantiles(values: Tensor) -> list[float]:

@@ -24,6 +24,13 @@ from qdm_lightning.loggers.media import log_pictures
 from qdm_lightning.runs.provenance import environment, git_commit, versions
 from qdm_lightning.training.experiment import Experiment
 
+PANELS = {
+    "raw": ("", "x"),
+    "grid": (", as the quantizer sees it", "x / s + z (levels)"),
+    "quantized": (", quantized", "quantized x"),
+}
+"""What is shown of a layer: what follows its name in the title, and the axis."""
+
 
 @dataclass(frozen=True)
 class Diagnosis:
@@ -62,8 +69,7 @@ def diagnose(experiments: Sequence[Experiment], config: DiagnosisConfig, progres
         )
         for name, subject in _named(subjects).items()
     }
-    run_dir = experiments[0].run_dir
-    folder = Path(config.out).expanduser().resolve() if config.out else run_dir / "diagnosis"
+    folder = Path(config.out).expanduser().resolve() if config.out else experiments[0].run_dir / "diagnosis"
     pictures = {"activations": folder / "activations.png"}
     save_png(pictures["activations"], _box_rows(layers, runs), "Inputs of layers by timestep: boxes 25-75 %, whiskers 1-99 %")
     errors = {name: run.error for name, run in runs.items() if run.error is not None}
@@ -127,22 +133,21 @@ def _trajectory_error(subject: Subject, config: DiagnosisConfig, progress: Any) 
 
 def _box_rows(layers: Sequence[str], runs: Mapping[str, _RunDiagnosis]) -> list[list[BoxPanel]]:
     """A row for each layer: raw, on the grid, quantized; raw alone where no run quantizes."""
-    rows = []
     quantized = any(d.grid for run in runs.values() for d in run.activations.values())
-    for layer in layers:
-        by_run = {name: run.activations[layer] for name, run in runs.items() if layer in run.activations}
-        t = next(iter(by_run.values())).t
-        limits = sorted({0.0, *(float(d.levels) for d in by_run.values() if d.levels is not None)})
-        kinds: list[tuple[str, str, str, list[float]]] = [("raw", layer, "x", [])]
-        if quantized:
-            kinds.append(("grid", f"{layer}, as the quantizer sees it", "x / s + z (levels)", limits))
-            kinds.append(("quantized", f"{layer}, quantized", "quantized x", []))
-        panels = []
-        for kind, title, ylabel, lines in kinds:
-            boxes = {name: getattr(d, kind) for name, d in by_run.items() if getattr(d, kind)}
-            panels.append(BoxPanel(title=title, ylabel=ylabel, timesteps=t, boxes=boxes, limits=lines))
-        rows.append(panels)
-    return rows
+    return [[_boxes(layer, kind, runs) for kind in (PANELS if quantized else ("raw",))] for layer in layers]
+
+
+def _boxes(layer: str, kind: str, runs: Mapping[str, _RunDiagnosis]) -> BoxPanel:
+    by_run = {name: run.activations[layer] for name, run in runs.items() if layer in run.activations}
+    limits = sorted({0.0, *(float(d.levels) for d in by_run.values() if d.levels is not None)})
+    title, ylabel = PANELS[kind]
+    return BoxPanel(
+        title=layer + title,
+        ylabel=ylabel,
+        timesteps=next(iter(by_run.values())).t,
+        boxes={name: getattr(d, kind) for name, d in by_run.items() if getattr(d, kind)},
+        limits=limits if kind == "grid" else (),
+    )
 
 
 def _curve_panels(errors: Mapping[str, TrajectoryError]) -> list[Panel]:
@@ -150,30 +155,34 @@ def _curve_panels(errors: Mapping[str, TrajectoryError]) -> list[Panel]:
         return [Line(run, d.t[first:], getattr(d, name)[first:], dash=dash) for run, d in errors.items()]
 
     def panel(title: str, ylabel: str, lines: list[Line], log_y: bool = False) -> Panel:
-        xlabel = "timestep t (sampling goes to the right)"
-        return Panel(title=title, xlabel=xlabel, ylabel=ylabel, lines=lines, log_y=log_y, falling=True)
+        return Panel(
+            title=title,
+            xlabel="timestep t (sampling goes to the right)",
+            ylabel=ylabel,
+            lines=lines,
+            log_y=log_y,
+            falling=True,
+        )
 
-    one_step = lines("step_mse", dash="--")
     return [
         panel("states x_t, accumulated error", "mean squared error", lines("mse", first=1), log_y=True),  # 0: the common noise
         panel("states x_t", "cosine", lines("cosine")),
         panel(
             "noise estimates: accumulated (line), one step (dashed)",
             "mean squared error",
-            lines("noise_mse") + one_step,
+            lines("noise_mse") + lines("step_mse", dash="--"),
             log_y=True,
         ),
     ]
 
 
 def _record(run: _RunDiagnosis) -> dict[str, Any]:
-    oscillation = {name: {kind: d.oscillation(kind) for kind in ("raw", "grid")} for name, d in run.activations.items()}
     return {
         "run": str(run.subject.experiment.run_dir),
         "network": run.subject.network,
         "origin": run.subject.origin,
         "activations": {name: asdict(distribution) for name, distribution in run.activations.items()},
-        "oscillation": oscillation,
+        "oscillation": {name: {kind: d.oscillation(kind) for kind in ("raw", "grid")} for name, d in run.activations.items()},
         "error": None if run.error is None else asdict(run.error),
     }
 

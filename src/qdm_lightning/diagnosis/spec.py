@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qdm_lightning.base.checks import at_least
-from qdm_lightning.evaluation.spec import RestoreConfig, listed
+from qdm_lightning.evaluation.spec import RestoreConfig, checked, listed
 
 
 @dataclass(kw_only=True)
@@ -24,14 +24,12 @@ class DiagnosisConfig(RestoreConfig):
 
     against: Any = None
     layers: Any = None
-    num_images: int = 64
-    timesteps: int = 10
-    points: int = 50
+    num_images: int = checked(64, at_least, minimum=2)
+    timesteps: int = checked(10, at_least, minimum=2)
+    points: int = checked(50, at_least, minimum=2)
     out: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_images", "timesteps", "points"):
-            at_least(name, getattr(self, name), 2)
         if self.layers is not None and not listed(self.layers):
             raise ValueError("layers=[] shows nothing: leave it out, or type for example layers='[*attentions*]'")

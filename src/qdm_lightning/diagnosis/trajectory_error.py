@@ -61,12 +61,10 @@ def trajectory_error(
 @torch.no_grad()
 def _estimates(image_sampler: ImageSampler, x: Tensor, t: int) -> Tensor:
     """The network's estimates (N, C, H, W) for given states, in batches of one size, as in sampling."""
-    size, parts = image_sampler.sampler.batch_size, []
-    for part in x.split(size):
-        padded = torch.cat([part, part[-1:].expand(size - len(part), *part.shape[1:])]).to(image_sampler.device)
-        times = torch.full((size,), t, dtype=torch.int64, device=image_sampler.device)
-        parts.append(image_sampler.network(padded, times)[: len(part)].float().cpu())
-    return torch.cat(parts)
+    size, device = image_sampler.sampler.batch_size, image_sampler.device
+    times = torch.full((size,), t, dtype=torch.int64, device=device)
+    padded = torch.cat([x, x[-1:].expand(-len(x) % size, *x.shape[1:])])
+    return torch.cat([image_sampler.network(part.to(device), times).float().cpu() for part in padded.split(size)])[: len(x)]
 
 
 def _mse(a: Tensor, b: Tensor) -> float:

@@ -5,7 +5,6 @@ A chunk is known by its seeds, not by its position, so that any evaluation that 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qdm_lightning.base.files import atomic_path
+from qdm_lightning.base.files import atomic_path, reading, sha256
 
 STALE = 3600.0
 """Seconds after which a half-written file is that of a killed process."""
@@ -29,10 +28,7 @@ class Chunk:
     meta: dict[str, Any]
 
 
-class DamagedChunk(ValueError):
-    """A file that is there but is not what was written."""
-
-
+@dataclass(frozen=True)
 class ChunkFolder:
     """Chunks of one kind.
 
@@ -41,8 +37,8 @@ class ChunkFolder:
         key: hash of what made them; a file with another one is damaged.
     """
 
-    def __init__(self, path: Path, key: str) -> None:
-        self.path, self.key = path, key
+    path: Path
+    key: str
 
     def file(self, seeds: Sequence[int]) -> Path:
         """File of the chunk with these seeds."""
@@ -62,21 +58,17 @@ class ChunkFolder:
         """The chunk, None where it is absent.
 
         Raises:
-            DamagedChunk: the file cannot be read, its checksum is wrong, or it is of another kind.
+            ValueError: the file cannot be read, its checksum is wrong, or it is of another kind.
         """
         path = self.file(seeds)
         if not path.is_file():
             return None
-        try:
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-            text, sha256 = str(arrays.pop("meta")[()]), str(arrays.pop("sha256")[()])
+        with reading(path) as stream, np.load(stream, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+            text, digest = str(arrays.pop("meta")[()]), str(arrays.pop("sha256")[()])
             meta = json.loads(text)
-        except Exception as error:  # zip, zlib, numpy and json each raise their own
-            raise DamagedChunk(f"{path} is damaged: {error}") from error
-        if sha256 != _digest(arrays, text) or meta.get("key") != self.key or arrays["seeds"].tolist() != list(seeds):
-            raise DamagedChunk(f"{path} is damaged: its checksum, or what it says it is, is wrong")
-        arrays.pop("seeds")
+            if digest != _digest(arrays, text) or meta.get("key") != self.key or arrays.pop("seeds").tolist() != list(seeds):
+                raise ValueError("its checksum, or what it says it is, is wrong")
         return Chunk(arrays, meta)
 
     def sweep(self) -> None:
@@ -88,17 +80,9 @@ class ChunkFolder:
 
 def seeds_hash(seeds: Sequence[int]) -> str:
     """SHA-256 (hexadecimal) of a list of seeds."""
-    return hashlib.sha256(np.array(seeds, dtype="<i8").tobytes()).hexdigest()
-
-
-def data_hash(data: Any) -> str:
-    """SHA-256 (hexadecimal) of plain data."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    return sha256([np.array(seeds, dtype="<i8")])
 
 
 def _digest(arrays: Mapping[str, np.ndarray], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
+    named = [(f"{name}\0{array.dtype.str}\0{array.shape}\0", array) for name, array in sorted(arrays.items())]
+    return sha256([text, *(piece for head, array in named for piece in (head, np.ascontiguousarray(array).data))])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,12 +12,12 @@ from typing import Any
 
 import torch
 
-from qdm_lightning.base.files import write_json
+from qdm_lightning.base.files import data_hash, sha256, write_json
 from qdm_lightning.data.module import content_hash
 from qdm_lightning.diffusion.sampling import image_seeds, timesteps
 from qdm_lightning.display.progress import Progress
 from qdm_lightning.evaluation import protocol, scores
-from qdm_lightning.evaluation.chunks import Chunk, ChunkFolder, data_hash, seeds_hash
+from qdm_lightning.evaluation.chunks import Chunk, ChunkFolder, seeds_hash
 from qdm_lightning.evaluation.feature_cache import Chunks, FeatureCache
 from qdm_lightning.evaluation.spec import EvaluationConfig, format_seeds, listed, parse_seeds, parse_shard
 from qdm_lightning.evaluation.subject import Subject
@@ -29,8 +28,6 @@ from qdm_lightning.training.devices import set_up, share
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.publishing import log_evaluation
 from qdm_lightning.training.spec import TrainerConfig
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -79,46 +76,38 @@ class Evaluator:
         size = config.images_per_file(experiment.sampler.batch_size)
         self.chunks = [self.seeds[first : first + size] for first in range(0, len(self.seeds), size)]
         self.folder = Path(config.out).expanduser().resolve() if config.out else experiment.run_dir / protocol.FOLDER
-        self.cache = self._cache()
-
-    def _cache(self) -> FeatureCache:
-        image_sampler = self.subject.image_sampler
-        network = self.experiment.feature_network.to(image_sampler.device)
+        network = experiment.feature_network.to(self.subject.image_sampler.device)
         key, weights = data_hash(self.subject.identity()), state_hash(network)
         folder = self.folder / "chunks" / key[:16]
-        return FeatureCache(
-            image_sampler=image_sampler,
+        self.cache = FeatureCache(
+            image_sampler=self.subject.image_sampler,
             feature_network=network,
-            images=ChunkFolder(folder / "images", key) if self.config.keep_images else None,
+            images=ChunkFolder(folder / "images", key) if config.keep_images else None,
             features=ChunkFolder(folder / f"features_{network.name}_{weights[:8]}", data_hash([key, weights])),
         )
 
     def run_shard(self) -> Evaluation:
         """Make this shard's features, and score nothing."""
-        imported = self.config.reference is not None
-        scores.choose(listed(self.config.scores), len(self.seeds), self.cache.feature_network, None, not imported)
-        index, count = parse_shard(self.config.shard)
-        self._fill(self.chunks[index::count])
+        features = self.config.reference is None
+        scores.choose(listed(self.config.scores), len(self.seeds), self.cache.feature_network, None, features)
+        self._fill(self.chunks[parse_shard(self.config.shard)])
         made = sum(len(seeds) for seeds in self.chunks if self.cache.features.file(seeds).is_file())
-        complete = made == len(self.seeds)
-        after = "the same command without shard= scores them" if complete else "the other shards draw the rest"
+        rest = made < len(self.seeds)
+        after = "the other shards draw the rest" if rest else "the same command without shard= scores them"
         self.progress.say(f"shard {self.config.shard} is done: {made} of {len(self.seeds)} images are there; {after}")
         return Evaluation(None, self.folder, [])
 
     def run(self) -> Evaluation:
         """Make the features that are missing, score them all, and write the result; one of before is returned as it is."""
-        config, run_dir = self.config, self.experiment.run_dir
-        imported = None
-        if config.reference is not None:
-            imported = import_reference(Path(config.reference).expanduser().resolve(), self.cache.feature_network)
+        config, run_dir, network = self.config, self.experiment.run_dir, self.cache.feature_network
+        path = None if config.reference is None else Path(config.reference).expanduser().resolve()
+        imported = None if path is None else import_reference(path, network)
         real = self._real_images(imported)
-        network = self.cache.feature_network
         choice = scores.choose(listed(config.scores), len(self.seeds), network, real["count"], imported is None)
         record = self._record(real, choice)
         folder = self.folder if config.out else self.folder / _folder_name(record)
-        others = _others(run_dir, record)
-        for against in listed(config.against):
-            others += protocol.comparable(against, record["protocol"], config.force)
+        against = (protocol.comparable(path, record["protocol"], config.force) for path in listed(config.against))
+        others = [*_others(run_dir, record), *(other for records in against for other in records)]
         result = _earlier(folder, record)
         if result is None:
             if not config.merge:
@@ -185,14 +174,13 @@ class Evaluator:
         measured_by = protocol.protocol(network, len(self.seeds), real)
         images = {"count": len(self.seeds), "seeds": format_seeds(self.seeds), "sha256": seeds_hash(self.seeds)}
         identity = {"protocol": measured_by, "images": images, "scores": choice.taken, **subject.identity()}
-        bits = [experiment.quant.weight_bits, experiment.quant.act_bits]
         return {
-            "format": FORMAT,
+            "format": 1,
             "identity": data_hash(identity),
             "run": str(experiment.run_dir),
             "name": experiment.run_dir.name,
             "network": subject.network,
-            "bits": bits if subject.network == "student" else None,
+            "bits": [experiment.quant.weight_bits, experiment.quant.act_bits] if subject.network == "student" else None,
             "origin": subject.origin,
             "sampler": asdict(experiment.sampler),
             "network_calls": len(timesteps(experiment.sampler, experiment.diffusion)),
@@ -212,24 +200,22 @@ class Evaluator:
         with self.progress.stage("scores", len(choice.taken), "scores") as stage:
             values = scores.compute(choice.taken, chunks, statistics, network, stage.advance)
         environments = list({data_hash(chunk.meta["environment"]): chunk.meta["environment"] for chunk in chunks}.values())
-        warnings = [*_mixed(environments), *scores.few(choice.taken, len(self.seeds), network)]
+        warnings = _warnings(environments, choice, len(self.seeds), network)
         for line in warnings:
             self.progress.say(f"warning: {line}")
-        digests = b"".join(chunk.arrays["images_sha256"].tobytes() for chunk in chunks)
         seconds = {name: round(sum(chunk.meta["seconds"][name] for chunk in chunks), 3) for name in ("sampling", "features")}
         self.cache.features.sweep()
         here = environment(self.subject.image_sampler.device)
-        here.pop("fake_quantization")  # scoring quantizes nothing
         return {
             **record,
             "scores": values,
             "floor": scores.floor(statistics, network),
             "reference": {**record["reference"], "moments_sha256": statistics.sha256},
-            "images": {**record["images"], "sha256_of_images": hashlib.sha256(digests).hexdigest()},
+            "images": {**record["images"], "sha256_of_images": sha256(chunk.arrays["images_sha256"] for chunk in chunks)},
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": {**seconds, "scores": round(time.perf_counter() - begin, 3)},
             "drawn_on": environments,
-            "scored_on": here,
+            "scored_on": {name: here[name] for name in here if name != "fake_quantization"},  # scoring quantizes nothing
             "warnings": warnings,
             "versions": versions(),
             "hardware": hardware(),
@@ -245,8 +231,7 @@ def _fill_share(
     cache.image_sampler.device = device
     cache.image_sampler.network.to(device)
     cache.feature_network.to(device)
-    progress = Progress(mode if index == 0 else "silent")
-    cache.fill(chunks[index::count], progress, f"sampling (1 of {count} processes)")
+    cache.fill(chunks[index::count], Progress("silent" if index else mode), f"sampling (1 of {count} processes)")
 
 
 def _folder_name(record: Mapping[str, Any]) -> str:
@@ -257,23 +242,20 @@ def _folder_name(record: Mapping[str, Any]) -> str:
 
 
 def _others(run_dir: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The run's results of other images by this protocol and sampler: the teacher's for the student's."""
-    files = sorted((run_dir / protocol.FOLDER).glob(f"*/{protocol.RESULT}"))
-    alike = [r for r in map(protocol.read_result, files) if all(r[name] == record[name] for name in ("protocol", "sampler"))]
-    return [r for r in alike if _measured(r) != _measured(record)]
+    """The run's results of other images by this protocol and sampler: the teacher's for the student's.
 
-
-def _measured(record: Mapping[str, Any]) -> list[Any]:
-    """Which images were measured; other scores of the same ones are no other result."""
-    return [record["network"], record["origin"], record["images"]["sha256"]]
+    Other scores of the same images are no other result.
+    """
+    results = map(protocol.read_result, sorted((run_dir / protocol.FOLDER).glob(f"*/{protocol.RESULT}")))
+    alike = [result for result in results if all(result[name] == record[name] for name in ("protocol", "sampler"))]
+    own = (record["network"], record["origin"], record["images"]["sha256"])
+    return [result for result in alike if (result["network"], result["origin"], result["images"]["sha256"]) != own]
 
 
 def _earlier(folder: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     """The same evaluation, where it was made before. Raises ValueError where another one's result would be overwritten."""
-    if not (folder / protocol.RESULT).is_file():
-        return None
-    earlier = protocol.read_result(folder / protocol.RESULT)
-    if earlier["identity"] != record["identity"]:
+    earlier = protocol.read_result(folder / protocol.RESULT) if (folder / protocol.RESULT).is_file() else None
+    if earlier is not None and earlier["identity"] != record["identity"]:
         raise ValueError(
             f"out={folder} holds the result of another evaluation ({earlier['network']}, "
             f"{protocol.sampler_name(earlier['sampler'])}, {earlier['images']['count']} images): give another folder"
@@ -281,8 +263,16 @@ def _earlier(folder: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     return earlier
 
 
-def _mixed(environments: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A warning where the images were drawn in more than one environment."""
+def _warnings(
+    environments: Sequence[Mapping[str, Any]], choice: scores.Choice, count: int, network: torch.nn.Module
+) -> list[str]:
+    """Warnings where images were drawn in more than one environment, or are too few for a covariance of full rank."""
     differing = sorted({name for one in environments for name in one if one[name] != environments[0][name]})
-    line = f"images were drawn in different surroundings ({', '.join(differing)}): their last bits may differ"
-    return [line] if differing else []
+    dim = int(network.dim)  # type: ignore[arg-type]
+    warnings = {
+        f"images were drawn in different surroundings ({', '.join(differing)}): their last bits may differ": bool(differing),
+        f"{count} images for {dim} features: their covariance is singular, and the Frechet distance biased upwards": (
+            "fd" in choice.taken and count <= dim
+        ),
+    }
+    return [line for line, applies in warnings.items() if applies]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from qdm_lightning.base.files import sha256
 from qdm_lightning.diffusion.images import to_uint8
-from qdm_lightning.evaluation.chunks import Chunk, ChunkFolder, DamagedChunk
+from qdm_lightning.evaluation.chunks import Chunk, ChunkFolder
 from qdm_lightning.metrics.frechet import feature_batches
 from qdm_lightning.models.image_sampler import ImageSampler
 from qdm_lightning.runs.provenance import environment
@@ -53,15 +53,12 @@ class FeatureCache:
             progress: shows a stage of the name `stage`, in which `before` steps were done already.
         """
         with progress.stage(stage, before + self.steps(chunks), "steps") as shown:
-            if before:
-                shown.skip(before)
+            shown.skip(before)
             for seeds in chunks:
                 images = None if self.images is None else _read(self.images, seeds, progress.say)
-                if images is None:
-                    images = self._draw(seeds, shown.advance)
-                else:
+                if images is not None:
                     shown.advance(self.image_sampler.steps(len(seeds)))
-                self._take_features(seeds, images)
+                self._take_features(seeds, images or self._draw(seeds, shown.advance))
 
     def _take_features(self, seeds: Sequence[int], images: Chunk) -> None:
         begin = time.perf_counter()
@@ -69,15 +66,18 @@ class FeatureCache:
         names = ("features", "logits") if hasattr(self.feature_network, "features_and_logits") else ("features",)
         batches = list(feature_batches(self.feature_network, pixels, logits="logits" in names))
         arrays = {name: torch.cat(parts).numpy() for name, parts in zip(names, zip(*batches, strict=True), strict=True)}
-        arrays["images_sha256"] = _image_hashes(images.arrays["images"])
+        hashes = b"".join(bytes.fromhex(sha256([np.ascontiguousarray(image)])) for image in images.arrays["images"])
+        arrays["images_sha256"] = np.frombuffer(hashes, dtype=np.uint8).reshape(len(seeds), 32)
         seconds = {**images.meta["seconds"], "features": time.perf_counter() - begin}
         self.features.write(seeds, arrays, {"seconds": seconds, "environment": images.meta["environment"]})
 
     def _draw(self, seeds: Sequence[int], on_step: Callable[[], None]) -> Chunk:
         begin = time.perf_counter()
         images = to_uint8(self.image_sampler.draw(seeds, on_step)).numpy()
-        seconds = {"sampling": time.perf_counter() - begin}
-        meta = {"seconds": seconds, "environment": environment(self.image_sampler.device)}
+        meta = {
+            "seconds": {"sampling": time.perf_counter() - begin},
+            "environment": environment(self.image_sampler.device),
+        }
         if self.images is not None:
             self.images.write(seeds, {"images": images}, meta)
         return Chunk({"images": images}, meta)
@@ -101,12 +101,6 @@ class FeatureCache:
 def _read(folder: ChunkFolder, seeds: Sequence[int], say: Callable[[str], None]) -> Chunk | None:
     try:
         return folder.read(seeds)
-    except DamagedChunk as error:
+    except ValueError as error:
         say(f"{error}; it is made again")
         return None
-
-
-def _image_hashes(images: np.ndarray) -> np.ndarray:
-    """SHA-256 of the bytes of each image (N, C, H, W) uint8, as (N, 32) uint8."""
-    digests = [hashlib.sha256(np.ascontiguousarray(image).data).digest() for image in images]
-    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(len(images), 32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
-from qdm_lightning.evaluation.spec import SCORES
+from qdm_lightning.base.files import read_json
 from qdm_lightning.metrics.frechet import batch_size_of
 from qdm_lightning.metrics.protocol import PROTOCOL, metric_keys
 from qdm_lightning.metrics.weights import state_hash
@@ -51,8 +50,7 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[A
 
 
 def _short(value: Any) -> str:
-    text = str(value)
-    return text[:12] if len(text) == 64 else text
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def read_result(file: Path) -> dict[str, Any]:
@@ -61,11 +59,8 @@ def read_result(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: damaged, or no record of ours.
     """
-    try:
-        record = json.loads(file.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(record, dict) or not {"protocol", "scores", "sampler", "identity"} <= set(record):
+    record = read_json(file)
+    if not {"protocol", "scores", "sampler", "identity"} <= set(record):
         raise ValueError(f"{file} is no record of an evaluation")
     return record
 
@@ -114,9 +109,8 @@ def table(records: Sequence[Mapping[str, Any]]) -> Table:
     for record in records:
         bits = f" W{record['bits'][0]}A{record['bits'][1]}" if record.get("bits") else ""
         network = f"{record['network']}{bits}, {record['origin']['weights']}"
-        cells = [run_label(record["name"]), network, sampler_name(record["sampler"])]
-        if mixed:
-            cells.append(f"{record['protocol']['num_samples']} images, {_short(record['protocol']['reference'])}")
+        measured = f"{record['protocol']['num_samples']} images, {_short(record['protocol']['reference'])}"
+        cells = [run_label(record["name"]), network, sampler_name(record["sampler"]), *([measured] if mixed else [])]
         shown.add_row(*cells, *(_score(record["scores"], key) for key in keys))
     return shown
 
@@ -158,7 +152,6 @@ def _score(scores: Mapping[str, float], key: str) -> str:
 def metric_provenance(network: nn.Module) -> dict[str, Any]:
     """The feature network: its name, width and weights, and under which keys its scores stand."""
     keys = metric_keys(network)
-    by_score = (keys["frechet"], keys["score"], keys["kernel"], [keys["precision"], keys["recall"]])
     return {
         "network": network.name,
         "class": f"{type(network).__module__}.{type(network).__qualname__}",
@@ -166,5 +159,10 @@ def metric_provenance(network: nn.Module) -> dict[str, Any]:
         "weights_sha256": state_hash(network),
         "weights_file_sha256": getattr(network, "weights_sha256", None),
         "batch_size": batch_size_of(network),
-        "keys": dict(zip(SCORES, by_score, strict=True)),
+        "keys": {
+            "fd": keys["frechet"],
+            "is": keys["score"],
+            "kid": keys["kernel"],
+            "prc": [keys["precision"], keys["recall"]],
+        },
     }

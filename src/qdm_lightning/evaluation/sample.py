@@ -13,10 +13,9 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from qdm_lightning.base.files import atomic_path
+from qdm_lightning.base.files import atomic_path, data_hash, reading
 from qdm_lightning.diffusion.images import to_uint8
 from qdm_lightning.display.image_grids import save_grid
-from qdm_lightning.evaluation.chunks import data_hash
 from qdm_lightning.evaluation.protocol import sampler_name
 from qdm_lightning.evaluation.spec import SampleConfig, parse_seeds, parse_shard
 from qdm_lightning.evaluation.subject import Subject
@@ -51,19 +50,18 @@ def draw_pictures(experiment: Experiment, config: SampleConfig, progress: Any) -
     identity, sampler = data_hash(subject.identity()), sampler_name(subject.identity()["sampler"])
     default = experiment.run_dir / "images" / f"{subject.network}_{sampler}-{identity[:8]}"
     folder = Path(config.out).expanduser().resolve() if config.out else default
-    index, count = parse_shard(config.shard)
-    share = seeds[index::count]
+    share = seeds[parse_shard(config.shard)]
     missing = [seed for seed in share if not _is_drawn(folder / f"{seed}.png", identity)]
+    grid = folder / "grid.png" if config.shard is None else None
     if missing:
         _draw(subject, missing, folder, progress)
-    if config.shard is not None:
-        return Pictures(folder, len(missing), len(share) - len(missing), None)
-    shown = seeds[:GRID_IMAGES]
-    label = f"{subject.network}, {sampler}, {len(shown)} of {len(seeds)} seeds from {seeds[0]} on"
-    save_grid(folder / "grid.png", [torch.stack([read_picture(folder / f"{seed}.png")[0] for seed in shown])], [label])
-    if config.trajectory:
-        _draw_trajectories(subject, seeds[: config.trajectory_seeds], folder, progress)
-    return Pictures(folder, len(missing), len(share) - len(missing), folder / "grid.png")
+    if grid is not None:
+        shown = seeds[:GRID_IMAGES]
+        label = f"{subject.network}, {sampler}, {len(shown)} of {len(seeds)} seeds from {seeds[0]} on"
+        save_grid(grid, [torch.stack([read_picture(folder / f"{seed}.png")[0] for seed in shown])], [label])
+        if config.trajectory:
+            _draw_trajectories(subject, seeds[: config.trajectory_seeds], folder, progress)
+    return Pictures(folder, len(missing), len(share) - len(missing), grid)
 
 
 def _is_drawn(path: Path, identity: str) -> bool:
@@ -80,23 +78,27 @@ def _is_drawn(path: Path, identity: str) -> bool:
 def _draw(subject: Subject, seeds: Sequence[int], folder: Path, progress: Any) -> None:
     """Draw and save, batch by batch, so that what was drawn stays when the process is killed."""
     image_sampler, identity = subject.image_sampler, subject.identity()
-    run = {"identity": data_hash(identity), "run": subject.experiment.run_dir.name, "origin": subject.origin}
     size = image_sampler.sampler.batch_size
     with progress.stage("sampling", image_sampler.steps(len(seeds)), "steps") as stage:
         for batch in (seeds[first : first + size] for first in range(0, len(seeds), size)):
             images = to_uint8(image_sampler.draw(batch, stage.advance))
-            provenance = {**run, **identity, "environment": environment(image_sampler.device)}
+            provenance = {
+                "identity": data_hash(identity),
+                "run": subject.experiment.run_dir.name,
+                "origin": subject.origin,
+                **identity,
+                "environment": environment(image_sampler.device),
+            }
             for seed, image in zip(batch, images, strict=True):
                 save_picture(folder / f"{seed}.png", image, {"seed": seed, **provenance})
 
 
 def save_picture(path: Path, image: Tensor, provenance: Mapping[str, Any]) -> None:
     """Write an image (C, H, W) uint8, C 1 or 3, as PNG, whole or not at all, with its provenance in the text field `FIELD`."""
-    pixels = image.permute(1, 2, 0).contiguous().numpy()
     text = PngImagePlugin.PngInfo()
     text.add_text(FIELD, json.dumps(provenance))
     with atomic_path(path) as part:
-        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(part, format="PNG", pnginfo=text)
+        Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(part, format="PNG", pnginfo=text)
 
 
 def read_picture(path: Path) -> tuple[Tensor, dict[str, Any]]:
@@ -105,16 +107,10 @@ def read_picture(path: Path) -> tuple[Tensor, dict[str, Any]]:
     Raises:
         ValueError: damaged, or not one of ours.
     """
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            provenance = json.loads(picture.info[FIELD])
-            pixels = np.array(picture)
-    except (OSError, KeyError, ValueError, SyntaxError) as error:
-        raise ValueError(
-            f"{path} is damaged or was not made by qdm_lightning: remove it, or type out=<another folder>"
-        ) from error
-    return torch.from_numpy(pixels[..., None] if pixels.ndim == 2 else pixels).permute(2, 0, 1), provenance
+    advice = "was it not made by qdm_lightning? remove it, or type out=<another folder>"
+    with reading(path, advice) as stream, Image.open(stream) as picture:
+        pixels = np.atleast_3d(np.array(picture))
+        return torch.from_numpy(pixels).permute(2, 0, 1), json.loads(picture.info[FIELD])
 
 
 def _draw_trajectories(subject: Subject, seeds: Sequence[int], folder: Path, progress: Any) -> None:
@@ -129,9 +125,9 @@ def _draw_trajectories(subject: Subject, seeds: Sequence[int], folder: Path, pro
         }
     t = ", ".join(map(str, trajectories[subject.network].t))
     for index, seed in enumerate(seeds):
-        rows = {}
-        for what, name in ((f"x_t at t = {t}", "x"), ("predicted x_0", "x0")):
-            for network, trajectory in trajectories.items():
-                states = [*getattr(trajectory, name)[:, index], trajectory.images[index]]
-                rows[f"{network}: {what}, and the image"] = to_uint8(torch.stack(states))
+        rows = {
+            f"{network}: {what}, and the image": to_uint8(torch.stack([*getattr(way, kind)[:, index], way.images[index]]))
+            for what, kind in ((f"x_t at t = {t}", "x"), ("predicted x_0", "x0"))
+            for network, way in trajectories.items()
+        }
         save_grid(folder / f"trajectory_{seed}.png", list(rows.values()), list(rows), columns=TRAJECTORY_STEPS + 1)

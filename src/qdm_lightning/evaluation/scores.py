@@ -60,13 +60,6 @@ def choose(wanted: Sequence[str], count: int, network: nn.Module, real_count: in
     return Choice(taken, {} if wanted else reasons)
 
 
-def few(taken: Sequence[str], count: int, network: nn.Module) -> list[str]:
-    """A warning where `count` images are too few for a covariance of full rank."""
-    dim = int(network.dim)  # type: ignore[arg-type]
-    line = f"{count} images for {dim} features: their covariance is singular, and the Frechet distance biased upwards"
-    return [line] if "fd" in taken and count <= dim else []
-
-
 def compute(
     taken: Sequence[str], chunks: Sequence[Chunk], reference: Reference, network: nn.Module, on_score: Callable[[], None]
 ) -> dict[str, float]:

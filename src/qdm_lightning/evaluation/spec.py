@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 from qdm_lightning.base.checks import at_least, one_of
 
-NETWORKS = ("student", "teacher")
-WEIGHTS = ("ema", "raw")
 SCORES = ("fd", "is", "kid", "prc")
 """Frechet distance, Inception Score, kernel distance, precision and recall."""
 
@@ -20,7 +19,7 @@ MOST_SEEDS = 10_000_000
 SEED_LIMIT = 2**32
 
 
-def parse_seeds(value: Any, name: str = "seeds") -> list[int]:
+def parse_seeds(value: Any) -> list[int]:
     """Seeds of images, in the order given: an integer, `first-last` (both included), or a list of these.
 
     Raises:
@@ -29,19 +28,18 @@ def parse_seeds(value: Any, name: str = "seeds") -> list[int]:
     >>> parse_seeds("0-3,9"), parse_seeds(5), parse_seeds([7, "1-2"])
     ([0, 1, 2, 3, 9], [5], [7, 1, 2])
     """
-    parts = [part for item in (value if isinstance(value, list | tuple) else [value]) for part in str(item).split(",")]
     seeds: list[int] = []
-    for part in parts:
+    for part in ",".join(map(str, value if isinstance(value, list | tuple) else [value])).split(","):
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
         if first > last:
-            raise ValueError(f"{name}={value} is not understood at {part!r}: write {name}=0-63, or {name}=[0-63,100]")
+            raise ValueError(f"seeds={value} is not understood at {part!r}: write seeds=0-63, or seeds=[0-63,100]")
         if last >= SEED_LIMIT or last - first >= MOST_SEEDS - len(seeds):
-            raise ValueError(f"{name}={value}: seeds lie in [0, {SEED_LIMIT - 1}], at most {MOST_SEEDS:,} of them")
+            raise ValueError(f"seeds={value}: seeds lie in [0, {SEED_LIMIT - 1}], at most {MOST_SEEDS:,} of them")
         seeds += range(first, last + 1)
     if len(set(seeds)) < len(seeds):
         twice = next(a for a, b in pairwise(sorted(seeds)) if a == b)
-        raise ValueError(f"{name}={value} has {twice} twice: one seed is one image")
+        raise ValueError(f"seeds={value} has {twice} twice: one seed is one image")
     return seeds
 
 
@@ -60,30 +58,29 @@ def format_seeds(seeds: Sequence[int]) -> str:
     >>> format_seeds([0, 1, 2, 3, 9, 7])
     '0-3,9,7'
     """
-    runs: list[list[int]] = []
-    for seed in seeds:
-        if runs and seed == runs[-1][1] + 1:
-            runs[-1][1] = seed
-        else:
-            runs.append([seed, seed])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    # within a run of consecutive seeds, seed minus position is the same
+    runs = [[seed for _, seed in run] for _, run in groupby(enumerate(seeds), lambda item: item[1] - item[0])]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def parse_shard(value: str | None) -> tuple[int, int]:
-    """(index from 0, number of shards) of `k/n`; None is the whole.
+def parse_shard(value: str | None) -> slice:
+    """What the shard `k/n` takes of a list, every n-th item from the k-th on; None takes all of it.
 
     Raises:
         ValueError: not of that form, or k outside 1..n.
 
-    >>> parse_shard("3/8"), parse_shard(None)
-    ((2, 8), (0, 1))
+    >>> list(range(20))[parse_shard("3/8")], list(range(3))[parse_shard(None)]
+    ([2, 10, 18], [0, 1, 2])
     """
-    if value is None:
-        return 0, 1
-    match = re.fullmatch(r"(\d+)/(\d+)", str(value))
+    match = re.fullmatch(r"(\d+)/(\d+)", "1/1" if value is None else str(value))
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise ValueError(f"shard={value} is not allowed: write shard=k/n with k in 1..n, for example shard=3/8")
-    return int(match[1]) - 1, int(match[2])
+    return slice(int(match[1]) - 1, None, int(match[2]))
+
+
+def checked(default: Any, check: Callable[..., object], **how: Any) -> Any:
+    """A setting of which `check(name, value, **how)` raises an error where a value other than the default is bad."""
+    return field(default=default, metadata={"check": partial(check, **how)})
 
 
 @dataclass(kw_only=True)
@@ -99,27 +96,19 @@ class RestoreConfig:
         compile: compile fake quantization? `auto`, `on`, `off`; None as the run was trained. Changes the last bits of an image.
     """
 
-    network: str | None = None
-    weights: str = "ema"
+    network: str | None = checked(None, one_of, allowed=("student", "teacher"))
+    weights: str = checked("ema", one_of, allowed=("ema", "raw"))
     checkpoint: str = "best"
-    accelerator: str = "auto"
-    threads: int | None = None
-    compile: str | None = None
+    accelerator: str = checked("auto", one_of, allowed=("auto", "cpu", "gpu", "cuda", "mps"))
+    threads: int | None = checked(None, at_least, minimum=0)
+    compile: str | None = checked(None, one_of, allowed=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
-        choices = {
-            "network": NETWORKS,
-            "weights": WEIGHTS,
-            "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
-            "compile": ("auto", "on", "off"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) is not None:
-                one_of(name, getattr(self, name), allowed)
+        for setting in fields(self):
+            if "check" in setting.metadata and getattr(self, setting.name) != setting.default:
+                setting.metadata["check"](setting.name, getattr(self, setting.name))
         if self.checkpoint not in ("best", "last") and not Path(self.checkpoint).expanduser().is_file():
             raise FileNotFoundError(f"checkpoint={self.checkpoint}: no such file; type checkpoint=best, last, or a .ckpt file")
-        if self.threads is not None:
-            at_least("threads", self.threads, 0)
 
 
 @dataclass(kw_only=True)
@@ -142,12 +131,12 @@ class EvaluationConfig(RestoreConfig):
         out: folder of the result; None makes one below `<run>/evaluations`.
     """
 
-    num_samples: int | None = None
-    seed: int | None = None
+    num_samples: int | None = checked(None, at_least, minimum=2)
+    seed: int | None = checked(None, at_least, minimum=0)
     seeds: Any = None
-    shard: str | None = None
+    shard: str | None = checked(None, lambda name, value: parse_shard(value))
     merge: bool = False
-    devices: int = 1
+    devices: int = checked(1, at_least, minimum=1)
     chunk: int | None = None
     keep_images: bool = True
     scores: Any = None
@@ -158,23 +147,21 @@ class EvaluationConfig(RestoreConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in {"num_samples": 2, "seed": 0, "devices": 1}.items():
-            if getattr(self, name) is not None:
-                at_least(name, getattr(self, name), least)
         count = None if self.seeds is None else len(parse_seeds(self.seeds))
-        if count is not None and self.num_samples not in (None, count):
-            raise ValueError(
-                f"num_samples={self.num_samples}, but seeds={self.seeds} are {count} images: leave out one of them"
-            )
-        if self.seeds is not None and self.seed is not None:
-            raise ValueError("seed= picks the images of a run seed, seeds= names the images themselves: leave out one of them")
-        parse_shard(self.shard)
-        if self.merge and self.shard is not None:
-            raise ValueError("merge=true scores what all shards left: leave out shard=")
+        both = f"num_samples={self.num_samples}, but seeds={self.seeds} are {count} images: leave out one of them"
+        refused = {
+            both: count is not None and self.num_samples not in (None, count),
+            "seed= picks the images of a run seed, seeds= names the images themselves: leave out one of them": (
+                self.seeds is not None and self.seed is not None
+            ),
+            "merge=true scores what all shards left: leave out shard=": self.merge and self.shard is not None,
+            f"scores=[] asks for nothing: choose from {', '.join(SCORES)}": self.scores is not None and not listed(self.scores),
+        }
+        for message, applies in refused.items():
+            if applies:
+                raise ValueError(message)
         for score in listed(self.scores):
             one_of("scores", score, SCORES)
-        if self.scores is not None and not listed(self.scores):
-            raise ValueError(f"scores=[] asks for nothing: choose from {', '.join(SCORES)}")
         if self.reference is not None and not Path(self.reference).expanduser().is_file():
             raise FileNotFoundError(f"reference={self.reference}: no such file; an .npz with arrays mu and sigma is wanted")
 
@@ -198,14 +185,8 @@ class SampleConfig(RestoreConfig):
         out: folder of the pictures; None makes one below `<run>/images`.
     """
 
-    seeds: Any = "0-63"
-    shard: str | None = None
+    seeds: Any = field(default="0-63", metadata={"check": lambda name, value: parse_seeds(value)})
+    shard: str | None = checked(None, lambda name, value: parse_shard(value))
     trajectory: bool = False
-    trajectory_seeds: int = 4
+    trajectory_seeds: int = checked(4, at_least, minimum=1)
     out: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        parse_seeds(self.seeds)
-        parse_shard(self.shard)
-        at_least("trajectory_seeds", self.trajectory_seeds, 1)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from qdm_lightning.base.files import data_hash
 from qdm_lightning.diffusion.sampling import timesteps
-from qdm_lightning.evaluation.chunks import data_hash
 from qdm_lightning.evaluation.spec import RestoreConfig
 from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.models.image_sampler import ImageSampler
@@ -44,8 +44,12 @@ class Subject:
         device = measuring_device(config.accelerator)
         network = config.network or ("teacher" if experiment.quant.is_float else "student")
         weights = restore(experiment, network, config.weights, config.checkpoint, device)
-        image_sampler = _image_sampler(experiment, weights.network, device)
-        return cls(experiment=experiment, network=network, origin=weights.origin, image_sampler=image_sampler)
+        return cls(
+            experiment=experiment,
+            network=network,
+            origin=weights.origin,
+            image_sampler=_image_sampler(experiment, weights.network, device),
+        )
 
     def teacher(self) -> ImageSampler | None:
         """The teacher beside this student; None where this is a teacher."""

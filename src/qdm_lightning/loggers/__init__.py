@@ -19,9 +19,6 @@ from qdm_lightning.runs.naming import labels
 
 __all__ = ["opened", "tensorboard_logger", "wandb_logger"]
 
-TAG_LENGTH = 64
-"""W&B refuses longer tags."""
-
 
 def wandb_logger(
     *,
@@ -68,14 +65,12 @@ def wandb_logger(
         job_type=cell.get("job"),
         id=identity.read_text("utf-8").strip() if identity.is_file() else secrets.token_hex(4),
         dir=run_dir,
-        tags=list(dict.fromkeys(tag[:TAG_LENGTH] for tag in labelled if tag)) or None,
+        tags=list(dict.fromkeys(tag[:64] for tag in labelled if tag)) or None,  # W&B refuses longer ones
         config={**config, "cell": {**cell, "name": " ".join(described.values())}},
     )
     write_whole(identity, f"{run.id}\n".encode())
-    for axis, patterns in AXES.items():
-        run.define_metric(axis)
-        for pattern in patterns:
-            run.define_metric(pattern, step_metric=axis)
+    for name_or_pattern, axis in AXES.items():
+        run.define_metric(name_or_pattern, step_metric=axis)
     return WandbRun(run, artifacts)
 
 
@@ -101,8 +96,7 @@ def opened(factories: Sequence[Callable[..., Any]], *, run_dir: Path, config: Ma
     loggers: list[Any] = []
     try:
         for make in factories:
-            taken = inspect.signature(make).parameters
-            loggers.append(make(**{name: value for name, value in ours.items() if name in taken}))
+            loggers.append(make(**{name: ours[name] for name in ours if name in inspect.signature(make).parameters}))
         yield loggers
     finally:
         for logger in loggers:

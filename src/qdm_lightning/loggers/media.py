@@ -22,13 +22,7 @@ STEP = "trainer/global_step"
 TIMESTEP = "timestep"
 """Names of W&B's two axes: training steps, and t of the diffusion process."""
 
-BY_TIMESTEP = ("activations/*", "nem_error/*")
-"""Names over the second."""
-
 BINS = 64
-
-Log = Callable[[Any], object]
-"""Logs one thing to the logger that it is given."""
 
 
 @contextmanager
@@ -41,13 +35,22 @@ def cosmetic(what: str, where: str) -> Iterator[None]:
         logging.getLogger(__name__).warning("%s: %s not logged: %s", where, what, first)
 
 
-def _log(loggers: Sequence[Any], what: str, wandb: Log, tensorboard: Log | None = None) -> None:
-    """Call what logs `what` to a logger of W&B or TensorBoard with each of that kind."""
+def _log(
+    loggers: Sequence[Any],
+    what: str,
+    to_wandb: Callable[[Any, Any], object],
+    to_tensorboard: Callable[[Any], object] | None = None,
+) -> None:
+    """Call `to_wandb(run, module wandb)` and `to_tensorboard(logger)`, which log `what`, for each logger of their kind."""
     for logger in loggers:
-        for kind, where, log in ((WandbLogger, "W&B", wandb), (TensorBoardLogger, "TensorBoard", tensorboard)):
-            if log is not None and isinstance(logger, kind):
-                with cosmetic(what, where):
-                    log(logger)
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            with cosmetic(what, "W&B"):
+                to_wandb(logger.experiment, wandb)
+        if isinstance(logger, TensorBoardLogger) and to_tensorboard is not None:
+            with cosmetic(what, "TensorBoard"):
+                to_tensorboard(logger)
 
 
 def log_values(loggers: Sequence[Any], values: Mapping[str, float | Tensor], at: int, axis: str = STEP) -> None:
@@ -58,55 +61,44 @@ def log_values(loggers: Sequence[Any], values: Mapping[str, float | Tensor], at:
         axis: STEP or TIMESTEP.
     """
 
-    def wandb(logger: Any) -> None:
-        converted = {name: _histogram(value) if isinstance(value, Tensor) else value for name, value in values.items()}
-        logger.experiment.log({**converted, axis: at})
+    def to_wandb(run: Any, wandb: Any) -> None:
+        histograms = {name: wandb.Histogram(np_histogram=_histogram(x)) for name, x in values.items() if isinstance(x, Tensor)}
+        run.log({**values, **histograms, axis: at})
 
-    def tensorboard(logger: Any) -> None:
+    def to_tensorboard(logger: Any) -> None:
         for name, value in values.items():
             if isinstance(value, Tensor):
                 logger.experiment.add_histogram(name, value, at, bins=BINS)
             else:
                 logger.experiment.add_scalar(name, value, at)
 
-    _log(loggers, next(iter(values), "nothing"), wandb, tensorboard)
+    _log(loggers, next(iter(values), "nothing"), to_wandb, to_tensorboard)
 
 
-def _histogram(values: Tensor) -> Any:
-    import wandb
-
+def _histogram(values: Tensor) -> tuple[np.ndarray, np.ndarray]:
     counts, edges = torch.histogram(values.detach().flatten().double().cpu(), BINS)
-    return wandb.Histogram(np_histogram=(counts.long().numpy(), edges.numpy()))
+    return counts.long().numpy(), edges.numpy()
 
 
 def log_pictures(loggers: Sequence[Any], key: str, path: Path, step: int) -> None:
     """Log a picture file under `key`."""
-
-    def wandb(logger: Any) -> None:
-        from wandb import Image as Picture
-
-        logger.experiment.log({key: Picture(str(path)), STEP: step})
-
-    def tensorboard(logger: Any) -> None:
-        with Image.open(path) as picture:
-            logger.experiment.add_image(key, np.array(picture.convert("RGB")), step, dataformats="HWC")
-
-    _log(loggers, key, wandb, tensorboard)
+    _log(
+        loggers,
+        key,
+        lambda run, wandb: run.log({key: wandb.Image(str(path)), STEP: step}),
+        lambda logger: logger.experiment.add_image(key, np.array(Image.open(path).convert("RGB")), step, dataformats="HWC"),
+    )
 
 
 def log_table(loggers: Sequence[Any], key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Log a table; a cell is a string, a number or None."""
-
-    def wandb(logger: Any) -> None:
-        from wandb import Table
-
-        logger.experiment.log({key: Table(columns=list(columns), data=[list(row) for row in rows])})
-
-    def tensorboard(logger: Any) -> None:
-        lines = [columns, ["---"] * len(columns), *rows]
-        logger.experiment.add_text(key, "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines))
-
-    _log(loggers, key, wandb, tensorboard)
+    lines = [columns, ["---"] * len(columns), *rows]
+    _log(
+        loggers,
+        key,
+        lambda run, wandb: run.log({key: wandb.Table(columns=list(columns), data=[list(row) for row in rows])}),
+        lambda logger: logger.experiment.add_text(key, "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)),
+    )
 
 
 def _cell(value: Any) -> str:
@@ -120,7 +112,7 @@ def log_summary(
     _log(
         loggers,
         "summary",
-        lambda logger: logger.experiment.summary.update({**values, **(provenance or {})}),
+        lambda run, wandb: run.summary.update({**values, **(provenance or {})}),
         lambda logger: logger.log_hyperparams(dict(labels), dict(values)),
     )
 
@@ -136,16 +128,14 @@ def log_files(
         references: files that are named in the artifact, with their checksums, and not copied.
     """
 
-    def wandb(logger: Any) -> None:
-        from wandb import Artifact
-
-        artifact = Artifact(f"{kind}-{logger.experiment.id}", type=kind, metadata=dict(metadata))
+    def to_wandb(run: Any, wandb: Any) -> None:
+        artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind, metadata=dict(metadata))
         for path in paths:
-            for file in [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]:
+            for file in filter(Path.is_file, sorted(path.rglob("*"))) if path.is_dir() else [path]:
                 name = file.relative_to(path).as_posix() if path.is_dir() else file.name
                 artifact.add_file(str(file), name=name, skip_cache=True, policy="immutable")
         for path in references:
             artifact.add_reference(path.resolve().as_uri(), name=path.name)
-        logger.experiment.log_artifact(artifact)
+        run.log_artifact(artifact)
 
-    _log([logger for logger in loggers if getattr(logger, "artifacts", True)], f"{kind} files", wandb)
+    _log([logger for logger in loggers if getattr(logger, "artifacts", True)], f"{kind} files", to_wandb)

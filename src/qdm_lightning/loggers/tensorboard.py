@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from qdm_lightning.loggers.media import cosmetic
 
@@ -17,7 +16,6 @@ class TensorBoardRun(TensorBoardLogger):
         with cosmetic("metrics", "TensorBoard"):
             super().log_metrics(metrics, step)
 
-    @rank_zero_only
     def save(self) -> None:
         if self._experiment is not None:
             self._experiment.flush()

@@ -12,23 +12,21 @@ from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import WandbLogger
 
-from qdm_lightning.loggers.media import BY_TIMESTEP, STEP, TIMESTEP, cosmetic
+from qdm_lightning.loggers.media import STEP, TIMESTEP, cosmetic
 
-AXES = {
-    TIMESTEP: BY_TIMESTEP,
-    STEP: (
-        "teacher/train/*",
-        "teacher/val/*",
-        "train/*",
-        "val/*",
-        "sampled/*",
-        "samples/*",
-        "final/*",
-        "scale*",
-        "zero_point/*",
-    ),
-}
-"""W&B's horizontal axes, and what lies over them."""
+OVER_STEPS = (
+    "teacher/train/*",
+    "teacher/val/*",
+    "train/*",
+    "val/*",
+    "sampled/*",
+    "samples/*",
+    "final/*",
+    "scale*",
+    "zero_point/*",
+)
+AXES = {TIMESTEP: None, "activations/*": TIMESTEP, "nem_error/*": TIMESTEP, STEP: None, **dict.fromkeys(OVER_STEPS, STEP)}
+"""What W&B shows, by name, and its horizontal axis; an axis has none itself."""
 
 
 class WandbRun(WandbLogger):
@@ -50,13 +48,11 @@ class WandbRun(WandbLogger):
 
 def logged_in() -> bool:
     """True if W&B would find a key without asking."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
     import wandb
 
     host = urlparse(wandb.Settings().base_url).hostname or ""
     try:
-        return netrc.netrc().authenticators(host) is not None
+        return bool(os.environ.get("WANDB_API_KEY")) or netrc.netrc().authenticators(host) is not None
     except (FileNotFoundError, netrc.NetrcParseError):
         return False
 

@@ -18,18 +18,9 @@ def workspace(*, project: str, entity: str, name: str, sweep: str | None = None,
         distance: the distance that the runs measured, `fid` where the metric is Inception's.
     """
     import wandb_workspaces.workspaces as ws
-    from wandb_workspaces.expr import And, Config, FilterExpr, Metric
+    from wandb_workspaces.expr import And, Config, Metric
 
-    columns = [
-        "student/" + distance,
-        "student/image_mse",
-        "student/nem_error_mean",
-        "student/cost/bytes",
-        "teacher/" + distance,
-    ]
-    filters: list[FilterExpr] = [Metric("JobType") != "teacher"]
-    if sweep is not None:
-        filters.append(Metric("Group") == sweep)
+    of_sweep = [] if sweep is None else [Metric("Group") == sweep]
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -37,9 +28,13 @@ def workspace(*, project: str, entity: str, name: str, sweep: str | None = None,
         sections=[ws.Section(name=title, panels=panels, is_open=True) for title, panels in _sections(distance).items()],
         settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=100),
         runset_settings=ws.RunsetSettings(
-            filters=And(*filters),
+            filters=And(Metric("JobType") != "teacher", *of_sweep),
             groupby=[Config(CELL)],
-            pinned_columns=[*(f"config:cell.{part}" for part in ("bits", "taq", "nem")), *(f"summary:{c}" for c in columns)],
+            pinned_columns=[
+                *(f"config:cell.{part}" for part in ("bits", "taq", "nem")),
+                *(f"summary:student/{name}" for name in (distance, "image_mse", "nem_error_mean", "cost/bytes")),
+                f"summary:teacher/{distance}",
+            ],
         ),
         auto_generate_panels=True,  # every other scalar and histogram, in sections below
     )

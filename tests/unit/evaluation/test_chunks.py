@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from qdm_lightning.evaluation import chunks
-from qdm_lightning.evaluation.chunks import ChunkFolder, DamagedChunk, data_hash
+from qdm_lightning.evaluation.chunks import ChunkFolder
 
 SEEDS = [3, 5, 4]
 
@@ -32,14 +32,14 @@ def test_every_damaged_byte_and_every_cut_is_found(folder):
         file.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
         try:
             read = folder.read(SEEDS)
-        except DamagedChunk:
+        except ValueError:
             continue
         # a byte of the zip's own book-keeping that says nothing about the contents
         assert position not in range(start, start + len(array))
         np.testing.assert_array_equal(read.arrays["features"], [[0, 1], [2, 3], [4, 5]])
     for length in (0, 10, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:length])
-        with pytest.raises(DamagedChunk, match="is damaged"):
+        with pytest.raises(ValueError, match="is damaged"):
             folder.read(SEEDS)
 
 
@@ -47,15 +47,16 @@ def test_contents_with_a_valid_zip_but_another_checksum_key_or_seeds(folder):
     file = folder.file(SEEDS)
     with np.load(file) as archive:
         arrays = {name: archive[name] for name in archive.files}
-    np.savez(file, **{**arrays, "features": arrays["features"] + 1})
-    with pytest.raises(DamagedChunk, match="checksum"):
-        folder.read(SEEDS)
+    for other in ({"features": arrays["features"] + 1}, {"meta": np.array('{"key": "key", "seconds": 9}')}):
+        np.savez(file, **{**arrays, **other})
+        with pytest.raises(ValueError, match="checksum"):
+            folder.read(SEEDS)
     np.savez(file, **arrays)
     assert folder.read(SEEDS) is not None
-    with pytest.raises(DamagedChunk):
+    with pytest.raises(ValueError, match="is damaged"):
         ChunkFolder(folder.path, "another key").read(SEEDS)
     file.rename(folder.file([1, 2, 3]))
-    with pytest.raises(DamagedChunk):
+    with pytest.raises(ValueError, match="is damaged"):
         folder.read([1, 2, 3])
 
 
@@ -79,7 +80,3 @@ def test_only_old_remains_are_swept(folder, monkeypatch):
     monkeypatch.setattr(chunks, "STALE", -1.0)
     folder.sweep()
     assert [file.name for file in folder.path.iterdir()] == [folder.file(SEEDS).name]
-
-
-def test_hash_of_data_does_not_depend_on_the_order_of_names():
-    assert data_hash({"a": 1, "b": [2]}) == data_hash({"b": [2], "a": 1}) != data_hash({"a": 1, "b": [3]})

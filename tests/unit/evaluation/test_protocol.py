@@ -60,7 +60,10 @@ def test_records_of_a_folder(tmp_path):
         comparable(tmp_path, {**wanted, "num_samples": 10000}, force=False)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is damaged"), ("[]", "is no record"), ('{"scores": {}}', "is no record")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is damaged"), ("[]", "is damaged: it holds no JSON object"), ('{"scores": {}}', "is no record")],
+)
 def test_what_is_no_record(tmp_path, text, message):
     (tmp_path / "evaluation.json").write_text(text)
     with pytest.raises(ValueError, match=message):

@@ -6,10 +6,11 @@ import torch
 from PIL import Image
 
 from qdm_lightning.base.checks import UserError
+from qdm_lightning.base.files import data_hash
 from qdm_lightning.display.progress import Progress
 from qdm_lightning.evaluate import evaluate
 from qdm_lightning.evaluation import sample as pictures
-from qdm_lightning.evaluation.chunks import ChunkFolder, data_hash
+from qdm_lightning.evaluation.chunks import ChunkFolder
 from qdm_lightning.evaluation.sample import read_picture, save_picture
 from qdm_lightning.sample import sample
 

@@ -59,6 +59,9 @@ def test_bad_shards(shard):
         (EvaluationConfig, {"scores": []}, "asks for nothing"),
         (EvaluationConfig, {"reference": "missing.npz"}, "reference=missing.npz: no such file"),
         (SampleConfig, {"trajectory_seeds": 0}, "trajectory_seeds=0"),
+        (SampleConfig, {"seeds": None}, "seeds=None is not understood"),
+        (SampleConfig, {"seeds": []}, "is not understood"),
+        (SampleConfig, {"shard": "9/8"}, "write shard=k/n"),
     ],
 )
 def test_bad_settings(schema, settings, message):

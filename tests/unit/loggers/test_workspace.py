@@ -78,13 +78,14 @@ def test_the_panels_that_the_ablation_needs(tmp_path, monkeypatch):
     [
         ([], "entity is missing: type entity="),
         (["entity=me"], "W&B has no key of yours"),
-        (["entity=me", "json=nowhere/d.json"], "json=nowhere/d.json cannot be written: No such file"),
+        (["entity=me", "json=file/d.json"], "json=file/d.json cannot be written: "),
         (["entity=me", "sweeep=x"], "sweeep is not a setting: did you mean sweep?"),
     ],
 )
 def test_bad_input(typed, message, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     monkeypatch.setattr(sys, "argv", ["dashboard", *typed])
     with pytest.raises(SystemExit) as end:
         main()
