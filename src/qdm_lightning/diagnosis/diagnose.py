@@ -21,6 +21,7 @@ from qdm_lightning.evaluation.subject import Subject
 from qdm_lightning.evaluation.trajectory import spread
 from qdm_lightning.loggers import opened
 from qdm_lightning.loggers.media import log_pictures
+from qdm_lightning.quantization.layers import cached_weights
 from qdm_lightning.runs.provenance import environment, git_commit, versions
 from qdm_lightning.training.experiment import Experiment
 
@@ -109,7 +110,7 @@ def _activations(subject: Subject, layers: Sequence[str], config: DiagnosisConfi
     experiment.data.setup()
     images = experiment.data.val_images
     timesteps = spread(range(experiment.diffusion.num_train_timesteps), config.timesteps)
-    with progress.stage("activations", len(timesteps), "timesteps") as stage:
+    with progress.stage("activations", len(timesteps), "timesteps") as stage, cached_weights(network):
         return activation_distributions(
             network,
             [name for name in layers if name in own],
@@ -127,7 +128,7 @@ def _trajectory_error(subject: Subject, config: DiagnosisConfig, progress: Any) 
     if teacher is None:
         return None
     seeds = image_seeds(0, config.num_images)
-    with progress.stage("trajectories", 2 * student.steps(len(seeds)), "steps") as stage:
+    with progress.stage("trajectories", 2 * student.steps(len(seeds)), "steps") as stage, cached_weights(student.network):
         return trajectory_error(teacher, student, seeds, config.points, stage.advance)
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -226,7 +227,11 @@ def test_the_teacher_that_is_to_be_shipped(first, tmp_path, monkeypatch):
     root, result = first
     key = result.metrics["teacher_origin"]["key"]
 
-    def in_this_process(command, check):
+    started = subprocess.run
+
+    def in_this_process(command, **options):
+        if command[0] == "git":
+            return started(command, **options)
         assert command[:3] == [sys.executable, "-m", "qdm_lightning.train"]
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             train(compose("train", command[3:]), Progress("silent"))
