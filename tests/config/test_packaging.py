@@ -29,8 +29,18 @@ def test_every_configuration_ships(installed):
 
 
 def test_data_and_weights_ship(installed):
-    for name in ("data/assets/digits.npz", "metrics/assets/digits.safetensors"):
-        assert (installed / "qdm_lightning" / name).read_bytes() == (ROOT / "src/qdm_lightning" / name).read_bytes()
+    def files(package: Path) -> dict[str, bytes]:
+        return {str(f.relative_to(package)): f.read_bytes() for f in package.glob("*/assets/**/*") if f.is_file()}
+
+    shipped = files(installed / "qdm_lightning")
+    assert shipped == files(ROOT / "src" / "qdm_lightning")
+    teacher = "training/assets/teacher_digits/unet/diffusion_pytorch_model.safetensors"
+    assert {"data/assets/digits.npz", "metrics/assets/digits.safetensors", teacher} <= set(shipped)
+
+
+def test_the_sweeper_ships_where_hydra_looks_for_it(installed):
+    assert (installed / "hydra_plugins/qdm_lightning_sweeper.py").is_file()
+    assert not (installed / "hydra_plugins/__init__.py").exists()  # a namespace that other plugins share
 
 
 def test_runs_from_any_folder_with_options_of_ones_own(installed, tmp_path):

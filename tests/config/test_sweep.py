@@ -111,6 +111,13 @@ def test_a_folder_is_named_by_the_settings_alone(folder, planned):
     assert len({*names, *(job.folder.name for job in changed)}) == 6
 
 
+def test_a_default_that_is_typed_renames_nothing(folder, planned):
+    [plain] = planned("quant=w3a3", "seed=1")
+    typed = planned("quant=w3a3", "seed=1", "trainer.log_every=10", "quant.first_last_bits=8", "optimizer.ema_decay=0.995")
+    assert [job.folder.name for job in typed] == [plain.folder.name]
+    assert plain.folder.name == "w3a3_normalize_replace_ddim50_seed1_bab5b5"  # where a later version must find these results
+
+
 def test_equal_jobs_are_refused_before_anything_starts(folder, capsys, trained, sweep):
     with pytest.raises(SystemExit, match="2"):
         sweep("quant=w4a4,w3a3", "quant.weight_bits=4", "quant.act_bits=4")

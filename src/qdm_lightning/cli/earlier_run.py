@@ -98,7 +98,10 @@ class RunCommand(Command):
         """The configuration that `python -m qdm_lightning.<name> run=<run> <overrides>` would run."""
         words = [f"run={quoted(Path(run))}", *overrides]
         self.adopt(argparse.Namespace(overrides=words, config_dir=None, cfg=None))
-        return without_hydra(composed(self.name, words))
+        try:
+            return without_hydra(composed(self.name, words))
+        finally:
+            self.register()  # what was typed for this call is trusted in no other
 
     def register(self, extra: dict[str, str] | None = None) -> None:
         """Tell Hydra's ConfigStore the root `base_<name>` and the options `stored`, from the configuration of the run.

@@ -120,7 +120,7 @@ def _trainer(config: TrainerConfig, max_steps: int, callbacks: list[Callback], l
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        inference_mode=False,  # the cache of quantized weights lives by version counters
+        inference_mode=False,  # tensors that a network first makes in validation stay fit for training
     )
 
 
