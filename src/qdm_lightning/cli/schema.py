@@ -21,9 +21,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from qdm_lightning.base.checks import at_least, one_of
+from qdm_lightning.base.checks import between, one_of
 from qdm_lightning.data.spec import CelebAConfig, Cifar10Config, DigitsConfig, ImageNet64Config, ImagesConfig
-from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig, SamplerConfig
+from qdm_lightning.diffusion.spec import SEEDS, DiffusionConfig, NeMConfig, SamplerConfig
 from qdm_lightning.metrics.spec import CustomMetric, DigitsMetric, InceptionMetric, ResNet20Metric
 from qdm_lightning.models.spec import PretrainedConfig, UNetConfig
 from qdm_lightning.quantization.spec import TAQ, QuantConfig
@@ -111,8 +111,8 @@ class TrainConfig:
     paths: PathsConfig = field(default_factory=PathsConfig)
 
     def __post_init__(self) -> None:
-        at_least("seed", self.seed, 0)
-        at_least("num_samples", self.num_samples, 2)
+        between("seed", self.seed, 0, SEEDS - 1)
+        between("num_samples", self.num_samples, 2, SEEDS)
 
 
 SCHEMAS: dict[str, dict[str, type]] = {

@@ -22,13 +22,17 @@ FORMAT = 1
 
 
 def listing_key(files: Iterable[tuple[str, Path]], **settings: object) -> str:
-    """SHA-256 (hexadecimal) over name, size and time of change of `files`, `settings` and Pillow's version; nothing is read.
+    """SHA-256 (hexadecimal) over `files`, `settings` and Pillow's version; no file is read.
+
+    A file is its name, inode, size, and two times: of its content (mtime), which archives and copies set, and of its
+    inode (ctime), which no program can. So one that was replaced or copied is another one, and is decoded again.
 
     Raises:
         FileNotFoundError: a file is not there.
     """
     states = ((name, path.stat()) for name, path in files)
-    listing = (f"\n{name}\0{state.st_size}\0{state.st_mtime_ns}" for name, state in states)
+    fields = ("st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
+    listing = ("\0".join(["\n" + name, *(str(getattr(state, field)) for field in fields)]) for name, state in states)
     return sha256([json.dumps({"format": FORMAT, "pillow": PIL.__version__, **settings}, sort_keys=True), *listing])
 
 

@@ -15,17 +15,15 @@ from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from qdm_lightning.base.checks import between
 from qdm_lightning.diffusion.process import alphas_cumprod, noise_scheduler
-from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
+from qdm_lightning.diffusion.spec import SEEDS, DiffusionConfig, SamplerConfig
 
 Network = Callable[[Tensor, Tensor], Tensor]
 """network(x, t) -> eps: x and eps (B, C, H, W), t (B,) int64."""
 
 Step = Callable[[Tensor, int, Tensor, list[torch.Generator]], Tensor]
 """step(eps, t, x_t, generators) -> x at the next lower timestep of the list."""
-
-SEEDS = 2**32
-"""Seeds are 0..SEEDS-1: torch's CPU generator reads no more than 32 bits, so a larger seed would repeat an image."""
 
 
 def timesteps(sampler: SamplerConfig, diffusion: DiffusionConfig) -> list[int]:
@@ -124,7 +122,12 @@ def image_seeds(seed: int, count: int, start: int = 0) -> list[int]:
     """Seeds of images `start`..`start + count - 1` of run `seed`, all different; run 0 has 0, 1, 2, ...
 
     Runs lie 2654435761 (an odd number near 2^32 / golden ratio) apart modulo 2^32, so that small run seeds do not overlap.
+
+    Raises:
+        ValueError: a run seed outside 0..2^32-1, or an image beyond the 2^32nd: they would repeat images.
     """
+    between("seed", seed, 0, SEEDS - 1)
+    between("num_samples", start + count, 0, SEEDS)
     return [(seed * 2654435761 + index) % SEEDS for index in range(start, start + count)]
 
 

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 from qdm_lightning.base.checks import at_least, between, one_of, positive
 
+SEEDS = 2**32
+"""Seeds are 0..SEEDS-1: torch's CPU generator reads no more than 32 bits, so a larger seed would repeat an image."""
+
 
 @dataclass(kw_only=True)
 class DiffusionConfig:
     """The forward process q(x_t | x_0) (DDPM, eq. 2): T timesteps, beta from `beta_start` to `beta_end`.
 
     Raises:
-        ValueError: fewer than one timestep, betas outside (0, 1) or in falling order, an unknown schedule.
+        ValueError: fewer than two timesteps, betas outside (0, 1) or in falling order, an unknown schedule.
     """
 
     num_train_timesteps: int = 1000
@@ -21,7 +24,7 @@ class DiffusionConfig:
     beta_schedule: str = "linear"
 
     def __post_init__(self) -> None:
-        at_least("diffusion.num_train_timesteps", self.num_train_timesteps, 1)
+        at_least("diffusion.num_train_timesteps", self.num_train_timesteps, 2)
         positive("diffusion.beta_start", self.beta_start)
         between("diffusion.beta_end", self.beta_end, self.beta_start, 0.999)
         one_of("diffusion.beta_schedule", self.beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
@@ -64,7 +67,7 @@ class SamplerConfig:
 
     Args:
         kind: `ddpm` (ancestral) or `ddim`.
-        steps: denoising steps, at most T.
+        steps: denoising steps, 2 to T; a single one would be at t = 0, whose image is the start noise.
         batch_size: images that go through the network together; the last batch is padded to it.
         eta: DDIM's noise, 0 (deterministic) to 1.
         spacing: DDIM's timesteps, `uniform` or `quadratic`.
@@ -82,7 +85,7 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         one_of("sampler.kind", self.kind, ("ddim", "ddpm"))
-        at_least("sampler.steps", self.steps, 1)
+        at_least("sampler.steps", self.steps, 2)
         at_least("sampler.batch_size", self.batch_size, 1)
         between("sampler.eta", self.eta, 0.0, 1.0)
         one_of("sampler.spacing", self.spacing, ("uniform", "quadratic"))

@@ -10,13 +10,13 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from qdm_lightning.base.checks import at_least, one_of
+from qdm_lightning.base.checks import at_least, between, one_of
+from qdm_lightning.diffusion.spec import SEEDS
 
 SCORES = ("fd", "is", "kid", "prc")
 """Frechet distance, Inception Score, kernel distance, precision and recall."""
 
 MOST_SEEDS = 10_000_000
-SEED_LIMIT = 2**32
 
 
 def parse_seeds(value: Any) -> list[int]:
@@ -34,8 +34,8 @@ def parse_seeds(value: Any) -> list[int]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
         if first > last:
             raise ValueError(f"seeds={value} is not understood at {part!r}: write seeds=0-63, or seeds=[0-63,100]")
-        if last >= SEED_LIMIT or last - first >= MOST_SEEDS - len(seeds):
-            raise ValueError(f"seeds={value}: seeds lie in [0, {SEED_LIMIT - 1}], at most {MOST_SEEDS:,} of them")
+        if last >= SEEDS or last - first >= MOST_SEEDS - len(seeds):
+            raise ValueError(f"seeds={value}: seeds lie in [0, {SEEDS - 1}], at most {MOST_SEEDS:,} of them")
         seeds += range(first, last + 1)
     if len(set(seeds)) < len(seeds):
         twice = next(a for a, b in pairwise(sorted(seeds)) if a == b)
@@ -132,7 +132,7 @@ class EvaluationConfig(RestoreConfig):
     """
 
     num_samples: int | None = checked(None, at_least, minimum=2)
-    seed: int | None = checked(None, at_least, minimum=0)
+    seed: int | None = checked(None, between, low=0, high=SEEDS - 1)
     seeds: Any = None
     shard: str | None = checked(None, lambda name, value: parse_shard(value))
     merge: bool = False

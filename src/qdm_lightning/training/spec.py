@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from qdm_lightning.base.checks import at_least, between, folder, one_of, positive
+from qdm_lightning.diffusion.spec import SEEDS
 
 SCHEDULES = ("cosine", "constant")
 """Courses of the learning rate after its warm-up."""
@@ -69,7 +70,7 @@ class TeacherConfig(LearningConfig):
             )
         if self.source != "auto" and not self.path:
             raise ValueError(f"teacher={self.source} needs a path: type teacher.path=<folder>")
-        at_least("teacher.seed", self.seed, 0)
+        between("teacher.seed", self.seed, 0, SEEDS - 1)
         at_least("teacher.max_steps", self.max_steps, 1)
         self.check("teacher")
 

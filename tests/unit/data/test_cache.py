@@ -1,4 +1,5 @@
 import os
+import time
 
 import numpy as np
 import pytest
@@ -79,6 +80,19 @@ def test_key_follows_names_sizes_times_and_settings(tmp_path):
     os.utime(file, ns=(0, 0))
     keys.append(listing_key([("a", file)], size=8))
     assert len(set(keys)) == 5
-    file.write_bytes(b"45")
+    assert listing_key([("a", file)], size=8) == keys[-1]
+
+
+def test_another_file_of_the_same_name_size_and_time_has_another_key(tmp_path):
+    keys = []
+    for folder in ("dark", "light"):
+        file = tmp_path / folder / "a"
+        file.parent.mkdir()
+        file.write_bytes(folder[:2].encode())
+        os.utime(file, ns=(0, 0))
+        keys.append(listing_key([("a", file)], size=8))
+    time.sleep(0.02)  # the kernel's clock of inodes ticks every few ms
+    file.write_bytes(b"xy")
     os.utime(file, ns=(0, 0))
-    assert listing_key([("a", file)], size=8) == keys[0]
+    keys.append(listing_key([("a", file)], size=8))
+    assert len(set(keys)) == 3

@@ -2,10 +2,11 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
+from qdm_lightning.base.checks import UserError
 from qdm_lightning.diffusion.images import to_uint8
 from qdm_lightning.diffusion.process import add_noise, alphas_cumprod, noise_scheduler
-from qdm_lightning.diffusion.sampling import SEEDS, image_seeds, predicted_x0, sample, timesteps
-from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
+from qdm_lightning.diffusion.sampling import image_seeds, predicted_x0, sample, timesteps
+from qdm_lightning.diffusion.spec import SEEDS, DiffusionConfig, SamplerConfig
 
 DIFFUSION = DiffusionConfig()
 SHAPE = (1, 8, 8)
@@ -43,10 +44,10 @@ def test_quadratic_timesteps_are_distinct():
 
 
 @pytest.mark.parametrize("spacing", ["uniform", "quadratic"])
-@pytest.mark.parametrize("total", [1, 2, 7, 40])
+@pytest.mark.parametrize("total", [2, 3, 7, 40])
 def test_timesteps_fall_to_zero_within_the_process(spacing, total):
     diffusion = DiffusionConfig(num_train_timesteps=total)
-    for steps in range(1, total + 1):
+    for steps in range(2, total + 1):
         calls = timesteps(SamplerConfig(steps=steps, spacing=spacing), diffusion)
         assert calls == sorted(set(calls), reverse=True)
         assert calls[-1] == 0
@@ -89,7 +90,7 @@ def test_images_are_clamped_float_and_without_graph(network):
 
 
 def test_gradients_are_left_as_they_were(network):
-    sample(network, SamplerConfig(steps=1, batch_size=1), DIFFUSION, shape=SHAPE, seeds=[0, 1])
+    sample(network, SamplerConfig(steps=2, batch_size=1), DIFFUSION, shape=SHAPE, seeds=[0, 1])
     assert torch.is_grad_enabled()
 
 
@@ -132,11 +133,32 @@ def test_seed_that_would_repeat_an_image_is_refused(network, seed):
         sample(network, SamplerConfig(), DIFFUSION, shape=SHAPE, seeds=[seed])
 
 
+@pytest.mark.parametrize(("seed", "count"), [(SEEDS, 1), (-1, 1), (0, SEEDS + 1)])
+def test_run_whose_images_would_repeat_is_refused(seed, count):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 429496729[56]\]"):
+        image_seeds(seed, count)
+
+
+def test_one_step_is_refused_whose_image_is_the_start_noise():
+    with pytest.raises(ValueError, match=r"sampler\.steps=1 is not allowed"):
+        SamplerConfig(steps=1)
+    for spacing in ("uniform", "quadratic"):
+        assert timesteps(SamplerConfig(steps=2, spacing=spacing), DiffusionConfig(num_train_timesteps=2)) == [1, 0]
+
+
 def test_image_seeds_are_distinct_between_runs():
     assert image_seeds(0, 3) == [0, 1, 2]
     assert image_seeds(5, 4, start=2) == image_seeds(5, 6)[2:]
     runs = [image_seeds(seed, 50_000) for seed in range(4)]
     assert len(set().union(*runs)) == 200_000
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_to_uint8_refuses_what_is_not_finite(bad):
+    images = torch.zeros(2, 1, 4, 4)
+    images[1, 0, 2, 3] = bad
+    with pytest.raises(UserError, match="not finite"):
+        to_uint8(images)
 
 
 def test_to_uint8_rounds_and_clamps():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from qdm_lightning.base.checks import UserError
 from qdm_lightning.cli.compose import stored
 from qdm_lightning.cli.schema import CONF_DIR
 from qdm_lightning.display.progress import Progress
@@ -260,6 +261,36 @@ def test_a_full_precision_run_is_the_teacher_that_auto_takes(first):
     assert alone.metrics["teacher"] == result.metrics["teacher"]
     taken = run(root, "teacher=checkpoint", f"teacher.path={alone.run_dir}", "trainer.max_steps=2", name="taken")
     assert taken.metrics["teacher"] == result.metrics["teacher"]
+
+
+def test_a_teacher_that_diverges_is_not_cached(tmp_path):
+    with pytest.raises(UserError, match=r"teacher/train/loss is (nan|inf) after step \d: .* lower teacher\.lr=1e\+12"):
+        run(tmp_path, "teacher.lr=1e12", "teacher.warmup_steps=0", "teacher.gradient_clip=1e9")
+    assert list(tmp_path.glob("cache/teachers/*/teacher.json")) == []
+    assert list(tmp_path.glob("runs/*/metrics.json")) == []
+
+
+@pytest.mark.parametrize(("method", "name"), [("training_step", "train/loss"), ("validation_step", "val/loss")])
+def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(first, monkeypatch, method, name):
+    original = getattr(DiffusionModule, method)
+
+    def diverging(self, batch, index):
+        loss = original(self, batch, index)
+        if self.prefix or self.global_step < 3:
+            return loss
+        if method == "training_step":
+            return loss * float("nan")
+        self.log("val/loss", torch.tensor(float("inf")), batch_size=1)
+
+    monkeypatch.setattr(DiffusionModule, method, diverging)
+    with pytest.raises(UserError, match=f"^{name} is (nan|inf) after step 4: training diverged"):
+        run(first[0], "seed=5", name=f"diverged_{method}")
+    (folder,) = (first[0] / f"diverged_{method}").iterdir()
+    assert {file.name: load_checkpoint(file)["global_step"] for file in (folder / "checkpoints").iterdir()} == {
+        "last.ckpt": 2,
+        "best.ckpt": 2,
+    }
+    assert not (folder / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("taq", ["ema", "scale"])
