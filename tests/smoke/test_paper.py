@@ -27,6 +27,7 @@ TRIAL = [
     "trainer.max_steps=2",
     "trainer.accelerator=cpu",
     "trainer.compile=off",
+    "trainer.val_images=16",
     "model.norm_num_groups=4",
     "model.layers_per_block=1",
     "data.batch_size=4",

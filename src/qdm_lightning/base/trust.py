@@ -1,8 +1,8 @@
 """Which `_target_`s a stored configuration may name: configurations travel with checkpoints, and a `_target_` runs code.
 
-What the user types or keeps in their own `--config-dir` is theirs and free. What comes out of a run folder may only name
-classes and functions that this package defines itself, plus those that the user trusts by naming them again.
-Nothing is imported to find out: the package's source is parsed.
+What the user types or keeps in their own `--config-dir` is theirs and free. What comes out of a run folder is plain data, and
+may only name, in each place, what this package has for that place, plus what the user trusts by naming it again.
+Nothing is imported to find out.
 """
 
 from __future__ import annotations
@@ -15,6 +15,31 @@ from typing import Any
 
 PACKAGE = __name__.partition(".")[0]
 PACKAGE_DIR = Path(__file__).parents[1]
+
+_ACTIVATION = (
+    "quantization.quantizer.LSQActivation",
+    "quantization.taq.NormalizedActivation",
+    "quantization.taq.EMANormalizedActivation",
+    "quantization.taq.GroupedActivation",
+)
+
+ROLES = {
+    "data": (
+        "data.digits.DigitsData",
+        "data.images.ImagesData",
+        "data.cifar10.Cifar10Data",
+        "data.celeba.CelebAData",
+        "data.imagenet64.ImageNet64Data",
+    ),
+    "model": ("models.unet.build_unet", "models.diffusers_io.load_unet"),
+    "quant.weight_quantizer": ("quantization.quantizer.LSQWeight",),
+    "quant.act_quantizer": _ACTIVATION,
+    "quant.calibrator": tuple(f"quantization.calibration.{name}" for name in ("MSESearch", "MinMax", "Percentile")),
+    "taq": _ACTIVATION,
+    "metrics": ("metrics.digits.DigitsFeatures", "metrics.inception.InceptionFeatures", "metrics.resnet20.ResNet20Features"),
+    "logger": ("loggers.wandb_logger", "loggers.tensorboard_logger"),
+}
+"""What a stored configuration may name in each of its nodes, below the package."""
 
 
 @cache
@@ -52,7 +77,7 @@ def targets(plain: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_targets(plain: Any, trusted: Collection[str] = ()) -> None:
-    """Refuse a stored configuration that names code which is neither ours nor trusted.
+    """Refuse a stored configuration that names code which is neither trusted nor what its place is for (`ROLES`).
 
     Args:
         plain: configuration as dicts and lists, as read from a run folder or a checkpoint.
@@ -62,9 +87,10 @@ def check_targets(plain: Any, trusted: Collection[str] = ()) -> None:
         ValueError: a `_target_` (None aside) is not allowed; the message says how to trust it.
     """
     for key, target in targets(plain):
-        allowed = target is None or (isinstance(target, str) and (target in trusted or is_ours(target)))
+        ours = [f"{PACKAGE}.{name}" for name in ROLES.get("logger" if key.startswith("logger.") else key, ())]
+        allowed = target is None or (isinstance(target, str) and (target in trusted or target in ours))
         if not allowed:
             raise ValueError(
-                f"the stored configuration would run {target} ({key}._target_), which is not part of {PACKAGE}: "
+                f"the stored configuration would run {target} ({key}._target_), which is not what {PACKAGE} has for {key}: "
                 f"if you trust it, type {key}._target_={target} as well, or --config-dir=<the folder that names it>"
             )

@@ -36,6 +36,27 @@ def run_folder(run: str | Path) -> Path:
     return folder
 
 
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def plain_yaml(text: str) -> Any:
+    """YAML as plain data, as this version names it: scalars, lists and dicts, nothing that would be looked up or computed.
+
+    Raises:
+        ValueError: tags, aliases (a few lines can stand for gigabytes), or an interpolation `${...}`, which is resolved before
+            a configuration is written.
+        yaml.YAMLError: no YAML.
+    """
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"line {event.start_mark.line + 1} has the alias *{event.anchor}, which no run writes")
+        if isinstance(event, yaml.ScalarEvent) and "${" in event.value:
+            raise ValueError(f"line {event.start_mark.line + 1} has {event.value}, which no run writes: its values are plain")
+    return upgraded(yaml.safe_load(text))
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The configuration that a run of any version left in its folder, as plain data and as this version names it.
 
@@ -44,17 +65,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / CONFIG
     try:
-        plain = yaml.safe_load(file.read_text("utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        plain = plain_yaml(file.read_text("utf-8"))
+    except (yaml.YAMLError, OSError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {one_line(error)}") from error
     if not isinstance(plain, dict) or not all(isinstance(name, str) for name in plain):
         raise ValueError(f"{file} is not the configuration of a run")
-    return dict(upgraded(plain))
+    return plain
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write a resolved configuration, plain data, whole or not at all."""
-    write_whole(folder / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode())
+    """Write a resolved configuration whole or not at all. Raises ValueError where it is not plain data (see `plain_yaml`)."""
+    text = yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    plain_yaml(text)
+    write_whole(folder / CONFIG, text.encode())
 
 
 def check_same(folder: Path, config: Mapping[str, Any]) -> None:
