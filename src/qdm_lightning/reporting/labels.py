@@ -10,7 +10,10 @@ from typing import Any, TypeVar
 from qdm_lightning.quantization.spec import TAQ
 from qdm_lightning.reporting.collect import Run
 
-IGNORED = ("seed", "run", "paths.", "logger.", "tags", "trainer.threads", "callbacks.", "data.cache", "data.verify")
+IGNORED = (
+    *("seed", "run", "paths.", "logger.", "tags", "callbacks."),
+    *("teacher.retrain", "trainer.threads", "data.cache", "data.verify"),
+)
 """Beginnings of settings that do not make another cell."""
 
 MEASURED = ("sampler.", "num_samples", "metrics.")

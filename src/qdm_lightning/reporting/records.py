@@ -12,7 +12,7 @@ from typing import Any
 
 from qdm_lightning.base.files import read_json, reading
 from qdm_lightning.runs.folder import plain_yaml
-from qdm_lightning.runs.formats import upgraded
+from qdm_lightning.runs.formats import ADDED, upgraded
 
 CONFIG, METRICS, CURVES = "config.yaml", "metrics.json", "metrics.csv"
 
@@ -31,7 +31,7 @@ def flatten(plain: Any, key: str = "") -> dict[str, Any]:
 def read_settings(file: Path) -> dict[str, Any]:
     """A config.yaml as dotted names. Raises ValueError unless it has the bits."""
     with reading(file, "remove that run's folder, or repair it") as stream:
-        settings = flatten(plain_yaml(stream.read().decode()))
+        settings = ADDED | flatten(plain_yaml(stream.read().decode()))
     if not all(isinstance(settings.get(f"quant.{name}"), int) for name in ("weight_bits", "act_bits")):
         raise ValueError(f"{file} is no run's configuration: it has no quant.weight_bits and quant.act_bits")
     return settings

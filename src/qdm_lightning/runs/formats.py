@@ -14,6 +14,9 @@ MOVED = {
 RENAMED = {"edge_bits": "first_last_bits", "micro_batch": "batch_size"}
 """A setting of version 0.1 (of `quant`, of `sampler`) to its name now."""
 
+ADDED = {"trial": False, "teacher.retrain": False}
+"""Settings that came after version 0.1, by dotted name, and how a run of 0.1 behaved."""
+
 
 def upgraded(plain: Any) -> Any:
     """Plain settings of any version as this version writes them, to any depth; what is of this version stays as it is.

@@ -15,6 +15,7 @@ from scipy import stats
 from qdm_lightning.reporting.collect import collect
 from qdm_lightning.reporting.summary import Estimate, difference, gap_closed, summarize
 from qdm_lightning.reporting.tables import csv_text, markdown, measure_table
+from qdm_lightning.runs.formats import ADDED
 
 
 def read(*folders, baseline=None):
@@ -308,4 +309,4 @@ def test_numbers_survive_as_omegaconf_writes_them(sweep):
     config = OmegaConf.create({"quant": {"weight_bits": 4, "act_bits": 4}, "lr": 1e-5, "big": 1e20, "compile": "off"})
     OmegaConf.save(config, run / "config.yaml")
     settings = collect([run]).runs[0].settings
-    assert settings == {"quant.weight_bits": 4, "quant.act_bits": 4, "lr": 1e-5, "big": 1e20, "compile": "off"}
+    assert settings == {"quant.weight_bits": 4, "quant.act_bits": 4, "lr": 1e-5, "big": 1e20, "compile": "off"} | ADDED

@@ -11,6 +11,7 @@ from qdm_lightning.cli.build import build
 from qdm_lightning.cli.schema import TrainConfig
 from qdm_lightning.models.diffusers_io import load_unet
 from qdm_lightning.quantization import timesteps
+from qdm_lightning.reporting.records import read_settings as read_run_settings
 from qdm_lightning.runs.formats import upgraded
 from qdm_lightning.training.restore import restore_student, restore_teacher
 from qdm_lightning.training.student_files import read_settings
@@ -38,6 +39,12 @@ def estimate(network: torch.nn.Module) -> torch.Tensor:
 
 def test_the_settings_have_the_names_of_today():
     assert read_settings(RUN / "student")["quant"]["first_last_bits"] == 7
+
+
+def test_a_report_knows_how_it_behaved_where_a_setting_came_later():
+    settings = read_run_settings(RUN / "config.yaml")
+    assert settings["trial"] is False
+    assert settings["teacher.retrain"] is False
 
 
 def test_the_student_of_the_folder_is_that_of_the_checkpoint(experiment):
