@@ -1,7 +1,7 @@
-"""The sampling loop: image of seed s is a function of s alone (and of machine, versions, threads and micro-batch).
+"""The sampling loop: image of seed s is a function of s alone (and of machine, versions, threads and batch size).
 
 Each image has its own CPU generator, which draws its initial noise and the noise of every step. The network always runs on
-micro-batches of one size, because a U-Net's float32 result changes with the batch size but not with neighbors or position.
+batches of one size, because a U-Net's float32 result changes with the batch size but not with neighbors or position.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def sample(
         shape: (C, H, W) of an image.
         seeds: one for each image, 0..2^32-1; see `image_seeds`. Any order and any subset gives the same images.
         device: where the network runs; noise is always drawn on the CPU.
-        on_step: called after every step of every micro-batch: `batches * len(timesteps(...))` times.
+        on_step: called after every step of every batch: `batches * len(timesteps(...))` times.
         on_state: called before every step with t, x_t and the estimate (n, C, H, W), of real images only.
 
     Returns:

@@ -94,7 +94,7 @@ def test_gradients_are_left_as_they_were(network):
     assert torch.is_grad_enabled()
 
 
-def test_network_sees_full_micro_batches_and_callbacks_real_images(network):
+def test_network_sees_full_batches_and_callbacks_real_images(network):
     batches, states, steps = [], [], []
 
     def spy(x, t):
