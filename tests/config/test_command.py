@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from qdm_lightning.base.checks import UserError
 from qdm_lightning.cli.compose import stored
 from qdm_lightning.cli.help import COMMANDS, defaults, options, overview
 from qdm_lightning.cli.schema import CONF_DIR, plain, run_name
+from qdm_lightning.runs.folder import write_config
 
 
 @pytest.fixture
@@ -129,6 +131,23 @@ def test_ctrl_c_says_how_to_go_on(by_lightning, folder, capsys, train):
         train(work=work)
     [left] = (folder / "outputs").iterdir()
     assert capsys.readouterr().err == f"interrupted; to go on: python -m qdm_lightning.train run={left}\n"
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_was_trained_stays_when_the_run_ends_with_one_line(trained, folder, capsys, train):
+    def work(experiment, progress):
+        write_config(experiment.run_dir, experiment.resolved)
+        if trained:
+            (experiment.run_dir / "checkpoints").mkdir()
+            (experiment.run_dir / "checkpoints" / "last.ckpt").write_text("kept")
+        raise UserError("train/loss is nan")
+
+    with pytest.raises(SystemExit, match="2"):
+        train("hydra.run.dir=run", work=work)
+    assert capsys.readouterr().err == "error: train/loss is nan\n"
+    kept = {path.name for path in (folder / "run").glob("*")}
+    assert kept == ({".hydra", "train.log", "config.yaml", "checkpoints"} if trained else set())
+    assert (folder / "run").exists() == trained
 
 
 def test_help_lists_every_group_and_option(capsys, train):

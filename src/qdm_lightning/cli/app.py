@@ -188,9 +188,16 @@ class Job:
 
 
 def _discard(folder: Path) -> None:
-    """Remove what Hydra and we wrote for a job that never began, and its folder, and the one above, if they are empty then."""
-    for file in [*(folder / ".hydra").glob("*.yaml"), *folder.glob("*.log"), folder / CONFIG, folder / LOCK]:
+    """Remove what Hydra and we wrote for a job that never began, and its folder, and the one above, if they are empty then.
+
+    A folder that holds anything else, such as checkpoints, stays as it is: that run can go on.
+    """
+    hydra_folder = folder / ".hydra"
+    written = [*hydra_folder.glob("*.yaml"), *folder.glob("*.log"), folder / CONFIG, folder / LOCK]
+    if {*folder.iterdir()} - {*written, hydra_folder}:
+        return
+    for file in written:
         file.unlink(missing_ok=True)
-    for empty in (folder / ".hydra", folder, folder.parent):
+    for empty in (hydra_folder, folder, folder.parent):
         with suppress(OSError):  # it holds something else, which stays
             empty.rmdir()
