@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader
 
 from qdm_lightning.data.module import ImageDataModule
 from qdm_lightning.training.checkpoint_io import AtomicCheckpointIO, load_checkpoint
-from qdm_lightning.training.devices import quiet
-from qdm_lightning.training.finite import FiniteLosses
+from qdm_lightning.training.devices import measuring_device, quiet
+from qdm_lightning.training.finite import FiniteValues
+from qdm_lightning.training.lost_ranks import watched_ranks
 from qdm_lightning.training.module import DiffusionModule
 from qdm_lightning.training.spec import TrainerConfig
 from qdm_lightning.training.validation_set import ValidationSet
@@ -81,14 +83,15 @@ def fit(
     best = ModelCheckpoint(folder, "best", f"{module.prefix}val/loss", enable_version_counter=False)
     last = ModelCheckpoint(folder, "last", enable_version_counter=False)
     steps = StageProgress(stage)
-    finite = FiniteLosses(module.prefix, f"{'teacher' if module.prefix else 'optimizer'}.lr={module.optimizer.lr:g}")
+    finite = FiniteValues(folder, f"{'teacher' if module.prefix else 'optimizer'}.lr={module.optimizer.lr:g}")
     with _quiet_lightning():
         trainer = _trainer(config, module.max_steps, [best, last, finite, steps, *callbacks], loggers)
         if data.start_step < module.max_steps:
             batches = validation_set.batches(max(data.batch_size, 256))
             loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
             resume = None if done is None else folder / LAST
-            trainer.fit(module, data.train_dataloader(), loader, ckpt_path=resume, weights_only=True)
+            with watched_ranks(trainer):
+                trainer.fit(module, data.train_dataloader(), loader, ckpt_path=resume, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     state = load_checkpoint(folder / "best.ckpt")
@@ -104,6 +107,15 @@ def fit(
     }
 
 
+def _precision(config: TrainerConfig) -> dict[str, Any]:
+    """Lightning takes bfloat16 for float16 on a CPU, with a warning; torch has float16 there."""
+    cpu = config.accelerator == "cpu" or (config.accelerator == "auto" and measuring_device("auto").type == "cpu")
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if cpu and config.precision == "16-mixed":
+        return {"plugins": [*plugins, MixedPrecision("16-mixed", "cpu")]}
+    return {"plugins": plugins, "precision": config.precision}
+
+
 def _trainer(config: TrainerConfig, max_steps: int, callbacks: list[Callback], loggers: list[Any]) -> Trainer:
     return Trainer(
         max_steps=max_steps,
@@ -111,10 +123,10 @@ def _trainer(config: TrainerConfig, max_steps: int, callbacks: list[Callback], l
         devices=1 if config.devices == "auto" and not torch.cuda.is_available() else config.devices,
         num_nodes=config.num_nodes,
         strategy=config.strategy,
-        precision=config.precision,  # type: ignore[arg-type]
         logger=loggers,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        **_precision(config),
+        deterministic=config.deterministic,
         val_check_interval=min(config.val_every, max_steps),
         check_val_every_n_epoch=None,
         log_every_n_steps=min(config.log_every, max_steps),
@@ -137,6 +149,6 @@ def _quiet_lightning() -> Iterator[None]:
         warnings.filterwarnings(
             "ignore",
             message=".*(does not have many workers|`IterableDataset` has `__len__`|directory.*exists and is not empty"
-            "|in eval mode at the start of training|LeafSpec.*is deprecated)",
+            "|in eval mode at the start of training|before `optimizer.step|LeafSpec.*is deprecated)",
         )
         yield

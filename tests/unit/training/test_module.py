@@ -42,7 +42,7 @@ def images(count=6):
 
 def noisy(m, batch):
     """x_t, t, eps of step 0, written out."""
-    generator = step_generator(3, 0, 0)
+    generator = step_generator(3, 0)
     torch.randint(2**31, (1,), generator=generator)
     t = torch.randint(1000, (len(batch),), generator=generator)
     eps = torch.randn(batch.shape, generator=generator)
