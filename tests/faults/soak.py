@@ -1,7 +1,7 @@
 """A soak in one process: many small sampling calls and many training steps, and nothing that grows.
 
-`python tests/faults/soak.py` makes 2,000 calls and 10,000 steps of the smallest network, in minutes on one core, and prints what
-it counted; status 1 where memory grew by more than 2 % or a handle, process, thread or temporary folder was left.
+`python tests/faults/soak.py` makes 2,000 calls and 10,000 steps of the smallest network, in minutes on one core, and prints
+what it counted; status 1 where memory grew by more than 2 % or a handle, process, thread or temporary folder was left.
 """
 
 import argparse
