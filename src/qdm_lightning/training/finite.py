@@ -122,7 +122,7 @@ class FiniteValues(Callback):
 
     def _stop(self, trainer: Trainer, module: DiffusionModule, what: str, when: str) -> None:
         file = self.folder / DIVERGED
-        trainer.save_checkpoint(file)
+        trainer.save_checkpoint(file, weights_only=False)
         raise NotFiniteError(
             f"{what}: training diverged and ends here; {file} holds the state {when}, copied over last.ckpt it lets the same "
             f"command make the step again; lower {self.lower}"

@@ -1,6 +1,7 @@
 """Training ends at the first value that is not finite, whatever it is, and leaves what makes the step again."""
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +11,10 @@ from qdm_lightning.base.checks import UserError
 from qdm_lightning.diffusion.sampling import sample
 from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig, SamplerConfig
 from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.models.diffusers_io import load_unet, save_pipeline
 from qdm_lightning.models.unet import build_unet
 from qdm_lightning.quantization import MinMax, QuantConfig, calibrate, prepare
-from qdm_lightning.training.checkpoint_io import load_checkpoint
+from qdm_lightning.training.checkpoint_io import fill, load_checkpoint
 from qdm_lightning.training.module import DiffusionModule, step_generator
 from qdm_lightning.training.spec import OptimizerConfig
 from qdm_lightning.training.validation_set import ValidationSet
@@ -60,15 +62,15 @@ def in_layer(name, sample_index, value, backward=False):
     return inject
 
 
-def timesteps(module):
+def timesteps():
     """Timesteps of step 4, by index of the sample."""
     generator = step_generator(3, 3)
     torch.randint(2**31, (1,), generator=generator)
     return torch.randint(1000, (8,), generator=generator)
 
 
-def quantizer(module, name=QUERY):
-    return module.student.unet.get_submodule(name)
+def query(module):
+    return module.student.unet.get_submodule(QUERY)
 
 
 CASES = {
@@ -89,7 +91,7 @@ CASES = {
         r"the averaged weight ema\.module\.unet\.conv_out\.weight\[1\] is nan",
     ),
     "TaQ statistic": (
-        put(INF, lambda m: quantizer(m).std),
+        put(INF, lambda m: query(m).std),
         r"the TaQ statistic student\.unet\." + re.escape(QUERY) + r"\.std\[1\] is inf at timesteps 250 to 499",
     ),
     "the teacher": (
@@ -124,7 +126,7 @@ def test_the_first_value_that_is_not_finite_ends_training_before_the_step(case, 
                 inject(self)
 
     module = student(Injecting)
-    t = timesteps(module)
+    t = timesteps()
     with pytest.raises(UserError, match=expected.format(t2=int(t[2]), t5=int(t[5]))) as first:
         train(module, tmp_path)
     last, diverged = (load_checkpoint(tmp_path / f"{name}.ckpt") for name in ("last", "diverged"))
@@ -228,3 +230,13 @@ def test_nothing_is_calibrated_on_values_that_are_not_finite():
         t = torch.tensor([0, 10, 21, 30])
         with pytest.raises(UserError, match=f"^calibration: {what}"):
             calibrate(network, lambda net=network, t=t: Denoiser(net)(torch.randn(4, 1, 8, 8), t), MinMax())
+
+
+def test_networks_whose_weights_are_not_finite_are_refused(tmp_path):
+    network = build_unet(**TINY)
+    network.conv_out.bias.data[0] = NAN
+    save_pipeline(network, DiffusionConfig(), tmp_path)
+    with pytest.raises(ValueError, match=r"the weight conv_out\.bias is not finite"):
+        load_unet(tmp_path)
+    with pytest.raises(ValueError, match=r"^a\.ckpt: conv_out\.bias is not finite"):
+        fill(build_unet(**TINY), network.state_dict(), Path("a.ckpt"))
