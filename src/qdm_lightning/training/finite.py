@@ -41,6 +41,7 @@ class FiniteValues(Callback):
         self.folder, self.lower = folder, lower
         self._images, self._loss = torch.empty(0), torch.zeros(())
         self._buffers: list[Tensor] = []
+        self._stopped = False
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert isinstance(module, DiffusionModule)
@@ -79,7 +80,9 @@ class FiniteValues(Callback):
                 self._stop(trainer, module, f"after step {trainer.global_step} {cause}", "then")
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        self._images, self._buffers = torch.empty(0), []
+        """Images that training itself draws, with values that are not finite, leave the state too; a rank alone cannot save."""
+        if isinstance(exception, NotFiniteError) and not self._stopped and trainer.world_size == 1:
+            trainer.save_checkpoint(self.folder / DIVERGED, weights_only=False)
 
     def _rewind(self, module: DiffusionModule) -> None:
         """TaQ's statistics, as they were before the step's forward pass."""
@@ -123,6 +126,7 @@ class FiniteValues(Callback):
     def _stop(self, trainer: Trainer, module: DiffusionModule, what: str, when: str) -> None:
         file = self.folder / DIVERGED
         trainer.save_checkpoint(file, weights_only=False)
+        self._stopped = True
         raise NotFiniteError(
             f"{what}: training diverged and ends here; {file} holds the state {when}, copied over last.ckpt it lets the same "
             f"command make the step again; lower {self.lower}"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from qdm_lightning.base.ranks import training_rank
+from qdm_lightning.diffusion.finite import NotFiniteError
 from qdm_lightning.diffusion.images import to_float
 from qdm_lightning.diffusion.losses import per_sample_mse, student_errors
 from qdm_lightning.diffusion.process import add_noise, noise_scheduler
@@ -105,7 +106,10 @@ class DiffusionModule(LightningModule):
         eps = own(torch.randn((total, *x0.shape[1:]), generator=generator))
         x = add_noise(self.scheduler, x0, eps, t)
         if self.buffer is not None:
-            x, t = self.buffer.mix(x, t, generator, self.global_step, self.ema_student, rank * count, total)
+            try:
+                x, t = self.buffer.mix(x, t, generator, self.global_step, self.ema_student, rank * count, total)
+            except NotFiniteError as error:
+                raise NotFiniteError(f"in step {self.global_step + 1} {error}: training ends here") from error
         return x.contiguous(memory_format=torch.channels_last), t, eps
 
     def errors(self, images: Tensor) -> tuple[Tensor, Tensor]:
