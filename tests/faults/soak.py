@@ -142,7 +142,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     compiled.set_mode("off")
-    memory, before, after = soak(args.calls, args.steps)
+    with tempfile.TemporaryDirectory() as own:  # where nobody else's files come and go
+        tempfile.tempdir = own
+        memory, before, after = soak(args.calls, args.steps)
+        tempfile.tempdir = None
     growth = max(memory[1:]) / memory[1] - 1
     grown = {kind: count - before[kind] for kind, count in after.items() if count > before[kind]}
     print(f"{args.calls} sampling calls, {args.steps} steps: memory +{100 * growth:.2f} %, left behind: {grown or 'nothing'}")

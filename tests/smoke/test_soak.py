@@ -2,6 +2,7 @@
 
 import gc
 import runpy
+import tempfile
 import weakref
 from pathlib import Path
 
@@ -22,13 +23,14 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
         networks.add(self)
 
     monkeypatch.setattr(DiffusionModule, "__init__", noted)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     left, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)
     compiled.set_mode("off")
     try:
         for round_ in range(2):
             SOAK["sample"](3)
-            SOAK["train"](tmp_path / str(round_), 4)
+            SOAK["train"](tmp_path / "run" / str(round_), 4)
             left.append(SOAK["left"]())
     finally:
         compiled.set_mode("auto")
