@@ -30,8 +30,8 @@ def train(command_line, monkeypatch):
     """
 
     def build(cfg):
-        validate(cfg)
-        return SimpleNamespace(resolved=plain(cfg), run_dir=None, resume=False)
+        checked = {name: getattr(validate(cfg), name) for name in ("teacher", "diffusion")}
+        return SimpleNamespace(resolved=plain(cfg), run_dir=None, resume=False, has_teacher=False, **checked)
 
     def run(*words: str, work=None) -> list[tuple[dict, Path]]:
         jobs = []

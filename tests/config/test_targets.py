@@ -1,10 +1,11 @@
 """Stored configurations are plain data, and name in each place only what this package has for it."""
 
 import re
+from pkgutil import resolve_name
 
 import pytest
 
-from qdm_lightning.base.trust import ROLES, check_targets, is_ours, targets
+from qdm_lightning.base.trust import ROLES, check_targets, targets
 from qdm_lightning.cli.schema import plain
 from qdm_lightning.runs.folder import read_config, write_config
 
@@ -28,7 +29,6 @@ from qdm_lightning.runs.folder import read_config, write_config
     ],
 )
 def test_foreign_code(target):
-    assert not is_ours(target)
     with pytest.raises(ValueError, match="would run"):
         check_targets({"a": [{"_target_": target}]})
 
@@ -62,9 +62,9 @@ def test_each_of_our_options_is_ours(composed):
 
 
 def test_what_may_be_stored_is_there_and_has_its_place():
-    for place, names in ROLES.items():
+    for names in ROLES.values():
         for name in names:
-            assert is_ours(f"qdm_lightning.{name}"), f"{place}: {name}"
+            assert callable(resolve_name(f"qdm_lightning.{name}"))
 
 
 @pytest.mark.parametrize(

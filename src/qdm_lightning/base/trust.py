@@ -7,14 +7,10 @@ Nothing is imported to find out.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Collection, Iterator
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 PACKAGE = __name__.partition(".")[0]
-PACKAGE_DIR = Path(__file__).parents[1]
 
 _ACTIVATION = (
     "quantization.quantizer.LSQActivation",
@@ -42,28 +38,6 @@ ROLES = {
 """What a stored configuration may name in each of its nodes, below the package."""
 
 
-@cache
-def _defined_in(module: str) -> frozenset[str]:
-    """Names of the classes and functions that `module` of this package defines at its top level (imports do not count)."""
-    file = PACKAGE_DIR.joinpath(*module.split(".")[1:])
-    file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
-    if not file.is_file():
-        return frozenset()
-    definitions = (ast.ClassDef, ast.FunctionDef)
-    return frozenset(node.name for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, definitions))
-
-
-def is_ours(target: str) -> bool:
-    """True where `target` is the dotted path of a public class or function that this package defines.
-
-    >>> is_ours("qdm_lightning.base.checks.one_of"), is_ours("os.system"), is_ours("qdm_lightning.base.trust.ast.parse")
-    (True, False, False)
-    """
-    module, _, name = target.rpartition(".")
-    parts = module.split(".")
-    return parts[0] == PACKAGE and all(part.isidentifier() for part in parts) and name in _defined_in(module)
-
-
 def targets(plain: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Each (`key` of the node, its `_target_`) in a plain configuration of dicts and lists, to any depth."""
     if isinstance(plain, dict):
@@ -76,12 +50,20 @@ def targets(plain: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from targets(value, f"{key}[{index}]")
 
 
-def check_targets(plain: Any, trusted: Collection[str] = ()) -> None:
+def check_targets(
+    plain: Any,
+    trusted: Collection[str] = (),
+    *,
+    source: object = "the stored configuration",
+    way: str = "type {key}._target_={target} as well, or --config-dir=<the folder that names it>",
+) -> None:
     """Refuse a stored configuration that names code which is neither trusted nor what its place is for (`ROLES`).
 
     Args:
-        plain: configuration as dicts and lists, as read from a run folder or a checkpoint.
+        plain: configuration as dicts and lists, as read from a run folder, a checkpoint or a student's folder.
         trusted: further targets, exactly as they must be named.
+        source: where it was read, for the message.
+        way: what to do if the target is trusted, for the message.
 
     Raises:
         ValueError: a `_target_` (None aside) is not allowed; the message says how to trust it.
@@ -91,6 +73,6 @@ def check_targets(plain: Any, trusted: Collection[str] = ()) -> None:
         allowed = target is None or (isinstance(target, str) and (target in trusted or target in ours))
         if not allowed:
             raise ValueError(
-                f"the stored configuration would run {target} ({key}._target_), which is not what {PACKAGE} has for {key}: "
-                f"if you trust it, type {key}._target_={target} as well, or --config-dir=<the folder that names it>"
+                f"{source} would run {target} ({key}._target_), which is not what {PACKAGE} has for {key}: "
+                f"if you trust it, {way.format(key=key, target=target)}"
             )

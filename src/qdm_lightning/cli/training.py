@@ -6,6 +6,7 @@ compose -> validate -> build -> write config.yaml -> run(folder)
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from qdm_lightning.cli.build import build, check_one_folder
 from qdm_lightning.cli.compose import before_it_began, parsed, stored, trusted
 from qdm_lightning.cli.schema import plain
 from qdm_lightning.cli.validate import refuse_unknown
+from qdm_lightning.diffusion.spec import SCHEDULES
 from qdm_lightning.runs.folder import CONFIG, check_same, opened, run_folder
 
 if TYPE_CHECKING:
@@ -53,6 +55,18 @@ def _run(experiment: Experiment, progress: Progress) -> Result:
         return run(experiment, progress)
 
 
+def _check_schedule_found(experiment: Experiment) -> None:
+    """Raise UserError where no file says on which noise schedule the teacher was trained: the default would be a guess."""
+    from qdm_lightning.training.teacher import without_schedule
+
+    if name := without_schedule(experiment):
+        own = " ".join(f"diffusion.{k}={v}" for k, v in asdict(experiment.diffusion).items())
+        raise UserError(
+            f"{name} has no scheduler_config.json beside it, so the noise schedule that it was trained on is not known: "
+            f"type it, such as {own} (beta_schedule is one of {', '.join(SCHEDULES)})"
+        )
+
+
 class Training(Command):
     """`python -m qdm_lightning.train`."""
 
@@ -60,10 +74,12 @@ class Training(Command):
     folder: str | None = None
     stored: DictConfig | None = None
     new_logger = False
+    schedule_typed = False
 
     def adopt(self, args: argparse.Namespace) -> None:
         """With `run=`, read that run's folder: beside it only the logger may change, and trust be given."""
         typed = parsed(args.overrides)
+        self.schedule_typed = any(o.key_or_group.startswith("diffusion.") for o in typed)
         self.folder = next((str(o.value()) for o in typed if o.key_or_group == "hydra.run.dir"), None)
         runs = [str(o.value()) for o in typed if o.key_or_group == "run" and o.value() is not None]
         if not runs:
@@ -89,6 +105,8 @@ class Training(Command):
                 cfg.logger = composed.logger
         check_one_folder(cfg, typed=self.folder is not None)
         experiment = build(cfg)
+        if self.stored is None and not self.schedule_typed:
+            _check_schedule_found(experiment)
         folder = None if self.folder is None else Path(self.folder).expanduser().absolute()
         if folder is not None and (folder / CONFIG).is_file():
             check_same(folder, plain(cfg))

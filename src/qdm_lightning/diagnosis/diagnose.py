@@ -63,6 +63,8 @@ def diagnose(experiments: Sequence[Experiment], config: DiagnosisConfig, progres
         FileNotFoundError, ValueError: bad input, found before anything is computed.
     """
     subjects = [Subject.restored(experiment, config) for experiment in experiments]
+    for line in (line for subject in subjects for line in subject.warnings):
+        progress.say(f"warning: {line}")
     layers = choose_layers(layers_of(subjects[0].image_sampler.network), listed(config.layers) or None)
     runs = {
         name: _RunDiagnosis(

@@ -9,6 +9,9 @@ from qdm_lightning.base.checks import at_least, between, one_of, positive
 SEEDS = 2**32
 """Seeds are 0..SEEDS-1: torch's CPU generator reads no more than 32 bits, so a larger seed would repeat an image."""
 
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+"""How beta goes from its start to its end; `squaredcos_cap_v2` is the cosine schedule (arXiv 2102.09672), which has its own."""
+
 
 @dataclass(kw_only=True)
 class DiffusionConfig:
@@ -27,7 +30,7 @@ class DiffusionConfig:
         at_least("diffusion.num_train_timesteps", self.num_train_timesteps, 2)
         positive("diffusion.beta_start", self.beta_start)
         between("diffusion.beta_end", self.beta_end, self.beta_start, 0.999)
-        one_of("diffusion.beta_schedule", self.beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
+        one_of("diffusion.beta_schedule", self.beta_schedule, SCHEDULES)
 
 
 @dataclass(kw_only=True)

@@ -200,7 +200,7 @@ class Evaluator:
         with self.progress.stage("scores", len(choice.taken), "scores") as stage:
             values = scores.compute(choice.taken, chunks, statistics, network, stage.advance)
         environments = list({data_hash(chunk.meta["environment"]): chunk.meta["environment"] for chunk in chunks}.values())
-        warnings = _warnings(environments, choice, len(self.seeds), network)
+        warnings = [*self.subject.warnings, *_warnings(environments, choice, len(self.seeds), network)]
         for line in warnings:
             self.progress.say(f"warning: {line}")
         seconds = {name: round(sum(chunk.meta["seconds"][name] for chunk in chunks), 3) for name in ("sampling", "features")}

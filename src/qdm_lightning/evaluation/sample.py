@@ -47,6 +47,8 @@ def draw_pictures(experiment: Experiment, config: SampleConfig, progress: Any) -
         FileNotFoundError, ValueError: bad input, or pictures of another network or sampler in the folder; nothing is written.
     """
     subject, seeds = Subject.restored(experiment, config), parse_seeds(config.seeds)
+    for line in subject.warnings:
+        progress.say(f"warning: {line}")
     identity, sampler = data_hash(subject.identity()), sampler_name(subject.identity()["sampler"])
     default = experiment.run_dir / "images" / f"{subject.network}_{sampler}-{identity[:8]}"
     folder = Path(config.out).expanduser().resolve() if config.out else default

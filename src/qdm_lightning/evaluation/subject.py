@@ -24,7 +24,7 @@ class Subject:
     Attributes:
         experiment: the run's own, with the sampler of this command.
         network: `student` or `teacher`.
-        origin: where its weights come from: `file`, `weights`, `sha256`, `step`.
+        origin: where its weights come from: `file`, `weights`, `sha256`, `step`, and a `warning` where there is cause.
         image_sampler: draws with it.
     """
 
@@ -50,6 +50,11 @@ class Subject:
             origin=weights.origin,
             image_sampler=_image_sampler(experiment, weights.network, device),
         )
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the record of a measurement must say about these weights."""
+        return [self.origin["warning"]] if "warning" in self.origin else []
 
     def teacher(self) -> ImageSampler | None:
         """The teacher beside this student; None where this is a teacher."""

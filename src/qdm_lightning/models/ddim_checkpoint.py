@@ -106,6 +106,10 @@ def _architecture(state: Mapping[str, Tensor], image_size: int | None) -> dict[s
     levels = 1 + max((int(match[1]) for key in state if (match := re.match(r"down\.(\d+)\.", key))), default=0)
     widths = [f"down.{level}.block.0.conv1.weight" for level in range(levels)]
     _check_keys(missing={"conv_in.weight", "conv_out.weight", *widths} - set(state), unknown=set())
+    channels, estimated = state["conv_in.weight"].shape[1], state["conv_out.weight"].shape[0]
+    if channels != estimated:
+        what = f"{channels} channels in and {estimated} out (a learned variance?)"
+        raise ValueError(f"checkpoint has {what}: a network that estimates the noise alone is supported")
     attention = [f"down.{level}.attn.0.norm.weight" in state for level in range(levels)]
     if image_size is None:
         if sum(attention) != 1:
@@ -115,8 +119,8 @@ def _architecture(state: Mapping[str, Tensor], image_size: int | None) -> dict[s
         image_size = ATTENTION_SIZE << attention.index(True)
     return {
         "sample_size": image_size,
-        "in_channels": state["conv_in.weight"].shape[1],
-        "out_channels": state["conv_out.weight"].shape[0],
+        "in_channels": channels,
+        "out_channels": estimated,
         "block_out_channels": [state[name].shape[0] for name in widths],
         "down_block_types": ["AttnDownBlock2D" if attends else "DownBlock2D" for attends in attention],
         "up_block_types": ["AttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attention)],

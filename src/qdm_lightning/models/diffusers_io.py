@@ -14,11 +14,39 @@ from safetensors import SafetensorError
 from qdm_lightning.base.checks import one_line
 from qdm_lightning.base.files import atomic_folder, read_json
 from qdm_lightning.diffusion.process import noise_scheduler
-from qdm_lightning.diffusion.spec import DiffusionConfig
+from qdm_lightning.diffusion.spec import SCHEDULES, DiffusionConfig
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 _PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
-_CONFIGS = ("model_index.json", "config.json", "unet/config.json", "scheduler_config.json", "scheduler/scheduler_config.json")
+_INDEX, _SCHEDULER = "model_index.json", "scheduler_config.json"
+_CONFIGS = (_INDEX, "config.json", "unet/config.json", _SCHEDULER, f"scheduler/{_SCHEDULER}")
+
+SUPPORTED = "supported are unconditional UNet2DModels that estimate the noise of pixels at step t of a DDPM"
+
+PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
+PARTS = ("unet", "scheduler")
+AUTOENCODERS = ("vae", "vqvae")
+SCHEDULERS = (
+    *("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"),
+)
+"""Schedulers of the process of `DiffusionConfig`, whose settings have DDPMScheduler's names and defaults."""
+
+SCHEDULER_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "prediction_type": ("epsilon",),
+    "beta_schedule": SCHEDULES,
+    "trained_betas": (None,),
+    "rescale_betas_zero_snr": (False,),
+    "use_flow_sigmas": (False,),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}
+UNET_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "time_embedding_type": ("positional", "learned"),
+    "center_input_sample": (False,),
+}
+"""What a scheduler's and a U-Net's config.json may say, where they say it."""
 
 
 def load_unet(path: str | Path) -> UNet2DModel:
@@ -30,10 +58,13 @@ def load_unet(path: str | Path) -> UNet2DModel:
 
     Raises:
         FileNotFoundError: nothing there, or no U-Net in it.
-        ValueError: not an unconditional `UNet2DModel`, damaged or incomplete files, learned variance, weights not finite.
+        ValueError: not an unconditional `UNet2DModel`, damaged or incomplete files, a learned variance, weights that are
+            not finite, or a network of another process, by its own config.json or the pipeline and the scheduler beside it.
     """
     folder = _unet_folder(path)
-    _check_config(path, read_json(folder / "config.json"))
+    _check_unet(folder / "config.json")
+    _check_pipeline(folder)
+    _scheduler(folder)
     safetensors = any((folder / name).is_file() for name in _WEIGHTS)
     if not safetensors and not (folder / _PICKLED_WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} has a config.json but no weights: expected {_WEIGHTS[0]}")
@@ -57,23 +88,25 @@ def load_diffusion(path: str | Path) -> dict[str, Any] | None:
     """The diffusion process that a pretrained network was trained on: fields of `DiffusionConfig`; None if no file says it.
 
     Args:
-        path: as for `load_unet`; the schedule is looked for in `scheduler/`, beside the U-Net and beside its folder.
+        path: as for `load_unet`; the schedule is looked for beside the U-Net, in its folder's `scheduler/` and in that of the
+            pipeline around it, where the U-Net is one of diffusers' training (`unet_ema`, `checkpoint-500/unet`) too.
 
     Raises:
         FileNotFoundError: nothing there, or no U-Net in it.
-        ValueError: a process that is not ours: another prediction than the noise, hand-made or rescaled betas.
+        ValueError: a process that is not ours: another scheduler, another prediction than the noise, hand-made or rescaled
+            betas, a network on latents.
     """
-    folder = _unet_folder(path)
-    places = [folder, folder.parent] if folder.name == "unet" else [folder]
-    candidates = (place / subfolder / "scheduler_config.json" for place in places for subfolder in ("", "scheduler"))
-    file = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if file is None:
+    found = _scheduler(_unet_folder(path))
+    if found is None:
         return None
-    config = {**DDPMScheduler().config, **read_json(file)}
-    for name, ours in (("prediction_type", "epsilon"), ("trained_betas", None), ("rescale_betas_zero_snr", False)):
-        if config[name] != ours:
-            raise ValueError(f"{file}: {name}={config[name]} is not supported: it must be {ours}")
-    return {field.name: config[field.name] for field in fields(DiffusionConfig)}
+    file, config = found
+    values = {field.name: config[field.name] for field in fields(DiffusionConfig)}
+    try:
+        DiffusionConfig(**values)
+    except ValueError as error:
+        what = ", ".join(f"{name}={value}" for name, value in values.items())
+        raise ValueError(f"{file} is of another process: {what}; {SUPPORTED}") from error
+    return values
 
 
 def save_pipeline(unet: UNet2DModel, diffusion: DiffusionConfig, folder: str | Path) -> Path:
@@ -93,10 +126,14 @@ def save_pipeline(unet: UNet2DModel, diffusion: DiffusionConfig, folder: str | P
     folder = Path(folder).expanduser().absolute()
     if folder.exists() and not (folder / "model_index.json").is_file() and (folder.is_file() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not a pipeline: give another folder, or remove it")
-    scheduler = noise_scheduler(diffusion, variance_type="fixed_large", clip_sample=True)
     with atomic_folder(folder) as new:
-        DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(new, safe_serialization=True)
+        DDPMPipeline(unet=unet, scheduler=pipeline_scheduler(diffusion)).save_pretrained(new, safe_serialization=True)
     return folder
+
+
+def pipeline_scheduler(diffusion: DiffusionConfig) -> DDPMScheduler:
+    """The scheduler with which a pipeline of ours samples."""
+    return noise_scheduler(diffusion, variance_type="fixed_large", clip_sample=True)
 
 
 def _unet_folder(path: str | Path) -> Path:
@@ -131,12 +168,62 @@ def _download(name: str) -> Path:
     return folder
 
 
-def _check_config(path: str | Path, config: Mapping[str, Any]) -> None:
+def _places(folder: Path) -> list[Path]:
+    """The U-Net's folder, and those around it that belong to its pipeline."""
+    if not re.fullmatch(r"unet(_ema)?", folder.name):
+        return [folder]
+    around = folder.absolute().parent
+    return [folder, around, *([around.parent] if re.fullmatch(r"checkpoint-\d+", around.name) else [])]
+
+
+def _scheduler(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """File and settings of the scheduler of a U-Net's folder; None where there is none.
+
+    Raises:
+        ValueError: it is of another process.
+    """
+    candidates = (place / subfolder / _SCHEDULER for place in _places(folder) for subfolder in ("", "scheduler"))
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
+        return None
+    given = read_json(file)
+    if given.get("_class_name") not in SCHEDULERS:
+        raise ValueError(f"{file} is of another process: _class_name={given.get('_class_name')}; {SUPPORTED}")
+    _check_settings(file, given, SCHEDULER_SETTINGS, "is of another process")
+    return file, {**DDPMScheduler().config, **given}
+
+
+def _check_pipeline(folder: Path) -> None:
+    """Raise ValueError where the pipeline around a U-Net's folder makes its images from what the U-Net estimates otherwise."""
+    for place in _places(folder):
+        coders = [name for name in AUTOENCODERS if (place / name).is_dir()]
+        index = read_json(place / _INDEX) if (place / _INDEX).is_file() else {}
+        parts = [name for name, kind in index.items() if not name.startswith("_") and kind and kind != [None, None]]
+        foreign = [name for name in parts if isinstance(index[name], list) and name not in PARTS]
+        latent = [name for name in AUTOENCODERS if name in coders or name in foreign]
+        if latent:
+            raise ValueError(f"{place} has a {latent[0]}, so its U-Net works on latents: {SUPPORTED}")
+        if index and (foreign or index.get("_class_name") not in PIPELINES):
+            what = f"{index.get('_class_name')} of {', '.join(parts)}"
+            raise ValueError(f"{place / _INDEX} is of another process: {what}; {SUPPORTED}")
+
+
+def _check_unet(file: Path) -> None:
+    """Raise ValueError where a U-Net's config.json is of a network that estimates something else."""
+    config = read_json(file)
     kind = config.get("_class_name")
     if kind != "UNet2DModel":
-        raise ValueError(f"{path} holds a {kind}: only an unconditional UNet2DModel is supported")
-    if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
-        raise ValueError(f"{path} is conditioned on classes: only an unconditional UNet2DModel is supported")
+        raise ValueError(f"{file} is of a {kind}: {SUPPORTED}")
+    if "quantization_config" in config:
+        raise ValueError(f"{file} is of a quantized network: give one at full precision, such as the teacher folder of its run")
+    _check_settings(file, config, UNET_SETTINGS, "is of a network of another kind")
     channels, estimated = config.get("in_channels", 3), config.get("out_channels", 3)
     if channels != estimated:
-        raise ValueError(f"{path} has {channels} channels in and {estimated} out (a learned variance?): they must be equal")
+        what = f"{channels} channels in and {estimated} out (a learned variance?)"
+        raise ValueError(f"{file} is of a network of another kind: {what}; {SUPPORTED}")
+
+
+def _check_settings(file: Path, config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], what: str) -> None:
+    for name, values in allowed.items():
+        if name in config and config[name] not in values:
+            raise ValueError(f"{file} {what}: {name}={one_line(config[name])[:60]}; {SUPPORTED}")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor, nn
 
 from qdm_lightning.base.checks import one_line
 from qdm_lightning.base.files import atomic_path, reading
+from qdm_lightning.training.network_settings import KEY, check_settings
 
 PREFIXES = {"ema": "ema.module.unet.", "raw": "student.unet."}
 """Where a checkpoint has the averaged weights of the U-Net that was trained, and those of the optimizer."""
@@ -44,17 +48,36 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         return load(stream.read())
 
 
-def fill_from_checkpoint(unet: nn.Module, path: Path, weights: str = "ema") -> int:
-    """Load a checkpoint's U-Net, its average (`ema`) or as the optimizer left it (`raw`), into `unet`; returns its step.
+def weights_settings(path: Path) -> dict[str, Any] | None:
+    """The network's settings in the metadata of a safetensors file (see `network_settings`); None where it has none."""
+    with reading(path), safe_open(path, "pt") as weights:
+        text = (weights.metadata() or {}).get(KEY)
+        return None if text is None else dict(json.loads(text))
+
+
+def fill_from_checkpoint(
+    unet: nn.Module, path: Path, settings: Mapping[str, Any], weights: str = "ema"
+) -> tuple[int, dict[str, str]]:
+    """Load a checkpoint's U-Net, its average (`ema`) or as the optimizer left it (`raw`), into `unet`.
+
+    Args:
+        unet: filled in place.
+        path: the checkpoint.
+        settings: of `unet`, as `network_settings` has them; the checkpoint's must be the same.
+        weights: `ema` or `raw`.
+
+    Returns:
+        Its step, and {"warning": ...} for the record where the checkpoint has no settings to compare, else {}.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is damaged, or holds another network.
     """
     checkpoint, prefix = load_checkpoint(path), PREFIXES[weights]
+    warning = check_settings(checkpoint.get(KEY), settings, path)
     state = {n.removeprefix(prefix): value for n, value in checkpoint.get("state_dict", {}).items() if n.startswith(prefix)}
     fill(unet, state, path)
-    return int(checkpoint["global_step"])
+    return int(checkpoint["global_step"]), {"warning": warning} if warning else {}
 
 
 def fill(unet: nn.Module, state: dict[str, Tensor], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
@@ -20,6 +21,7 @@ from qdm_lightning.diffusion.process import add_noise, noise_scheduler
 from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig
 from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.training.dropout import share_dropout
+from qdm_lightning.training.network_settings import KEY, check_settings
 from qdm_lightning.training.on_policy import TrajectoryBuffer
 from qdm_lightning.training.optimizer import average, build_optimizer, learning_rate_factor, split_parameters
 from qdm_lightning.training.spec import OptimizerConfig
@@ -39,6 +41,7 @@ class DiffusionModule(LightningModule):
     Args:
         network: the U-Net to train; prepared and calibrated, where it is a student.
         teacher: the frozen full-precision U-Net, always in eval mode; None trains by L_simple alone.
+        settings: what shapes `network`; checkpoints carry it, and one of another network is refused (see `network_settings`).
         diffusion, nem, optimizer: settings.
         max_steps: last step of the training and of the learning rate's schedule.
         seed: seed of the order of the images, the flips, timesteps, noise and dropout.
@@ -52,6 +55,7 @@ class DiffusionModule(LightningModule):
         network: nn.Module,
         teacher: nn.Module | None,
         *,
+        settings: Mapping[str, Any],
         diffusion: DiffusionConfig,
         nem: NeMConfig,
         optimizer: OptimizerConfig,
@@ -65,6 +69,7 @@ class DiffusionModule(LightningModule):
         if teacher is None and nem.mode != "off":
             raise ValueError(f"nem.mode={nem.mode} needs a teacher: type nem=off")
         self.diffusion, self.nem, self.optimizer = diffusion, nem, optimizer
+        self.settings, self.warnings = dict(settings), list[str]()
         self.max_steps, self.seed, self.flip, self.prefix = max_steps, seed, flip, prefix
         self.teacher_bf16 = teacher_bf16
         self.student = Denoiser(network)
@@ -172,11 +177,15 @@ class DiffusionModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The teacher is a folder of its own in the run: the checkpoint leaves it out."""
+        checkpoint[KEY] = self.settings
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("teacher.")}
         if self.buffer is not None:
             checkpoint["trajectory_buffer"] = {"x": self.buffer.x, "t": self.buffer.t}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises UserError where the checkpoint is of another network; `warnings` says where it could not be compared."""
+        warning = check_settings(checkpoint.get(KEY), self.settings, "the run's checkpoint")
+        self.warnings += [warning] if warning and warning not in self.warnings else []
         own = {k: v for k, v in self.state_dict().items() if k.startswith("teacher.")}
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **own}
         if self.buffer is not None:

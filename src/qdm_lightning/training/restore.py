@@ -13,15 +13,16 @@ from qdm_lightning.base.files import file_hash
 from qdm_lightning.metrics.weights import state_hash
 from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.models.diffusers_io import load_unet
-from qdm_lightning.training.checkpoint_io import fill, fill_from_checkpoint, load_weights
+from qdm_lightning.training.checkpoint_io import fill, fill_from_checkpoint
 from qdm_lightning.training.experiment import Experiment
-from qdm_lightning.training.student import prepare_student
-from qdm_lightning.training.student_files import FOLDER, WEIGHTS
+from qdm_lightning.training.student import prepare_student, student_settings
+from qdm_lightning.training.student_files import FOLDER, read_student
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A network in eval mode, frozen, and `origin`, which says where its weights come from."""
+    """A network in eval mode, frozen, and `origin`: where its weights come from, and a `warning` where they could not be
+    checked whole."""
 
     network: Denoiser
     origin: dict[str, Any]
@@ -62,24 +63,28 @@ def restore_student(
 
     Raises:
         FileNotFoundError: no such checkpoint, or the run never got as far.
-        ValueError: a full-precision run, which has no student, or a checkpoint that is damaged or another network's.
+        ValueError: a full-precision run, which has no student, or a checkpoint that is damaged or another network's, by the
+            settings that it carries or, where it is of an older version, by its names and shapes.
     """
     run_dir = experiment.run_dir
     if experiment.quant.is_float:
         raise ValueError(f"{run_dir} trained at 32 bits: it has no student, type network=teacher")
     student, _ = prepare_student(_teacher_unet(experiment), experiment)
+    settings = student_settings(student, experiment)
     goes_on = "python -m qdm_lightning.train run=... goes on"
     if experiment.quant.mode == "ptq" and checkpoint == "best":
-        path = _existing(run_dir / FOLDER / WEIGHTS, f"run={run_dir} has no student yet: {goes_on}")
-        weights, step = "calibrated", 0
-        fill(student, load_weights(path), path)
+        _existing(run_dir / FOLDER, f"run={run_dir} has no student yet: {goes_on}")
+        files = read_student(run_dir / FOLDER)
+        state, warning = files.state(settings)
+        path, weights, step, warnings = files.weights, "calibrated", 0, {"warning": warning} if warning else {}
+        fill(student, state, path)
     else:
         path = Path(checkpoint).expanduser().resolve()
         if checkpoint in ("best", "last"):
             path = run_dir / "checkpoints" / f"{checkpoint}.ckpt"
             _existing(path, f"{path} is not there: the run was ended before its first checkpoint, {goes_on}")
-        step = fill_from_checkpoint(student, path, weights)
-    return _restored(student, device, run_dir, path, weights=weights, sha256=file_hash(path), step=step)
+        step, warnings = fill_from_checkpoint(student, path, settings, weights)
+    return _restored(student, device, run_dir, path, weights=weights, sha256=file_hash(path), step=step, **warnings)
 
 
 def _teacher_unet(experiment: Experiment) -> nn.Module:

@@ -15,6 +15,7 @@ from qdm_lightning.quantization.calibration import calibrate
 from qdm_lightning.quantization.preparation import prepare
 from qdm_lightning.quantization.summary import QuantizationReport
 from qdm_lightning.training.experiment import Experiment
+from qdm_lightning.training.network_settings import network_settings, quantization_settings, unet_config
 from qdm_lightning.training.validation_set import spread_timesteps
 
 CALIBRATION_BATCH = 64
@@ -27,6 +28,11 @@ def prepare_student(teacher: nn.Module, experiment: Experiment) -> tuple[nn.Modu
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return student, prepare(student, experiment.quant, experiment.quantizers)
+
+
+def student_settings(student: nn.Module, experiment: Experiment) -> dict[str, Any]:
+    """What shapes the student of a run, for its files of weights and for the comparison with them."""
+    return network_settings(unet_config(student), experiment.diffusion, quantization_settings(experiment.resolved))
 
 
 def calibration_timesteps(kind: str, count: int, num_train_timesteps: int, generator: torch.Generator) -> Tensor:

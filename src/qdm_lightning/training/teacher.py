@@ -21,6 +21,7 @@ from qdm_lightning.models.diffusers_io import load_diffusion, load_unet, save_pi
 from qdm_lightning.training.checkpoint_io import fill_from_checkpoint
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.module import DiffusionModule
+from qdm_lightning.training.network_settings import network_settings, unet_config
 from qdm_lightning.training.spec import TEACHER_OPTIMIZER, OptimizerConfig
 
 FORMAT = 2
@@ -67,10 +68,16 @@ def obtain_teacher(experiment: Experiment, fit: Fit, say: Callable[[str], None])
     if config.source == "auto":
         unet, origin = _auto(experiment, fit, say)
     elif config.source == "checkpoint":
-        unet = _from_checkpoint(experiment, Path(str(config.path)).expanduser())
+        unet, warnings = _from_checkpoint(experiment, Path(str(config.path)).expanduser())
+        origin |= warnings
     else:
         unet = load_unet(str(config.path))
     _check_shape(experiment, unet)
+    if without := without_schedule(experiment):
+        taken = " ".join(f"diffusion.{k}={v}" for k, v in asdict(experiment.diffusion).items())
+        origin["warning"] = f"{without} has no scheduler beside it: its noise schedule was taken to be {taken}"
+    if "warning" in origin:
+        say(f"warning: {origin['warning']}")
     if not rank():  # else a rank would write into the folder that another one replaces
         save_pipeline(unet, experiment.diffusion, own)
         write_json(own / "origin.json", origin)
@@ -138,9 +145,11 @@ def _train(experiment: Experiment, fit: Fit, checkpoints: Path) -> tuple[Any, Ma
     """Train the teacher, which is a function of the settings alone; its U-Net, and what `fit` returns."""
     config = experiment.teacher
     torch.manual_seed(config.seed)
+    unet: Any = experiment.build_model().to(memory_format=torch.channels_last)
     module = DiffusionModule(
-        experiment.build_model().to(memory_format=torch.channels_last),
+        unet,
         None,
+        settings=network_settings(unet_config(unet), experiment.diffusion),
         diffusion=experiment.diffusion,
         nem=NeMConfig(mode="off"),
         optimizer=OptimizerConfig(**{name: getattr(config, name) for name in TEACHER_OPTIMIZER}),
@@ -153,34 +162,56 @@ def _train(experiment: Experiment, fit: Fit, checkpoints: Path) -> tuple[Any, Ma
     return module.ema_student.unet, fitted
 
 
-def _from_checkpoint(experiment: Experiment, path: Path) -> Any:
-    """A run of ours (its `teacher` folder), or a checkpoint file of a full-precision run."""
+def _from_checkpoint(experiment: Experiment, path: Path) -> tuple[Any, dict[str, str]]:
+    """A run of ours (its `teacher` folder), or a checkpoint file of a full-precision run; and a warning for the record."""
     if path.is_dir():
         if not (path / "teacher").is_dir():
             raise FileNotFoundError(f"teacher.path={path} has no teacher folder: give the folder of a run, or a .ckpt file")
-        return load_unet(path / "teacher")
+        return load_unet(path / "teacher"), {}
     unet = experiment.build_model()
-    fill_from_checkpoint(unet, path)
-    return unet
+    _, warnings = fill_from_checkpoint(unet, path, network_settings(unet_config(unet), experiment.diffusion))
+    return unet, warnings
 
 
 def check_schedule(experiment: Experiment) -> None:
     """A teacher that was trained on another noise schedule would mislead the student.
 
     Raises:
-        FileNotFoundError, ValueError: no teacher at `teacher.path`, or one of another schedule.
+        FileNotFoundError, ValueError: no teacher where the settings say, or one of another schedule.
     """
-    path = place = experiment.teacher.path
-    if experiment.teacher.source == "checkpoint":
-        folder = Path(str(path)).expanduser()
-        run = folder if folder.is_dir() else folder.absolute().parents[1]  # <run>/checkpoints/<file>
-        place = str(run / "teacher") if (run / "teacher").is_dir() else None
-    if place is None or experiment.has_teacher:
+    name, place = _foreign_network(experiment)
+    if place is None:
         return
     different = {k: v for k, v in (load_diffusion(place) or {}).items() if getattr(experiment.diffusion, k) != v}
     if different:
         say = " ".join(f"diffusion.{k}={v}" for k, v in different.items())
-        raise ValueError(f"teacher.path={path} was trained on another noise schedule: type {say}")
+        raise ValueError(f"{name} was trained on another noise schedule: type {say}")
+
+
+def without_schedule(experiment: Experiment) -> str:
+    """The setting that names a foreign network beside which no file says what it was trained on; empty if there is none.
+
+    Raises:
+        FileNotFoundError, ValueError: no network there, or one of another process.
+    """
+    name, place = _foreign_network(experiment)
+    return name if place is not None and load_diffusion(place) is None else ""
+
+
+def _foreign_network(experiment: Experiment) -> tuple[str, str | None]:
+    """The setting that names a network which others trained, or another run, and its diffusers folder or hub id.
+
+    None where there is no such network, or the run has its own copy already.
+    """
+    config, model = experiment.teacher, experiment.resolved.get("model") or {}
+    name, place = f"teacher.path={config.path}", config.path
+    if config.source == "auto" and "path" in model:
+        name, place = f"model.path={model['path']}", str(model["path"])
+    if config.source == "checkpoint":
+        folder = Path(str(config.path)).expanduser()
+        run = folder if folder.is_dir() else folder.absolute().parents[1]  # <run>/checkpoints/<file>
+        place = str(run / "teacher") if (run / "teacher").is_dir() else None
+    return name, None if experiment.has_teacher else place
 
 
 def _check_shape(experiment: Experiment, unet: Any) -> None:

@@ -4,7 +4,16 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
 from safetensors.torch import load_file, save_file
 
 from qdm_lightning.diffusion.spec import DiffusionConfig
@@ -28,7 +37,12 @@ ARCHITECTURES = {
         "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
         "block_out_channels": (32, 64),
     },
-    "fourier, pooled": {"time_embedding_type": "fourier", "downsample_type": "resnet", "upsample_type": "resnet"},
+    "learned embedding, pooled": {
+        "time_embedding_type": "learned",
+        "num_train_timesteps": 20,
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+    },
 }
 
 
@@ -111,7 +125,7 @@ def test_process_is_found_beside_the_network(folder, tmp_path):
     flat = tmp_path / "flat"  # as google/ddpm-cifar10-32 lies on the hub
     shutil.copytree(folder / "unet", flat)
     assert load_diffusion(flat) is None
-    (flat / "scheduler_config.json").write_text('{"beta_end": 0.01}')
+    (flat / "scheduler_config.json").write_text('{"_class_name": "DDIMScheduler", "beta_end": 0.01}')
     assert load_diffusion(flat) == {
         "num_train_timesteps": 1000,
         "beta_start": 1e-4,
@@ -120,11 +134,91 @@ def test_process_is_found_beside_the_network(folder, tmp_path):
     }
 
 
-@pytest.mark.parametrize("entry", [{"prediction_type": "v_prediction"}, {"trained_betas": [0.1]}])
-def test_other_process_is_refused(folder, entry):
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(entry))
-    with pytest.raises(ValueError, match=f"{next(iter(entry))}=.* is not supported"):
+@pytest.mark.parametrize(
+    "scheduler", [DDIMScheduler, PNDMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler]
+)
+def test_other_samplers_of_the_same_process_are_read(folder, scheduler):
+    scheduler(**asdict(PROCESS)).save_pretrained(folder / "scheduler")
+    assert load_diffusion(folder) == asdict(PROCESS)
+    assert torch.equal(estimate(load_unet(folder)), estimate(unet_of()))
+    defaults = dict(DDPMScheduler().config)
+    assert {name: scheduler().config[name] for name in asdict(PROCESS)} == {name: defaults[name] for name in asdict(PROCESS)}
+
+
+def in_scheduler(**entries):
+    """Changed entries of the scheduler's file."""
+
+    def edit(folder):
+        file = folder / "scheduler" / "scheduler_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+    return edit
+
+
+def in_index(**entries):
+    def edit(folder):
+        index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "X"]}
+        (folder / "model_index.json").write_text(json.dumps(index | entries))
+
+    return edit
+
+
+OTHER_PROCESSES = {
+    "score SDE": (in_scheduler(_class_name="ScoreSdeVeScheduler"), "_class_name=ScoreSdeVeScheduler"),
+    "Karras": (in_scheduler(_class_name="KarrasVeScheduler"), "_class_name=KarrasVeScheduler"),
+    "EDM": (in_scheduler(_class_name="EDMEulerScheduler"), "_class_name=EDMEulerScheduler"),
+    "VQ": (in_scheduler(_class_name="VQDiffusionScheduler"), "_class_name=VQDiffusionScheduler"),
+    "flow": (in_scheduler(_class_name="FlowMatchEulerDiscreteScheduler"), "_class_name=FlowMatchEulerDiscreteScheduler"),
+    "no class": (in_scheduler(_class_name=None), "_class_name=None"),
+    "sigmoid betas": (in_scheduler(beta_schedule="sigmoid"), "beta_schedule=sigmoid"),
+    "v": (in_scheduler(prediction_type="v_prediction"), "prediction_type=v_prediction"),
+    "sample": (in_scheduler(prediction_type="sample"), "prediction_type=sample"),
+    "own betas": (in_scheduler(trained_betas=[0.1]), "trained_betas="),
+    "zero SNR": (in_scheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr=True"),
+    "flow in a solver": (in_scheduler(_class_name="UniPCMultistepScheduler", use_flow_sigmas=True), "use_flow_sigmas=True"),
+    "learned variance": (in_scheduler(variance_type="learned_range"), "variance_type=learned_range"),
+    "latents": (
+        in_index(_class_name="LDMPipeline", vqvae=["diffusers", "VQModel"]),
+        "has a vqvae, so its U-Net works on latents",
+    ),
+    "latents, no index": (lambda folder: (folder / "vae").mkdir(), "has a vae, so its U-Net works on latents"),
+    "another pipeline": (in_index(_class_name="ScoreSdeVePipeline"), "is of another process: ScoreSdeVePipeline"),
+    "another part": (in_index(text_encoder=["transformers", "CLIPTextModel"]), "DDPMPipeline of unet, scheduler, text_encoder"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_PROCESSES)
+def test_a_network_of_another_process_is_refused(folder, name):
+    """By the folder and by its U-Net's own; the message names what is supported, and no way around."""
+    change, message = OTHER_PROCESSES[name]
+    change(folder)
+    for place in (folder, folder / "unet"):
+        with pytest.raises(ValueError, match=message) as raised:
+            load_unet(place)
+        assert "supported are unconditional UNet2DModels that estimate the noise of pixels" in str(raised.value)
+        assert "type " not in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+def test_betas_that_no_run_has_are_refused(folder):
+    in_scheduler(beta_start=0.0)(folder)
+    with pytest.raises(ValueError, match=r"is of another process: num_train_timesteps=20, beta_start=0\.0, "):
         load_diffusion(folder)
+
+
+def test_the_schedule_of_a_network_in_a_training_folder(tmp_path):
+    """As diffusers' own training leaves it: the scheduler lies beside `unet`, its average and its checkpoints."""
+    whole = save_pipeline(unet_of(), PROCESS, tmp_path / "out")
+    copies = ("unet_ema", "checkpoint-20/unet", "checkpoint-20/unet_ema")
+    for copy in copies:
+        shutil.copytree(whole / "unet", whole / copy)
+    assert all(load_diffusion(whole / copy) == asdict(PROCESS) for copy in ("", "unet", "checkpoint-20", *copies))
+    in_scheduler(prediction_type="sample")(whole)
+    for copy in copies:
+        with pytest.raises(ValueError, match="prediction_type=sample"):
+            load_unet(whole / copy)
+    shutil.copytree(whole / "unet", whole / "other" / "unet")
+    assert load_diffusion(whole / "other") is None
 
 
 def test_pipeline_is_replaced_and_nothing_else(folder, tmp_path):
@@ -181,8 +275,10 @@ def edit_config(**changes):
         (lambda folder: (folder / "unet" / "config.json").write_text("{"), ValueError, r"config\.json is damaged"),
         (lambda folder: (folder / "unet" / "config.json").unlink(), FileNotFoundError, "holds no U-Net"),
         (edit_config(block_out_channels=[16, 64]), ValueError, "cannot be read as a U-Net: .*size mismatch for down_blocks"),
-        (edit_config(_class_name="UNet2DConditionModel"), ValueError, "holds a UNet2DConditionModel: only"),
-        (edit_config(num_class_embeds=10), ValueError, "conditioned on classes"),
+        (edit_config(_class_name="UNet2DConditionModel"), ValueError, "is of a UNet2DConditionModel: supported are"),
+        (edit_config(num_class_embeds=10), ValueError, "of another kind: num_class_embeds=10; supported are unconditional"),
+        (edit_config(time_embedding_type="fourier"), ValueError, "of another kind: time_embedding_type=fourier; supported are"),
+        (edit_config(center_input_sample=True), ValueError, "of another kind: center_input_sample=True; supported are"),
         (edit_config(out_channels=6), ValueError, "3 channels in and 6 out"),
     ],
 )

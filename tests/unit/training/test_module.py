@@ -22,13 +22,17 @@ TINY = {
     "norm_num_groups": 4,
 }
 
+SETTINGS = {"format": 2, "quant": {"weight_bits": 4}}
 
 def module(mode="replace", teacher=True, flip=False, dropout=0.0, **nem):
+
+def module(mode="replace", teacher=True, flip=False, settings=SETTINGS, **nem):
     torch.manual_seed(0)
     network, frozen = build_unet(**TINY, dropout=dropout), build_unet(**TINY, dropout=0.5)
     return DiffusionModule(
         network,
         frozen if teacher else None,
+        settings=settings,
         diffusion=DiffusionConfig(),
         nem=NeMConfig(mode=mode, **nem),
         optimizer=OptimizerConfig(),

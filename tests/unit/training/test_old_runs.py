@@ -14,7 +14,7 @@ from qdm_lightning.quantization import timesteps
 from qdm_lightning.reporting.records import read_settings as read_run_settings
 from qdm_lightning.runs.formats import upgraded
 from qdm_lightning.training.restore import restore_student, restore_teacher
-from qdm_lightning.training.student_files import read_settings
+from qdm_lightning.training.student_files import read_student
 
 RUN = Path(__file__).parents[2] / "assets" / "stored_run_0_1"
 CPU = torch.device("cpu")
@@ -38,7 +38,11 @@ def estimate(network: torch.nn.Module) -> torch.Tensor:
 
 
 def test_the_settings_have_the_names_of_today():
-    assert read_settings(RUN / "student")["quant"]["first_last_bits"] == 7
+    settings = read_student(RUN).settings
+    assert settings["quant"]["first_last_bits"] == 7
+    assert settings["taq"]["_target_"].endswith("EMANormalizedActivation")
+    assert settings["taq"]["scope"] == "attention"
+    assert settings["quant"]["act_quantizer"]["_target_"].endswith("LSQActivation")
 
 
 def test_a_report_knows_how_it_behaved_where_a_setting_came_later():
@@ -48,8 +52,10 @@ def test_a_report_knows_how_it_behaved_where_a_setting_came_later():
 
 
 def test_the_student_of_the_folder_is_that_of_the_checkpoint(experiment):
-    loaded = load_student(RUN)
+    with pytest.warns(UserWarning, match=r"model\.safetensors does not say of which bits, TaQ and schedule its weights are"):
+        loaded = load_student(RUN)
     restored = restore_student(experiment, CPU)
+    assert "best.ckpt does not say of which bits, TaQ and schedule" in restored.origin["warning"]
     assert restored.origin["step"] > 0
     assert loaded.conv_in.input_quantizer.bits == 7
     assert torch.equal(estimate(loaded), estimate(restored.network.unet))

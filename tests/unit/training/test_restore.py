@@ -9,6 +9,7 @@ from qdm_lightning.evaluate import evaluate
 from qdm_lightning.quantization.timestep import timesteps
 from qdm_lightning.training.checkpoint_io import load_checkpoint
 from qdm_lightning.training.restore import restore, restore_student, restore_teacher
+from qdm_lightning.training.student_files import WEIGHTS
 
 CPU = torch.device("cpu")
 
@@ -74,7 +75,7 @@ def test_a_calibrated_student_comes_from_its_folder(run_copy):
     assert restored.origin["weights"] == "calibrated"
     state = expected.network.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in restored.network.state_dict().items())
-    (run_copy / "student" / "model.safetensors").write_bytes(b"no")
+    (run_copy / "student" / WEIGHTS).write_bytes(b"no")
     with pytest.raises(ValueError, match="is damaged"):
         restore_student(found, CPU)
 

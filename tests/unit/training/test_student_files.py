@@ -4,16 +4,23 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qdm_lightning import load_student
 from qdm_lightning.base.files import atomic_folder
+from qdm_lightning.diffusion.spec import DiffusionConfig
 from qdm_lightning.display.progress import Progress
+from qdm_lightning.evaluate import evaluate
+from qdm_lightning.models.diffusers_io import load_diffusion, load_unet
 from qdm_lightning.quantization import timesteps
 from qdm_lightning.train import train
+from qdm_lightning.training.student_files import CONFIG, WEIGHTS, read_student, save_student
 
 TINY = """
     model.block_out_channels=[8,16] model.norm_num_groups=4 model.dropout=0.1 data.batch_size=8 teacher.max_steps=2
@@ -74,7 +81,7 @@ def same_output(measured, loaded, channels=1, size=8):
     for layout in (torch.contiguous_format, torch.channels_last):
         for grad in (True, False):
             with torch.set_grad_enabled(grad), timesteps(t):
-                expected = measured.unet(x.contiguous(memory_format=layout), t).sample
+                expected = measured(x.contiguous(memory_format=layout), t).sample
                 given = loaded(x.contiguous(memory_format=layout), t).sample
             assert torch.equal(given, expected)
 
@@ -84,25 +91,67 @@ def test_a_run_saves_the_student_that_it_measured(run, overrides):
     result = run(*overrides)
     loaded = load_student(result.run_dir)
     assert not loaded.training
-    same_output(result.student, loaded)
+    same_output(result.student.unet, loaded)
     assert loaded.state_dict().keys() == result.student.unet.state_dict().keys()
+    again, old = result.run_dir.parent / "again", first_format(result.run_dir / "student")
+    save_student(loaded, evaluate.check(evaluate.compose(result.run_dir))[0], again)
+    for file in ("model_index.json", "scheduler/scheduler_config.json", CONFIG):
+        assert (again / file).read_bytes() == (result.run_dir / "student" / file).read_bytes()
+    with pytest.warns(UserWarning, match="names and shapes alone were checked"):
+        same_output(loaded, load_student(old))
+    assert read_student(old).settings == read_student(again).settings
 
 
 def test_the_file_says_what_the_student_is(folder):
-    settings = json.loads((folder / "config.json").read_text())
-    assert settings["unet"]["_class_name"] == "UNet2DModel"
-    assert settings["unet"]["dropout"] == 0
-    assert settings["diffusion"]["num_train_timesteps"] == 1000
-    assert settings["quant"] == {
-        "weight_bits": 4,
-        "act_bits": 4,
-        "qkv_bits": None,
-        "probs_bits": 8,
-        "first_last_bits": 8,
-        "rules": {},
+    config = json.loads((folder / CONFIG).read_text())
+    assert config["_class_name"] == "UNet2DModel"
+    assert config["dropout"] == 0
+    assert "_name_or_path" not in config
+    assert config["quantization_config"] == {
+        "quant_method": "qdm_lightning",
+        "format": 2,
+        "quant": {
+            "weight_bits": 4,
+            "act_bits": 4,
+            "qkv_bits": 4,
+            "probs_bits": 8,
+            "first_last_bits": 8,
+            "rules": {},
+            "weight_quantizer": {"_target_": "qdm_lightning.quantization.quantizer.LSQWeight"},
+            "act_quantizer": {"_target_": "qdm_lightning.quantization.quantizer.LSQActivation"},
+        },
+        "taq": {"_target_": "qdm_lightning.quantization.taq.NormalizedActivation", "scope": "attention", "psi": 1e-5},
     }
-    assert settings["quantizers"]["attention"]["_target_"].endswith("NormalizedActivation")
-    assert settings["quantizers"]["activation"]["_target_"].endswith("LSQActivation")
+
+
+def test_the_folder_is_a_whole_pipeline_that_only_we_read(folder):
+    """Diffusers without this package refuses it by the name of its method; as a teacher it is refused too."""
+    files = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    assert files == {"model_index.json", "scheduler/scheduler_config.json", CONFIG, WEIGHTS}
+    assert DDPMPipeline.load_config(folder)["unet"] == ["diffusers", "UNet2DModel"]
+    assert DDPMScheduler.from_pretrained(folder / "scheduler").config.variance_type == "fixed_large"
+    assert load_diffusion(folder) == asdict(DiffusionConfig())
+    for read in (lambda: UNet2DModel.from_pretrained(folder / "unet"), lambda: DDPMPipeline.from_pretrained(folder)):
+        with pytest.raises(ValueError, match="Unknown quantization type, got qdm_lightning"):
+            read()
+    with pytest.raises(ValueError, match="is of a quantized network: give one at full precision"):
+        load_unet(folder)
+
+
+def first_format(folder):
+    """The folder as version 0.1 wrote it: quantizers by their roles, weights that say nothing of themselves."""
+    files, old = read_student(folder), folder.parent / "old" / "student"
+    old.mkdir(parents=True)
+    quant, taq = dict(files.settings["quant"]), dict(files.settings["taq"])
+    roles = {"weight": quant.pop("weight_quantizer"), "activation": quant.pop("act_quantizer")}
+    scope = taq.pop("scope", "")
+    roles["attention"] = taq or roles["activation"]
+    assert scope != "all" or roles["attention"] == roles["activation"]
+    diffusion = files.settings["diffusion"]
+    settings = {"format": 1, "unet": files.unet, "diffusion": diffusion, "quant": quant, "quantizers": roles}
+    (old / "config.json").write_text(json.dumps(settings))
+    save_file(load_file(folder / WEIGHTS), old / "model.safetensors", metadata={"format": "pt"})
+    return old
 
 
 def test_a_quantizer_of_the_users_own_must_be_trusted(run, tmp_path, monkeypatch):
@@ -114,65 +163,82 @@ def test_a_quantizer_of_the_users_own_must_be_trusted(run, tmp_path, monkeypatch
         ValueError, match=r"would run own_quantizers\.Own .*load_student\(\.\.\., trusted=\['own_quantizers\.Own'"
     ):
         load_student(result.run_dir)
-    with pytest.raises(ValueError, match=r"would run own_quantizers\.Inner \(quantizers\.activation\.inner\._target_\)"):
+    with pytest.raises(ValueError, match=r"would run own_quantizers\.Inner \(quant\.act_quantizer\.inner\._target_\)"):
         load_student(result.run_dir, trusted=["own_quantizers.Own"])
     loaded = load_student(result.run_dir, trusted=["own_quantizers.Own", "own_quantizers.Inner"])
     assert loaded.mid_block.resnets[0].conv1.input_quantizer.inner.size == 3
-    same_output(result.student, loaded)
+    same_output(result.student.unet, loaded)
     monkeypatch.setitem(sys.modules, "own_quantizers", None)
     with pytest.raises(ValueError, match=r"own_quantizers\.\w+ cannot be imported"):
         load_student(result.run_dir, trusted=["own_quantizers.Own", "own_quantizers.Inner"])
 
 
 def edit(folder, **changes):
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    """Change the quantization, or with `unet=` the config.json around it."""
+    file = folder / CONFIG
+    config = {**json.loads(file.read_text()), **changes.pop("unet", {})}
+    if changes:
+        config["quantization_config"] = {**config["quantization_config"], **changes}
+    file.write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
-    ("target", "message"),
+    "target",
     [
-        ("os.system", "which is not part of qdm_lightning"),
-        ("qdm_lightning.models.diffusers_io.load_unet", "is no WeightQuantizer"),
-        ("qdm_lightning.quantization.quantizer.LSQActivation", "is no WeightQuantizer"),
-        (["os.system"], "which is not part of qdm_lightning"),
+        "os.system",
+        "qdm_lightning.models.diffusers_io.load_unet",
+        "qdm_lightning.quantization.quantizer.LSQActivation",
+        ["os.system"],
     ],
 )
-def test_only_quantizers_run(folder, target, message):
-    quantizers = json.loads((folder / "config.json").read_text())["quantizers"]
-    edit(folder, quantizers={**quantizers, "weight": {"_target_": target}})
-    with pytest.raises(ValueError, match=message):
+def test_only_quantizers_run(folder, target):
+    quant = read_student(folder).settings["quant"]
+    edit(folder, quant={**quant, "weight_quantizer": {"_target_": target}})
+    with pytest.raises(ValueError, match=r"would run .* \(quant\.weight_quantizer\._target_\), which is not what"):
         load_student(folder)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, r"format 2, this version reads 1"),
-        ({"quantizers": {}}, r"quantizers\.weight\._target_ is missing"),
-        ({"unet": None}, "unet is missing"),
-        ({"quant": {"weight_bits": 9}}, r"do not make a student: quant\.weight_bits=9 is not allowed"),
-        ({"quant": {"bits": 4}}, "do not make a student"),
-        ({"quant": {"rules": {"conv_in": 32}}}, "do not make a student"),
+        ({"format": 3}, r"format 3, this version reads up to 2"),
+        ({"format": None}, r"format None, this version reads up to 2"),
+        ({"quant": {}}, r"quant\.weight_quantizer\._target_ is missing"),
+        ({"quant": None}, "quant is missing"),
+        ({"taq": ["scope"]}, "taq is missing"),
+        ({"quant_method": "gguf"}, "has no quantization_config of qdm_lightning"),
+        ({"unet": {"quantization_config": None}}, "has no quantization_config of qdm_lightning"),
+        ({"unet": {"quantization_config": 4}}, "has no quantization_config of qdm_lightning"),
+        ({"weight_bits": 9}, r"does not describe a student: quant\.weight_bits=9 is not allowed"),
+        ({"weight_bits": "4"}, "does not describe a student"),
+        ({"rules": [4]}, "does not describe a student"),
+        # What is whole, and not what the weights are of:
+        ({"weight_bits": 3}, r"is of another network: quant\.weight_bits=4, not 3"),
+        ({"rules": {"conv_in": 32}}, r"is of another network: quant\.rules=\{\}, not \{'conv_in': 32\}"),
+        ({"taq": {}}, "is of another network: taq=normalize, not off"),
+        ({"unet": {"freq_shift": 1}}, r"is of another network: unet\.freq_shift=0, not 1"),
     ],
 )
 def test_a_foreign_or_damaged_description_is_one_line(folder, changes, message):
-    edit(folder, **changes)
+    inner = {name: changes[name] for name in ("weight_bits", "rules") if name in changes}
+    edit(folder, **({"quant": read_student(folder).settings["quant"] | inner} if inner else changes))
     with pytest.raises(ValueError, match=message) as caught:
         load_student(folder)
     assert "\n" not in str(caught.value)
 
 
 def test_damaged_and_missing_files_are_named(folder, tmp_path):
-    weights = folder / "model.safetensors"
+    weights = folder / WEIGHTS
+    with safe_open(weights, "pt") as file:
+        said = file.metadata()
     state = load_file(weights)
-    save_file({name: value for name, value in state.items() if name != "conv_in.weight_quantizer.log_scale"}, weights)
+    save_file({name: value for name, value in state.items() if name != "conv_in.weight_quantizer.log_scale"}, weights, said)
     with pytest.raises(ValueError, match=r"do not make a student: .*conv_in\.weight_quantizer\.log_scale"):
         load_student(folder)
     weights.write_bytes(b"half")
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
         load_student(folder)
-    (folder / "config.json").write_text("{")
+    (folder / CONFIG).write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
         load_student(folder)
     with pytest.raises(FileNotFoundError, match=r"holds no student: give the folder of a run"):
