@@ -197,3 +197,23 @@ def test_overview_is_complete():
         name = file.relative_to(CONF_DIR / "experiment").with_suffix("").as_posix()
         [line] = [line for line in text.splitlines() if line.split()[:1] == [name]]
         assert len(line.split()) > 3, f"{file} needs a comment that says what it is"
+
+
+@pytest.mark.parametrize("given", ["teacher=pretrained teacher.path", "model=pretrained model.path"])
+def test_a_schedule_that_no_file_tells_must_be_typed(folder, train, capsys, given):
+    """An average of weights that lies alone says nothing of the process it was trained on: the default would be a guess."""
+    (folder / "unet_ema").mkdir()
+    (folder / "unet_ema" / "config.json").write_text('{"_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 1}')
+    words = f"{given}=unet_ema".split()
+    with pytest.raises(SystemExit) as end:
+        train(*words)
+    assert end.value.code == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert f"{words[1]} has no scheduler_config.json beside it" in line
+    assert "type it, such as diffusion.num_train_timesteps=1000 diffusion.beta_start=0.0001" in line
+    assert not (folder / "outputs").exists()
+    [(settings, _)] = train(*words, "diffusion.beta_schedule=squaredcos_cap_v2")
+    assert settings["diffusion"]["beta_schedule"] == "squaredcos_cap_v2"
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDPMScheduler"}')
+    assert len(train(*words)) == 1

@@ -103,7 +103,11 @@ def test_a_folder_becomes_a_student(build, tmp_path):
     theirs.save_pretrained(tmp_path / "folder")
     channels = theirs.config.in_channels
     result = run(tmp_path / "folder", tmp_path, channels)
-    assert json.loads((result.run_dir / "metrics.json").read_text())["teacher_origin"]["source"] == "pretrained"
+    origin = json.loads((result.run_dir / "metrics.json").read_text())["teacher_origin"]
+    assert origin["source"] == "pretrained"
+    assert (
+        "has no scheduler beside it: its noise schedule was taken to be diffusion.num_train_timesteps=1000" in origin["warning"]
+    )
     kept = UNet2DModel.from_pretrained(result.run_dir / "teacher" / "unet", low_cpu_mem_usage=False)
     assert torch.equal(estimate(kept, channels), estimate(theirs, channels))
     student = load_student(result.run_dir)
@@ -125,3 +129,4 @@ def test_another_noise_schedule_is_refused_until_it_is_typed(tmp_path):
         result.run_dir, tmp_path, 3, *wanted, "teacher=checkpoint", "model=pretrained", f"model.path={tmp_path / 'folder'}"
     )
     assert again.metrics["teacher"] == result.metrics["teacher"]
+    assert "warning" not in again.metrics["teacher_origin"]

@@ -73,7 +73,7 @@ def check_settings(stored: Mapping[str, Any] | None, wanted: Mapping[str, Any], 
 
     Args:
         stored: what the file says about itself; None where it says nothing, as those of older versions.
-        wanted: settings of the network that the weights are for; what it leaves out is not compared.
+        wanted: settings of the network that the weights are for; `unet` may be empty where it is not known.
         file: is named in messages.
 
     Returns:
@@ -84,7 +84,7 @@ def check_settings(stored: Mapping[str, Any] | None, wanted: Mapping[str, Any], 
     """
     if stored is None:
         return f"{file} does not say of which bits, TaQ and schedule its weights are: names and shapes alone were checked"
-    check_format(stored.get("format"), file)
+    check_format(stored.get("format") if isinstance(stored, Mapping) else None, file)
     difference = next(_differences(upgraded(dict(stored)), wanted), None)
     if difference:
         raise UserError(f"{file} is of another network: {difference}")
@@ -98,11 +98,11 @@ def check_format(found: Any, file: Path | str) -> None:
 
 
 def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
-    for part, theirs in wanted.items():
-        if part == "format":
-            continue
-        own = stored.get(part)
-        own = own if isinstance(own, dict) else {}
+    for part in ("taq", "quant", "diffusion", "unet"):
+        own, theirs = stored.get(part), wanted[part]
+        if not isinstance(own, dict):
+            yield f"{part} is missing"
+            return
         if part == "taq" and own.get("_target_") != theirs.get("_target_"):
             yield f"taq={_variant(own)}, not {_variant(theirs)}"
         names = [*own, *(name for name in theirs if name not in own)]

@@ -209,7 +209,7 @@ def _foreign_network(experiment: Experiment) -> tuple[str, str | None]:
         name, place = f"model.path={model['path']}", str(model["path"])
     if config.source == "checkpoint":
         folder = Path(str(config.path)).expanduser()
-        run = folder if folder.is_dir() else folder.absolute().parents[1]  # <run>/checkpoints/<file>
+        run = folder if folder.is_dir() else folder.absolute().parent.parent  # <run>/checkpoints/<file>
         place = str(run / "teacher") if (run / "teacher").is_dir() else None
     return name, None if experiment.has_teacher else place
 

@@ -101,8 +101,9 @@ def test_the_students_folder_is_an_artifact_and_the_best_checkpoint_named_in_it(
     found = offline_runs(result.run_dir)[0]
     [model] = [artifact for artifact in found.artifacts if artifact.type == "model"]
     entries = {entry.path: entry for entry in model.manifest.contents}
-    assert set(entries) == {"config.json", "model.safetensors", "best.ckpt"}
-    assert Path(entries["model.safetensors"].local_path) == result.run_dir / "student" / "model.safetensors"
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert set(entries) == {"model_index.json", "scheduler/scheduler_config.json", "unet/config.json", weights, "best.ckpt"}
+    assert Path(entries[weights].local_path) == result.run_dir / "student" / weights
     assert entries["best.ckpt"].ref == (result.run_dir / "checkpoints" / "best.ckpt").as_uri()
     metadata = json.loads(model.metadata)
     assert (metadata["bits"], metadata["taq"], metadata["nem"]) == ("w4a4", "normalize", "replace")

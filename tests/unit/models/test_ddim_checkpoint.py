@@ -196,6 +196,10 @@ def widened(state):
         (lambda s: {**s, "logvar": torch.zeros(1000)}, "1 unknown keys: logvar$"),
         (lambda s: {k: v for k, v in s.items() if "mid.attn" not in k}, r"10 missing keys: mid\.attn_1\.k\.bias, .*\.\.\.$"),
         (lambda s: {k: v for k, v in s.items() if "downsample" not in k}, r"2 missing keys: down\.0\.downsample\.conv\.bias"),
+        (
+            lambda s: {**s, "conv_out.weight": torch.zeros(6, 32, 3, 3), "conv_out.bias": torch.zeros(6)},
+            r"3 channels in and 6 out \(a learned variance\?\)",
+        ),
         (lambda s: {"weight": torch.zeros(1)}, r"missing keys: conv_in\.weight, conv_out\.weight, down\.0"),
         (widened, r"1 unknown keys: down\.1\.block\.0\.conv_shortcut\.weight"),
         (

@@ -33,7 +33,7 @@ OTHERS = {
     "quant.rules={conv_out: 5}": r"quant\.rules=\{'conv_out': 5\}, not \{\}",
     "taq=off": "taq=off, not normalize",
     "taq=ema": "taq=ema, not normalize",
-    "taq.scope=all": r"quant\.act_quantizer=\{.*NormalizedActivation.*\}, not \{.*LSQActivation'\}",
+    "taq.scope=all": r"taq\.scope=all, not attention",
     "taq.psi=0.5": r"taq\.psi=0\.5, not 1e-05",
     "diffusion.beta_schedule=squaredcos_cap_v2": r"diffusion\.beta_schedule=squaredcos_cap_v2, not linear",
     "model.freq_shift=1": r"unet\.freq_shift=1, not 0",
@@ -181,10 +181,14 @@ def test_a_checkpoint_of_before_is_taken_with_a_warning_that_the_records_keep(ow
     assert json.loads((own / "metrics.json").read_text())["warnings"] == again.metrics["warnings"]
 
 
-def test_a_checkpoint_of_a_later_version_is_refused(own):
+def test_a_checkpoint_of_a_later_version_or_with_half_its_settings_is_refused(own):
     file = own / "checkpoints" / "best.ckpt"
     content = load_checkpoint(file)
     content[KEY]["format"] = 3
     torch.save(content, file)
     with pytest.raises(UserError, match=r"best\.ckpt has format 3, this version reads up to 2"):
         restore_student(experiment(own), CPU)
+    for said, message in (([], "has format None"), ({"format": 2}, "is of another network: taq is missing")):
+        torch.save({**content, KEY: said}, file)
+        with pytest.raises(UserError, match=message):
+            restore_student(experiment(own), CPU)
