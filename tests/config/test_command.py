@@ -1,5 +1,6 @@
 """What a command does around its task: help, folders, resuming, sweeps, Ctrl-C."""
 
+import json
 import os
 import subprocess
 import sys
@@ -203,7 +204,8 @@ def test_overview_is_complete():
 def test_a_schedule_that_no_file_tells_must_be_typed(folder, train, capsys, given):
     """An average of weights that lies alone says nothing of the process it was trained on: the default would be a guess."""
     (folder / "unet_ema").mkdir()
-    (folder / "unet_ema" / "config.json").write_text('{"_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 1}')
+    config = {"_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 1, "out_channels": 1}
+    (folder / "unet_ema" / "config.json").write_text(json.dumps(config))
     words = f"{given}=unet_ema".split()
     with pytest.raises(SystemExit) as end:
         train(*words)

@@ -61,10 +61,7 @@ def load_unet(path: str | Path) -> UNet2DModel:
         ValueError: not an unconditional `UNet2DModel`, damaged or incomplete files, a learned variance, weights that are
             not finite, or a network of another process, by its own config.json or the pipeline and the scheduler beside it.
     """
-    folder = _unet_folder(path)
-    _check_unet(folder / "config.json")
-    _check_pipeline(folder)
-    _scheduler(folder)
+    folder = _checked(path)
     safetensors = any((folder / name).is_file() for name in _WEIGHTS)
     if not safetensors and not (folder / _PICKLED_WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} has a config.json but no weights: expected {_WEIGHTS[0]}")
@@ -96,7 +93,12 @@ def load_diffusion(path: str | Path) -> dict[str, Any] | None:
         ValueError: a process that is not ours: another scheduler, another prediction than the noise, hand-made or rescaled
             betas, a network on latents.
     """
-    found = _scheduler(_unet_folder(path))
+    return read_diffusion(_checked(path))
+
+
+def read_diffusion(folder: Path) -> dict[str, Any] | None:
+    """As `load_diffusion`, of the folder of a U-Net that is not looked at: a quantized one too."""
+    found = _scheduler(folder)
     if found is None:
         return None
     file, config = found
@@ -165,6 +167,18 @@ def _download(name: str) -> Path:
             snapshot_download(name, allow_patterns=[_PICKLED_WEIGHTS, f"unet/{_PICKLED_WEIGHTS}"])
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{absent}, or a hub id that can be reached ({one_line(error)})") from error
+    return folder
+
+
+def _checked(path: str | Path) -> Path:
+    """The U-Net's folder. Raises FileNotFoundError where there is none, and ValueError where it is of another process.
+
+    All that says what the network estimates is looked at before anything is told, so that no advice leads past a refusal.
+    """
+    folder = _unet_folder(path)
+    _check_unet(folder / "config.json")
+    _check_pipeline(folder)
+    _scheduler(folder)
     return folder
 
 

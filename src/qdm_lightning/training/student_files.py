@@ -35,7 +35,7 @@ from qdm_lightning.base.checks import UserError, one_line
 from qdm_lightning.base.files import atomic_folder, read_json, write_json
 from qdm_lightning.base.trust import check_targets, targets
 from qdm_lightning.diffusion.spec import DiffusionConfig
-from qdm_lightning.models.diffusers_io import load_diffusion, pipeline_scheduler
+from qdm_lightning.models.diffusers_io import pipeline_scheduler, read_diffusion
 from qdm_lightning.quantization.preparation import Quantizers, prepare
 from qdm_lightning.quantization.spec import SCOPES, TAQ, QuantConfig
 from qdm_lightning.runs.folder import CONFIG as RUN_CONFIG
@@ -189,7 +189,7 @@ def _read(place: Path, file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"{file} does not describe a student of ours: it has no quantization_config of {METHOD}")
     check_format(quantization.get("format"), file)
     quantization = _complete(upgraded({part: quantization.get(part) for part in ("quant", "taq")}), file)
-    found = load_diffusion(place)
+    found = read_diffusion(file.parent)
     if found is None:
         raise ValueError(f"{place} is damaged: scheduler/scheduler_config.json is missing")
     return network_settings(unet, DiffusionConfig(**found), quantization), unet

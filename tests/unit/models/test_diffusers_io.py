@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 from dataclasses import asdict
@@ -192,9 +193,9 @@ def test_a_network_of_another_process_is_refused(folder, name):
     """By the folder and by its U-Net's own; the message names what is supported, and no way around."""
     change, message = OTHER_PROCESSES[name]
     change(folder)
-    for place in (folder, folder / "unet"):
+    for place, read in itertools.product((folder, folder / "unet"), (load_unet, load_diffusion)):
         with pytest.raises(ValueError, match=message) as raised:
-            load_unet(place)
+            read(place)
         assert "supported are unconditional UNet2DModels that estimate the noise of pixels" in str(raised.value)
         assert "type " not in str(raised.value)
         assert "\n" not in str(raised.value)

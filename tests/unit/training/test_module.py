@@ -22,7 +22,7 @@ TINY = {
     "norm_num_groups": 4,
 }
 
-SETTINGS = {"format": 2, "quant": {"weight_bits": 4}}
+SETTINGS = {"format": 2, "taq": {}, "quant": {"weight_bits": 4}, "diffusion": {}, "unet": {}}
 
 def module(mode="replace", teacher=True, flip=False, dropout=0.0, **nem):
 

@@ -17,7 +17,7 @@ from qdm_lightning.base.files import atomic_folder
 from qdm_lightning.diffusion.spec import DiffusionConfig
 from qdm_lightning.display.progress import Progress
 from qdm_lightning.evaluate import evaluate
-from qdm_lightning.models.diffusers_io import load_diffusion, load_unet
+from qdm_lightning.models.diffusers_io import load_unet, read_diffusion
 from qdm_lightning.quantization import timesteps
 from qdm_lightning.train import train
 from qdm_lightning.training.student_files import CONFIG, WEIGHTS, read_student, save_student
@@ -130,7 +130,7 @@ def test_the_folder_is_a_whole_pipeline_that_only_we_read(folder):
     assert files == {"model_index.json", "scheduler/scheduler_config.json", CONFIG, WEIGHTS}
     assert DDPMPipeline.load_config(folder)["unet"] == ["diffusers", "UNet2DModel"]
     assert DDPMScheduler.from_pretrained(folder / "scheduler").config.variance_type == "fixed_large"
-    assert load_diffusion(folder) == asdict(DiffusionConfig())
+    assert read_diffusion(folder / "unet") == asdict(DiffusionConfig())
     for read in (lambda: UNet2DModel.from_pretrained(folder / "unet"), lambda: DDPMPipeline.from_pretrained(folder)):
         with pytest.raises(ValueError, match="Unknown quantization type, got qdm_lightning"):
             read()
