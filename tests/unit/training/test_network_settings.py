@@ -164,7 +164,7 @@ def test_a_students_checkpoint_is_no_teacher(run, composed, tmp_path):
     file = run() / "checkpoints" / "best.ckpt"
     shutil.copy(file, tmp_path / "alone.ckpt")
     cfg = composed(*TINY.split(), f"paths.output={tmp_path}", "teacher=checkpoint", f"teacher.path={tmp_path / 'alone.ckpt'}")
-    with pytest.raises(UserError, match=r"alone\.ckpt is of another network: quant\.weight_bits=4, not 32"):
+    with pytest.raises(UserError, match=r"alone\.ckpt is of another network: taq=normalize, not off"):
         train(cfg, Progress("silent"))
 
 
