@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from qdm_lightning.base.files import file_hash
+from qdm_lightning.base.files import file_hash, read_json
 from qdm_lightning.metrics.weights import state_hash
 from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.models.diffusers_io import load_unet
-from qdm_lightning.training.checkpoint_io import fill, fill_from_checkpoint
+from qdm_lightning.training.checkpoint_io import fill, fill_from_checkpoint, load_checkpoint
 from qdm_lightning.training.experiment import Experiment
+from qdm_lightning.training.network_settings import KEY, check_settings, network_settings, quantization_settings
 from qdm_lightning.training.student import prepare_student, student_settings
 from qdm_lightning.training.student_files import FOLDER, read_student
 
@@ -85,6 +86,19 @@ def restore_student(
             _existing(path, f"{path} is not there: the run was ended before its first checkpoint, {goes_on}")
         step, warnings = fill_from_checkpoint(student, path, settings, weights)
     return _restored(student, device, run_dir, path, weights=weights, sha256=file_hash(path), step=step, **warnings)
+
+
+def check_checkpoints(experiment: Experiment) -> None:
+    """Raise UserError where a checkpoint in a run's folder is of another network than the run's, before it goes on with it."""
+    config = experiment.run_dir / "teacher" / "unet" / "config.json"
+    quantization = None if experiment.quant.is_float else quantization_settings(experiment.resolved)
+    wanted = network_settings(read_json(config) if config.is_file() else {}, experiment.diffusion, quantization)
+    for file in sorted((experiment.run_dir / "checkpoints").glob("*.ckpt")):
+        try:
+            checkpoint = load_checkpoint(file)
+        except ValueError:
+            continue  # damaged: whoever needs it says so
+        check_settings(checkpoint.get(KEY), wanted, file)
 
 
 def _teacher_unet(experiment: Experiment) -> nn.Module:

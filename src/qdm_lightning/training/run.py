@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 
-from qdm_lightning.base.files import read_json, write_json, write_whole
+from qdm_lightning.base.files import write_json, write_whole
 from qdm_lightning.base.ranks import rank
 from qdm_lightning.diffusion.images import to_uint8
 from qdm_lightning.diffusion.sampling import image_seeds
@@ -29,17 +29,16 @@ from qdm_lightning.models.image_sampler import ImageSampler
 from qdm_lightning.quantization import compiled
 from qdm_lightning.quantization.cost import cost as count_cost
 from qdm_lightning.runs.provenance import git_commit, hardware, peak_memory, versions
-from qdm_lightning.training.checkpoint_io import load_checkpoint
 from qdm_lightning.training.devices import deterministic_or_one_line, measuring_device, set_up
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.module import DiffusionModule
-from qdm_lightning.training.network_settings import KEY, check_settings, network_settings, quantization_settings
 from qdm_lightning.training.publishing import log_layers, log_results, log_scales
+from qdm_lightning.training.restore import check_checkpoints
 from qdm_lightning.training.student import calibrate_student, prepare_student, student_settings
 from qdm_lightning.training.student_files import save_student
 from qdm_lightning.training.teacher import check_schedule, obtain_teacher
 from qdm_lightning.training.teacher_images import teacher_images
-from qdm_lightning.training.trainer import LAST, fit, last_step
+from qdm_lightning.training.trainer import fit, last_step
 from qdm_lightning.training.validation_set import ValidationSet, nem_error
 
 CHECKPOINTS = "checkpoints"
@@ -68,24 +67,14 @@ def run(experiment: Experiment, progress: Any) -> Result:
     experiment.data.setup()
     check_schedule(experiment)
     features(experiment.feature_network, experiment.data.train_images[:1])  # it takes such images, or says so now
-    step = _resumed_step(experiment) if experiment.resume else None
+    if experiment.resume:
+        check_checkpoints(experiment)
+    step = (last_step(experiment.run_dir / CHECKPOINTS) or 0) if experiment.resume else None
     csv = partial(CSVMetrics, experiment.run_dir / "metrics.csv", step)
     with opened(
         [csv, *([] if rank() else experiment.loggers)], run_dir=experiment.run_dir, config=experiment.resolved
     ) as loggers:
         return Run(experiment, progress, loggers).result()
-
-
-def _resumed_step(experiment: Experiment) -> int:
-    """The step from which a run goes on. Raises UserError where its checkpoint is of another network."""
-    file, config = experiment.run_dir / CHECKPOINTS / LAST, experiment.run_dir / "teacher" / "unet" / "config.json"
-    if not file.is_file():
-        return 0
-    checkpoint = load_checkpoint(file)
-    quantization = None if experiment.quant.is_float else quantization_settings(experiment.resolved)
-    unet = read_json(config) if config.is_file() else {}
-    check_settings(checkpoint.get(KEY), network_settings(unet, experiment.diffusion, quantization), file)
-    return int(checkpoint["global_step"])
 
 
 class Run:

@@ -24,9 +24,8 @@ TINY = {
 
 SETTINGS = {"format": 2, "taq": {}, "quant": {"weight_bits": 4}, "diffusion": {}, "unet": {}}
 
-def module(mode="replace", teacher=True, flip=False, dropout=0.0, **nem):
 
-def module(mode="replace", teacher=True, flip=False, settings=SETTINGS, **nem):
+def module(mode="replace", teacher=True, flip=False, dropout=0.0, settings=SETTINGS, **nem):
     torch.manual_seed(0)
     network, frozen = build_unet(**TINY, dropout=dropout), build_unet(**TINY, dropout=0.5)
     return DiffusionModule(

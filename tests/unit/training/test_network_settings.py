@@ -135,7 +135,7 @@ def test_a_run_does_not_go_on_from_a_checkpoint_of_other_bits(run, own):
     assert {file: file.read_bytes() for file in own.rglob("*") if file.is_file()} == before
     shutil.copy(run() / "checkpoints" / "last.ckpt", own / "checkpoints")
     shutil.copy(run("quant=w3a3") / "checkpoints" / "best.ckpt", own / "checkpoints")
-    with pytest.raises(UserError, match=r"is of another network: quant\.weight_bits=3, not 4$"):
+    with pytest.raises(UserError, match=r"best\.ckpt is of another network: quant\.weight_bits=3, not 4$"):
         train(stored(own), Progress("silent"))
 
 
