@@ -18,6 +18,7 @@ from qdm_lightning.base.files import atomic_folder, data_hash, read_json, write_
 from qdm_lightning.base.ranks import rank
 from qdm_lightning.diffusion.spec import NeMConfig
 from qdm_lightning.models.diffusers_io import load_diffusion, load_unet, save_pipeline
+from qdm_lightning.models.spec import PretrainedConfig
 from qdm_lightning.training.checkpoint_io import fill_from_checkpoint
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.module import DiffusionModule
@@ -205,7 +206,7 @@ def _foreign_network(experiment: Experiment) -> tuple[str, str | None]:
     """
     config, model = experiment.teacher, experiment.resolved.get("model") or {}
     name, place = f"teacher.path={config.path}", config.path
-    if config.source == "auto" and "path" in model:
+    if config.source == "auto" and model.get("_target_") == PretrainedConfig._target_:
         name, place = f"model.path={model['path']}", str(model["path"])
     if config.source == "checkpoint":
         folder = Path(str(config.path)).expanduser()
