@@ -79,6 +79,7 @@ def smallest() -> DiffusionModule:
     return DiffusionModule(
         student,
         teacher,
+        settings={"format": 2},
         diffusion=DiffusionConfig(),
         nem=NeMConfig(),
         optimizer=OptimizerConfig(),

@@ -63,6 +63,7 @@ def train_variant(name: str, folder: Path, devices: int) -> None:
     module = DiffusionModule(
         network,
         teacher,
+        settings={"format": 2},
         diffusion=DiffusionConfig(),
         nem=NeMConfig(**nem),
         optimizer=OptimizerConfig(lr=LR, quantizer_lr=LR, warmup_steps=0, schedule="constant"),

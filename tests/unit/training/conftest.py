@@ -53,6 +53,7 @@ def student():
         return kind(
             network,
             teacher,
+            settings={"format": 2},
             diffusion=DiffusionConfig(),
             nem=NeMConfig(),
             optimizer=OptimizerConfig(**optimizer),

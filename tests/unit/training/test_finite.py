@@ -162,6 +162,7 @@ def test_a_loss_that_diverges_by_itself_does_so_again(train, tmp_path):
         return DiffusionModule(
             build_unet(**TINY),
             None,
+            settings={"format": 2},
             diffusion=DiffusionConfig(),
             nem=NeMConfig(mode="off"),
             optimizer=OptimizerConfig(**absurd),
