@@ -23,6 +23,7 @@ from qdm_lightning.quantization.preparation import Quantizers
 from qdm_lightning.quantization.quantizer import LSQActivation, LSQWeight
 from qdm_lightning.quantization.taq import EMANormalizedActivation, GroupedActivation, NormalizedActivation
 from qdm_lightning.training.module import DiffusionModule
+from qdm_lightning.training.network_settings import network_settings
 from qdm_lightning.training.spec import OptimizerConfig, TrainerConfig
 from qdm_lightning.training.trainer import fit
 from qdm_lightning.training.validation_set import ValidationSet
@@ -63,7 +64,7 @@ def train_variant(name: str, folder: Path, devices: int) -> None:
     module = DiffusionModule(
         network,
         teacher,
-        settings={"format": 2},
+        settings=network_settings({}, DiffusionConfig()),
         diffusion=DiffusionConfig(),
         nem=NeMConfig(**nem),
         optimizer=OptimizerConfig(lr=LR, quantizer_lr=LR, warmup_steps=0, schedule="constant"),

@@ -16,6 +16,7 @@ from qdm_lightning.quantization.preparation import Quantizers
 from qdm_lightning.quantization.quantizer import LSQActivation, LSQWeight
 from qdm_lightning.quantization.taq import EMANormalizedActivation
 from qdm_lightning.training.module import DiffusionModule
+from qdm_lightning.training.network_settings import network_settings
 from qdm_lightning.training.spec import OptimizerConfig, TrainerConfig
 from qdm_lightning.training.trainer import fit
 from qdm_lightning.training.validation_set import ValidationSet
@@ -53,7 +54,7 @@ def student():
         return kind(
             network,
             teacher,
-            settings={"format": 2},
+            settings=network_settings({}, DiffusionConfig()),
             diffusion=DiffusionConfig(),
             nem=NeMConfig(),
             optimizer=OptimizerConfig(**optimizer),

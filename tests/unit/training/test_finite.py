@@ -16,6 +16,7 @@ from qdm_lightning.models.unet import build_unet
 from qdm_lightning.quantization import MinMax, QuantConfig, calibrate, prepare
 from qdm_lightning.training.checkpoint_io import fill, load_checkpoint
 from qdm_lightning.training.module import DiffusionModule, step_generator
+from qdm_lightning.training.network_settings import network_settings
 from qdm_lightning.training.spec import OptimizerConfig
 from qdm_lightning.training.validation_set import ValidationSet
 
@@ -162,7 +163,7 @@ def test_a_loss_that_diverges_by_itself_does_so_again(train, tmp_path):
         return DiffusionModule(
             build_unet(**TINY),
             None,
-            settings={"format": 2},
+            settings=network_settings({}, DiffusionConfig()),
             diffusion=DiffusionConfig(),
             nem=NeMConfig(mode="off"),
             optimizer=OptimizerConfig(**absurd),
