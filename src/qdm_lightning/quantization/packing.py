@@ -62,7 +62,8 @@ def packed_state(model: nn.Module) -> dict[str, Tensor]:
     As it is stays a weight in float, one that several layers share, and one whose quantizer (a user's own) is no grid with a
     `scale` for the tensor or for each output channel.
     """
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    whole = torch.contiguous_format
+    state = {name: value.detach().cpu().clone(memory_format=whole) for name, value in model.state_dict().items()}
     owners = Counter(id(layer.weight) for layer in {layer for _, layer in _layers(model)})
     for name, layer in _layers(model):
         codes = _codes(layer)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qdm_lightning.base.checks import one_line
 from qdm_lightning.base.files import atomic_path, reading
+from qdm_lightning.quantization.packing import load_packed
 from qdm_lightning.training.network_settings import KEY, check_settings
 
 PREFIXES = {"ema": "ema.module.unet.", "raw": "student.unet."}
@@ -81,11 +82,15 @@ def fill_from_checkpoint(
 
 
 def fill(unet: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Load a state that must be exactly the U-Net's, and finite. Raises ValueError, which names the file, if it is not."""
+    """Load a state, its weights in float or packed, that must be exactly the U-Net's, and finite.
+
+    Raises:
+        ValueError: it is not; the message names the file `path`.
+    """
     spoilt = next((name for name, value in state.items() if not value.isfinite().all()), None)
     if spoilt is not None:
         raise ValueError(f"{path}: {spoilt} is not finite: the network has diverged, or the file is damaged")
     try:
-        unet.load_state_dict(state)
-    except RuntimeError as error:
+        load_packed(unet, state)
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is no checkpoint of this network: {one_line(error)[:300]}") from error

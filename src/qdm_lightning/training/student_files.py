@@ -7,7 +7,7 @@
     model_index.json
     scheduler/scheduler_config.json
     unet/config.json                          UNet2DModel's, with a `quantization_config`
-    unet/diffusion_pytorch_model.safetensors  its metadata repeat the settings (see `network_settings`)
+    unet/diffusion_pytorch_model.safetensors  weights at their bits (see `quantization.packing`), its metadata the settings
 
 `quantization_config` has `quant_method`, `format`, and the run's `quant` (bits, rules, quantizers) and `taq` (with its scope).
 It names the quantizers by dotted paths, as the run's configuration did. A path in a file runs code: it must be what
@@ -36,6 +36,7 @@ from qdm_lightning.base.files import atomic_folder, read_json, write_json
 from qdm_lightning.base.trust import check_targets, targets
 from qdm_lightning.diffusion.spec import DiffusionConfig
 from qdm_lightning.models.diffusers_io import pipeline_scheduler, read_diffusion
+from qdm_lightning.quantization.packing import load_packed, packed_state
 from qdm_lightning.quantization.preparation import Quantizers, prepare
 from qdm_lightning.quantization.spec import SCOPES, TAQ, QuantConfig
 from qdm_lightning.runs.folder import CONFIG as RUN_CONFIG
@@ -119,13 +120,12 @@ def save_student(student: nn.Module, experiment: Experiment, folder: Path) -> No
     config = {name: value for name, value in unet_config(student).items() if name != "_name_or_path"} | {"dropout": 0.0}
     settings = network_settings(config, experiment.diffusion, quantization)
     config["quantization_config"] = {"quant_method": METHOD, "format": FORMAT, **quantization}
-    contiguous = {n: value.detach().cpu().clone(memory_format=torch.contiguous_format) for n, value in state.items()}
     scheduler = pipeline_scheduler(experiment.diffusion)
     with atomic_folder(folder) as new:
         DDPMPipeline(unet=student, scheduler=scheduler).save_config(new)
         scheduler.save_pretrained(new / "scheduler")
         write_json(new / CONFIG, config)
-        save_file(contiguous, new / WEIGHTS, metadata={"format": "pt", KEY: json.dumps(settings)})
+        save_file(packed_state(student), new / WEIGHTS, metadata={"format": "pt", KEY: json.dumps(settings)})
 
 
 def load_student(folder: str | Path, *, trusted: Collection[str] = ()) -> nn.Module:
@@ -157,10 +157,10 @@ def load_student(folder: str | Path, *, trusted: Collection[str] = ()) -> nn.Mod
     try:
         bits = QuantConfig(**{name: value for name, value in files.settings["quant"].items() if name not in NODES})
         unet = UNet2DModel.from_config(files.unet)
-        # The float weights come first: a quantizer may look at the weight that it is made for.
-        unet.load_state_dict({name: state[name] for name in unet.state_dict()})
+        # Weights in float come first: a quantizer may look at the weight that it is made for.
+        unet.load_state_dict({name: state[name] for name in unet.state_dict() if name in state}, strict=False)
         prepare(unet, bits, quantizers)
-        unet.load_state_dict(state)
+        load_packed(unet, state)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{files.config} and its weights do not make a student: {one_line(error)}") from error
     return cast(nn.Module, unet.to(memory_format=torch.channels_last).eval())
