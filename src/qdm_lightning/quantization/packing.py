@@ -100,7 +100,7 @@ def load_packed(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if packed is not None and quantizer is not None:
             prefix = f"{name}weight_quantizer."
             own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            quantizer.load_state_dict(own)
+            quantizer.load_state_dict(own, strict=False)  # what is missing is told with its whole name below
             codes = unpack(packed, quantizer.bits, tuple(layer.weight.shape))
             weights[f"{name}weight"] = quantizer.scale.reshape(-1, *[1] * (codes.ndim - 1)) * codes.to(layer.weight.device)
     rest = {name: value for name, value in state.items() if name.removesuffix(CODES) not in weights}
