@@ -27,7 +27,7 @@ def test_a_job_gets_its_settings_and_a_folder_of_its_own(folder, train):
     assert one.parent == folder / "outputs"
     assert one.name.endswith("_w3a3_normalize_replace_ddim50_seed7")
     assert one != other
-    assert (one / ".hydra" / "overrides.yaml").is_file()
+    assert not (one / ".hydra").exists()
 
 
 def test_what_hydra_would_not_read_is_read(folder):
@@ -146,7 +146,7 @@ def test_what_was_trained_stays_when_the_run_ends_with_one_line(trained, folder,
         train("hydra.run.dir=run", work=work)
     assert capsys.readouterr().err == "error: train/loss is nan\n"
     kept = {path.name for path in (folder / "run").glob("*")}
-    assert kept == ({".hydra", "train.log", "config.yaml", "checkpoints"} if trained else set())
+    assert kept == ({"train.log", "config.yaml", "checkpoints", ".lock"} if trained else set())
     assert (folder / "run").exists() == trained
 
 

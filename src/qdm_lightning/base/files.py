@@ -5,13 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from qdm_lightning.base.checks import first_line
+
+STALE = 3600.0
+"""Seconds after which a half-written file is that of a killed process, where no lock says so."""
 
 
 @contextmanager
@@ -35,7 +40,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     After an error in the block `path` is what it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+    with tempfile.TemporaryDirectory(".tmp", f".{path.name}.", path.parent) as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
         yield new
@@ -67,10 +72,21 @@ def write_json(path: Path, data: Any) -> None:
     write_whole(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove the temporary files of processes that were killed while writing `path`. Whoever calls this holds its lock."""
+def remove_leftovers(path: Path, older: float = 0.0) -> None:
+    """Remove the temporary files and folders of processes that were killed while writing `path`.
+
+    Args:
+        path: its name may be a pattern, such as `*`.
+        older: least age in seconds; 0 is for who holds the lock under which `path` is written.
+    """
     for temporary in path.parent.glob(f".{path.name}.*.tmp"):
-        temporary.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # its writer is done, or another process was faster
+            if older and time.time() - temporary.stat().st_mtime < older:
+                continue
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink()
 
 
 @contextmanager

@@ -7,7 +7,6 @@ such a command offers (`sampler`, `metrics`) have an option `stored`: what the r
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -184,12 +183,8 @@ class RunCommand(Command):
             return self.do(*checked, progress)
 
     def work(self, checked: tuple[Any, Any], folder: Path) -> None:
-        """Do the job and show what it came to."""
-        try:
-            self.show(self._done(checked), checked[1])
-        except KeyboardInterrupt:
-            print("what is done is kept: the same command goes on", file=sys.stderr)
-            raise
+        """Do the job and show what it came to. What an interrupted one has done is kept."""
+        self.show(self._done(checked), checked[1])
 
 
 def _of_training(typed: Iterable[Override], own: set[str]) -> dict[str, str]:

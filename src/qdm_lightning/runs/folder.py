@@ -11,12 +11,18 @@ import yaml
 from filelock import FileLock, Timeout
 
 from qdm_lightning.base.checks import UserError, one_line
-from qdm_lightning.base.files import write_whole
+from qdm_lightning.base.files import remove_leftovers, write_whole
 from qdm_lightning.base.ranks import rank
 from qdm_lightning.runs.formats import upgraded
 
 CONFIG, METRICS, LOCK = "config.yaml", "metrics.json", ".lock"
 """The resolved configuration, the results (a run's last file), and what is held while a process trains in the folder."""
+
+WRITTEN = (
+    *(CONFIG, METRICS, "metrics.csv", "quantization.txt", "samples.png", "wandb_id", "teacher", "student"),
+    *("teacher/*", "checkpoints/*", "samples/*"),
+)
+"""What a process that trains writes: whoever holds the lock removes what a killed one left of it, half-written."""
 
 MAY_CHANGE = ("run", "logger", "paths")
 """Settings that make no other run: where it lies, and who is told of it."""
@@ -120,7 +126,9 @@ def opened(folder: Path, config: Mapping[str, Any]) -> Iterator[bool]:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder, which is made if need be; ranks but the first hold nothing.
+    """Hold the lock of a run's folder, which is made if need be, and remove what killed processes left half-written there.
+
+    Ranks but the first hold nothing.
 
     Raises:
         UserError: another process holds it.
@@ -135,6 +143,16 @@ def held(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise UserError(f"{folder} is being trained by another process: wait for it, or end it") from error
     try:
+        for name in WRITTEN:
+            remove_leftovers(folder / name)
         yield
     finally:
         lock.release()
+
+
+def check_free(folder: Path) -> None:
+    """Raise UserError where another process trains in a run's folder; nothing is written. For the first rank: the others
+    find that one."""
+    if not rank() and (folder / LOCK).is_file():
+        with held(folder):
+            pass

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.models.image_sampler import ImageSampler
 from qdm_lightning.quantization import compiled
 from qdm_lightning.quantization.cost import cost as count_cost
+from qdm_lightning.runs.folder import METRICS
 from qdm_lightning.runs.provenance import git_commit, hardware, peak_memory, versions
 from qdm_lightning.training.devices import measuring_device, set_up
 from qdm_lightning.training.experiment import Experiment
@@ -65,12 +65,14 @@ def run(experiment: Experiment, progress: Any) -> Result:
     experiment.data.setup()
     check_schedule(experiment)
     features(experiment.feature_network, experiment.data.train_images[:1])  # it takes such images, or says so now
-    step = (last_step(experiment.run_dir / CHECKPOINTS) or 0) if experiment.resume else None
-    csv = partial(CSVMetrics, experiment.run_dir / "metrics.csv", step)
+    csv = partial(CSVMetrics, experiment.run_dir / "metrics.csv", experiment.resume)
     with opened(
         [csv, *([] if rank() else experiment.loggers)], run_dir=experiment.run_dir, config=experiment.resolved
     ) as loggers:
-        return Run(experiment, progress, loggers).result()
+        result = Run(experiment, progress, loggers).result()
+    if not rank():
+        write_json(experiment.run_dir / METRICS, result.metrics)  # the last file: who finds it finds all others
+    return result
 
 
 class Run:
@@ -115,6 +117,9 @@ class Run:
         e, checkpoints = self.experiment, self.folder / CHECKPOINTS
         unet, cost = self.quantized(teacher.unet)
         if last_step(checkpoints) is None:
+            for logger in self.loggers:
+                if isinstance(logger, CSVMetrics):
+                    logger.go_back(of_teacher=False, step=0)
             with self.timed("calibration"):
                 calibrate_student(unet, e, self.progress)
         module = DiffusionModule(
@@ -151,7 +156,7 @@ class Run:
     def fit(self, module: DiffusionModule, checkpoints: Path) -> dict[str, Any]:
         """Train a module, teacher or student, under a stage of its own; returns what `trainer.fit` returns."""
         e, name = self.experiment, module.prefix.rstrip("/") or "student"
-        scales, samples = LambdaCallback(on_validation_end=log_scales), LambdaCallback(on_train_batch_end=self.sample)
+        scales, student = LambdaCallback(on_validation_end=log_scales), module.teacher is not None
         with self.progress.stage(name, module.max_steps, "steps") as stage:
             return fit(
                 module,
@@ -161,13 +166,14 @@ class Run:
                 folder=checkpoints,
                 stage=stage,
                 loggers=self.loggers,
-                callbacks=[] if module.teacher is None else [scales, *e.callbacks, samples],
+                callbacks=[scales, *e.callbacks] if student else [],
+                between_steps=partial(self.sample, module) if student else None,
             )
 
-    def sample(self, trainer: Trainer, module: Any, *batch: Any) -> None:
-        """At each `trainer.sample_every`th step but the last: a grid of the student's images, and their distance."""
-        step, every = trainer.global_step, self.experiment.trainer.sample_every
-        if not every or step % every or step >= module.max_steps or not trainer.is_global_zero:
+    def sample(self, module: DiffusionModule, step: int) -> None:
+        """After each `trainer.sample_every`th step but the last: a grid of the student's images, and their distance."""
+        every = self.experiment.trainer.sample_every
+        if not every or not step or step % every or step >= module.max_steps:
             return
         images = self.draw(self.image_sampler(module.ema_student), f"sampling at step {step}")
         path = self.folder / "samples" / f"step_{step:07d}.png"
@@ -202,7 +208,7 @@ class Run:
         return teacher_images(image_sampler, self.seeds, e.resolved["model"], cache, draw, self.progress.say)
 
     def write(self, student: Denoiser | None) -> None:
-        """metrics.json, with what the results must carry, and everything to the loggers."""
+        """What the results must carry, and everything to the loggers."""
         self.metrics |= {
             "num_samples": self.experiment.num_samples,
             "kernels": compiled.provenance(),
@@ -212,7 +218,6 @@ class Run:
             "git": git_commit(),
             **({"trial": True} if self.experiment.resolved.get("trial", False) else {}),
         }
-        write_json(self.folder / "metrics.json", self.metrics)
         log_results(self.loggers, self.experiment, self.metrics, student, self.validation_set)
 
     def image_sampler(self, network: Denoiser) -> ImageSampler:

@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DModel
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from qdm_lightning.base.files import atomic_folder, data_hash, read_json, write_json, write_whole
+from qdm_lightning.base.files import atomic_folder, data_hash, read_json, remove_leftovers, sha256, write_json, write_whole
 from qdm_lightning.base.ranks import rank
 from qdm_lightning.diffusion.spec import NeMConfig
 from qdm_lightning.models.diffusers_io import load_diffusion, load_unet, save_pipeline
@@ -83,7 +83,9 @@ def _auto(experiment: Experiment, fit: Fit, say: Callable[[str], None]) -> tuple
     assets = [] if experiment.teacher.retrain else sorted(ASSETS.glob(f"*/{FITTED}"))
     shipped = [file.parent for file in assets if read_json(file)["key"] == key]
     folder, trained = (shipped[0], False) if shipped else _cached(experiment, key, settings, fit, say)
-    origin = {"source": "auto", "key": key, "trained_now": trained, "val_loss": read_json(folder / FITTED)["val_loss"]}
+    fitted = read_json(folder / FITTED)
+    trained |= experiment.resume and fitted.get("trained_by") == _name(experiment)  # before this run was interrupted
+    origin = {"source": "auto", "key": key, "trained_now": trained, "val_loss": fitted["val_loss"]}
     return load_unet(folder), {**origin, "shipped": True} if shipped else origin
 
 
@@ -98,6 +100,9 @@ def _cached(
     if rank():
         _follow(experiment, folder, leader, train)
     with _locked(root / f"{key}.lock", say):
+        if not rank():
+            for written in (folder, leader, work / "checkpoints" / "*"):
+                remove_leftovers(written)
         missing = not rank() and (retrain or not (folder / FITTED).is_file())
         if missing:
             if retrain and not experiment.resume:
@@ -106,10 +111,15 @@ def _cached(
             unet, fitted = train()
             with atomic_folder(folder) as new:
                 save_pipeline(unet, experiment.diffusion, new)
-                write_json(new / FITTED, {"key": key, "settings": settings, **fitted})
+                write_json(new / FITTED, {"key": key, "settings": settings, "trained_by": _name(experiment), **fitted})
             shutil.rmtree(work)
             leader.unlink()
     return folder, missing
+
+
+def _name(experiment: Experiment) -> str:
+    """A name of the run's folder that says nothing of the machine."""
+    return sha256([str(experiment.run_dir)])[:16]
 
 
 def _follow(experiment: Experiment, folder: Path, leader: Path, train: Callable[[], Any]) -> None:
