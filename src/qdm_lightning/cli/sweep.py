@@ -146,12 +146,14 @@ def _train(job: Job, plans: Sequence[Plan], launcher: Any, master: DictConfig) -
     if missing:
         root.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(master, root / "multirun.yaml")
+        ended_by: int | None = None
         try:
             _launch(missing, len(plans), job.args.config_dir, launcher, master, reasons)
         except KeyboardInterrupt as error:
-            number = error.number if isinstance(error, signals.Interrupted) else signal.SIGINT
+            ended_by = error.number if isinstance(error, signals.Interrupted) else signal.SIGINT
+        if ended_by is not None:  # outside of the except block, or `Command.main` would speak too
             print(f"interrupted; to go on: {same}", file=sys.stderr)
-            sys.exit(signals.status(number))
+            raise SystemExit(signals.status(ended_by))
     failed = [plan for plan in plans if not is_finished(plan.folder)]
     print(f"{len(plans) - len(failed)} of {len(plans)} jobs are done: {root}", flush=True)
     for plan in failed:

@@ -62,7 +62,7 @@ def obtain_teacher(experiment: Experiment, fit: Fit, say: Callable[[str], None])
     own, config = experiment.run_dir / "teacher", experiment.teacher
     if experiment.has_teacher:
         file = own / "origin.json"
-        return load_unet(own), read_json(file) if file.is_file() else {"source": str(own)}
+        return _nameless(load_unet(own)), read_json(file) if file.is_file() else {"source": str(own)}
     origin: dict[str, Any] = {"source": config.source, "path": str(config.path)}
     if config.source == "auto":
         unet, origin = _auto(experiment, fit, say)
@@ -71,10 +71,17 @@ def obtain_teacher(experiment: Experiment, fit: Fit, say: Callable[[str], None])
     else:
         unet = load_unet(str(config.path))
     _check_shape(experiment, unet)
+    _nameless(unet)
     if not rank():  # else a rank would write into the folder that another one replaces
         save_pipeline(unet, experiment.diffusion, own)
         write_json(own / "origin.json", origin)
     return unet.eval(), origin
+
+
+def _nameless(unet: UNet2DModel) -> UNet2DModel:
+    """Without the path that it was loaded from, which diffusers would write into every copy, the student's too."""
+    unet.register_to_config(_name_or_path="")
+    return unet
 
 
 def _auto(experiment: Experiment, fit: Fit, say: Callable[[str], None]) -> tuple[UNet2DModel, dict[str, Any]]:

@@ -7,11 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qdm_lightning.base.files import STALE, atomic_path, data_hash, remove_leftovers
+from qdm_lightning.base.files import atomic_path, data_hash, remove_leftovers
 from qdm_lightning.data.module import content_hash
 from qdm_lightning.metrics.weights import state_hash
 from qdm_lightning.models.image_sampler import ImageSampler
@@ -46,9 +47,11 @@ def teacher_images(
             return cached
         say(f"{file} is damaged; the teacher's images are drawn again")
     images = draw()
-    remove_leftovers(file, STALE)
-    with atomic_path(file) as temporary:
-        save_file({"images": images.contiguous()}, temporary, metadata={"sha256": content_hash(images)})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):
+        remove_leftovers(file)
+        with atomic_path(file) as temporary:
+            save_file({"images": images.contiguous()}, temporary, metadata={"sha256": content_hash(images)})
     return images
 
 
