@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from omegaconf import OmegaConf
 
 from qdm_lightning.base.checks import UserError
@@ -197,3 +198,15 @@ def test_overview_is_complete():
         name = file.relative_to(CONF_DIR / "experiment").with_suffix("").as_posix()
         [line] = [line for line in text.splitlines() if line.split()[:1] == [name]]
         assert len(line.split()) > 3, f"{file} needs a comment that says what it is"
+
+
+@pytest.mark.parametrize("typed", ["hydra.run.dir=run", "run=run"])
+def test_a_command_typed_while_a_run_is_under_way_touches_nothing(typed, folder, composed, capsys, train):
+    (folder / "run").mkdir()
+    leave_a_run(folder / "run", composed)
+    before = {path: path.read_bytes() for path in (folder / "run").iterdir()}
+    with FileLock(folder / "run" / ".lock"), pytest.raises(SystemExit, match="2"):
+        train(typed)
+    assert "is being trained by another process" in capsys.readouterr().err
+    (folder / "run" / ".lock").unlink(missing_ok=True)
+    assert {path: path.read_bytes() for path in (folder / "run").rglob("*")} == before

@@ -88,7 +88,7 @@ class DiffusionModule(LightningModule):
         return self
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Call `between_steps`: of Lightning's hooks the one at which the step before is complete, validated and counted, and the
+        """Call `between_steps`: of Lightning's hooks the one at which the step before is complete and counted, and the
         next one not begun."""
         if self.trainer.training and self.between_steps is not None:
             self.between_steps()
