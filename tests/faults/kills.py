@@ -195,7 +195,7 @@ def compare(one: Any, two: Any, at: str = "") -> str:
     return "" if one == two or (one != one and two != two) else f"{at}: {str(one)[:60]}, not {str(two)[:60]}"
 
 
-TIMES = {"seconds", "step_seconds", "resumed_from", "peak_memory_bytes", "finished", "run", "name"}
+TIMES = {"seconds", "step_seconds", "resumed_from", "peak_memory_bytes", "finished", "run", "name", "trained_by"}
 """What two runs with the same result may have different in their records."""
 
 
@@ -327,7 +327,7 @@ def wrong_end(status: int, err: str, how: signal.Signals) -> str:
         return ""
     if how == signal.SIGKILL:
         return "" if status == -how else f"ended with {status}: {err[-500:]}"
-    if status != 128 + how or len(lines) != 1 or not lines[0].startswith("interrupted; to go on: python -m qdm_lightning."):
+    if status != 128 + how or not all(line.startswith("interrupted; to go on: python -m qdm_lightning.") for line in lines):
         return f"ended with {status}, and said: {err[-1500:]}"
     return ""
 

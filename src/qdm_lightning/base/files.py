@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 import time
@@ -16,14 +17,14 @@ from typing import Any, BinaryIO
 from qdm_lightning.base.checks import first_line
 
 STALE = 3600.0
-"""Seconds after which a half-written file is that of a killed process, where no lock says so."""
+"""Seconds after which a half-written file of another machine is that of a killed process, where no lock says so."""
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path in the folder of `path`; after the block it is synced and renamed to `path`, or removed on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
     try:
         yield temporary
         _sync(temporary)
@@ -72,21 +73,38 @@ def write_json(path: Path, data: Any) -> None:
     write_whole(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
-def remove_leftovers(path: Path, older: float = 0.0) -> None:
+def remove_leftovers(path: Path, *, locked: bool = True) -> None:
     """Remove the temporary files and folders of processes that were killed while writing `path`.
 
     Args:
         path: its name may be a pattern, such as `*`.
-        older: least age in seconds; 0 is for who holds the lock under which `path` is written.
+        locked: the caller holds the lock under which `path` is written. Without one, a file is left over if the process of this
+            machine that its name tells is gone, or after `STALE`.
     """
     for temporary in path.parent.glob(f".{path.name}.*.tmp"):
         with suppress(FileNotFoundError):  # its writer is done, or another process was faster
-            if older and time.time() - temporary.stat().st_mtime < older:
-                continue
-            if temporary.is_dir():
-                shutil.rmtree(temporary, ignore_errors=True)
-            else:
-                temporary.unlink()
+            if locked or _abandoned(temporary):
+                if temporary.is_dir():
+                    shutil.rmtree(temporary, ignore_errors=True)
+                else:
+                    temporary.unlink()
+
+
+def _abandoned(temporary: Path) -> bool:
+    host, process = temporary.name.split(".")[-3:-1]
+    if host != _host() or not process.isdigit():
+        return time.time() - temporary.stat().st_mtime > STALE
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's
+        return False
+    return False
+
+
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 @contextmanager

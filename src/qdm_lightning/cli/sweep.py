@@ -28,14 +28,11 @@ from omegaconf.errors import OmegaConfBaseException
 from qdm_lightning.base import signals
 from qdm_lightning.base.checks import UserError, one_line
 from qdm_lightning.base.checks import folder as check_folder
-from qdm_lightning.cli.app import Job
+from qdm_lightning.cli.app import FAILED, Job
 from qdm_lightning.cli.compose import explained, for_shell, settings, without_hydra
 from qdm_lightning.cli.jobs import end_jobs, launched, run_job
 from qdm_lightning.cli.schema import job_name
 from qdm_lightning.runs.folder import CONFIG, is_finished, read_config
-
-FAILED = 1
-"""Exit status."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from qdm_lightning.base.files import STALE, atomic_path, reading, remove_leftovers, sha256
+from qdm_lightning.base.files import atomic_path, reading, remove_leftovers, sha256
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class ChunkFolder:
         return Chunk(arrays, meta)
 
     def sweep(self) -> None:
-        """Remove what killed processes left half-written, long ago."""
-        remove_leftovers(self.path / "*", STALE)
+        """Remove what killed processes left half-written."""
+        remove_leftovers(self.path / "*", locked=False)
 
 
 def seeds_hash(seeds: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from qdm_lightning.base.files import atomic_path, data_hash, reading
+from qdm_lightning.base.files import atomic_path, data_hash, reading, remove_leftovers
 from qdm_lightning.diffusion.images import to_uint8
 from qdm_lightning.display.image_grids import save_grid
 from qdm_lightning.evaluation.protocol import sampler_name
@@ -53,6 +53,7 @@ def draw_pictures(experiment: Experiment, config: SampleConfig, progress: Any) -
     share = seeds[parse_shard(config.shard)]
     missing = [seed for seed in share if not _is_drawn(folder / f"{seed}.png", identity)]
     grid = folder / "grid.png" if config.shard is None else None
+    remove_leftovers(folder / "*", locked=False)
     if missing:
         _draw(subject, missing, folder, progress)
     if grid is not None:

@@ -61,11 +61,11 @@ class Checkpoints(Checkpoint):
             logger.save()
         if self.loss is None or loss < self.loss:
             self.loss = loss
-            trainer.save_checkpoint(self.folder / BEST)
+            trainer.save_checkpoint(self.folder / BEST, weights_only=False)
         self._save_last(trainer)
 
     def _save_last(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.folder / LAST)
+        trainer.save_checkpoint(self.folder / LAST, weights_only=False)
         self.saved = trainer.global_step
 
     def end_if_asked(self, trainer: Trainer) -> None:

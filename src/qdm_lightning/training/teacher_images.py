@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -47,11 +46,9 @@ def teacher_images(
             return cached
         say(f"{file} is damaged; the teacher's images are drawn again")
     images = draw()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{file}.lock"):
-        remove_leftovers(file)
-        with atomic_path(file) as temporary:
-            save_file({"images": images.contiguous()}, temporary, metadata={"sha256": content_hash(images)})
+    remove_leftovers(file, locked=False)
+    with atomic_path(file) as temporary:
+        save_file({"images": images.contiguous()}, temporary, metadata={"sha256": content_hash(images)})
     return images
 
 

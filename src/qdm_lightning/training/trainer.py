@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import statistics
 import time
@@ -25,6 +26,9 @@ from qdm_lightning.training.devices import quiet
 from qdm_lightning.training.module import DiffusionModule
 from qdm_lightning.training.spec import TrainerConfig
 from qdm_lightning.training.validation_set import ValidationSet
+
+LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited|Socket closed")
+"""In what gloo and NCCL say where another process is gone."""
 
 
 def last_step(checkpoints: Path) -> int | None:
@@ -120,6 +124,7 @@ def fit(
 
     Raises:
         signals.Interrupted: a signal ended it.
+        signals.RankLost: another process of the run has ended.
     """
     done = last_step(folder)
     data.seed, data.start_step = module.seed, done or 0
@@ -172,6 +177,10 @@ def _between_steps(
             yield
         except Stopped:
             raise signals.Interrupted(signals.received() or signal.SIGTERM) from None
+        except RuntimeError as error:
+            if trainer.world_size > 1 and LOST.search(str(error)):
+                raise signals.RankLost("another process of this run has ended, and this one with it") from None
+            raise
 
 
 def _trainer(config: TrainerConfig, max_steps: int, folder: Path, callbacks: list[Callback], loggers: list[Any]) -> Trainer:

@@ -1,6 +1,10 @@
+import os
+import subprocess
+
 import numpy as np
 import pytest
 
+from qdm_lightning.base import files
 from qdm_lightning.evaluation import chunks
 from qdm_lightning.evaluation.chunks import ChunkFolder
 
@@ -73,10 +77,17 @@ def test_a_write_that_fails_leaves_nothing(folder, monkeypatch):
         folder.write(SEEDS, {"features": np.zeros((2, 2))}, {})
 
 
-def test_only_old_remains_are_swept(folder, monkeypatch):
-    (folder.path / ".a.npz.1.tmp").write_bytes(b"half")
+def test_remains_of_processes_that_are_gone_are_swept(folder, monkeypatch):
+    """A process of this machine is looked for; one of another has an hour."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for process in (gone.pid, os.getpid()):
+        (folder.path / f".a.npz.{files._host()}.{process}.tmp").write_bytes(b"half")
+    (folder.path / f".a.npz.elsewhere.{gone.pid}.tmp").write_bytes(b"half")
     folder.sweep()
-    assert (folder.path / ".a.npz.1.tmp").exists()
-    monkeypatch.setattr(chunks, "STALE", -1.0)
+    left = {file.name.removeprefix(".a.npz.") for file in folder.path.glob(".*")}
+    assert left == {f"{files._host()}.{os.getpid()}.tmp", f"elsewhere.{gone.pid}.tmp"}
+    monkeypatch.setattr(files, "STALE", -1.0)
+    monkeypatch.setattr(files.os, "kill", lambda process, number: (_ for _ in ()).throw(ProcessLookupError))
     folder.sweep()
     assert [file.name for file in folder.path.iterdir()] == [folder.file(SEEDS).name]
