@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,11 @@ TINY = shlex.split(
 ON_POLICY = (
     "taq=ema taq.groups=4 nem=on_policy nem.on_policy_buffer=20 nem.on_policy_refresh=2 trainer.sample_every=2 logger=none"
 )
+MIN_MAX = "quant.calibrator._target_=qdm_lightning.quantization.calibration.MinMax"
 VARIANTS = {
-    "normalize": "logger=none trainer.sample_every=2",
+    "normalize": f"logger=none trainer.sample_every=2 {MIN_MAX}",
     "on_policy": ON_POLICY,
-    "wandb": "trainer.sample_every=3 trainer.log_every=2",
+    "wandb": f"trainer.sample_every=3 trainer.log_every=2 {MIN_MAX}",
     "ptq": "quant.mode=ptq logger=none",
     "teacher": "logger=none",
     "fp32": "quant=fp32 logger=none",
@@ -263,12 +264,12 @@ class Kills:
             shutil.copytree(self.reference("teacher") / "cache" / "teachers", root / "cache" / "teachers")
         return ["train", *TINY, *VARIANTS[name].split(), "hydra.run.dir=run"]
 
-    def case(self, number: int, moment: str | None = None) -> dict[str, Any]:
+    def case(self, number: int, moments: Sequence[str], only: Sequence[str]) -> dict[str, Any]:
         """Run a case; its record, whose `why` is empty where the kill was survived."""
         draw = random.Random(f"{self.seed} {number}")
-        moment = moment or list(MOMENTS)[number % len(MOMENTS)]
+        moment = moments[number % len(moments)]
         kind, variants, wanted = MOMENTS[moment]
-        variant, how = draw.choice(variants), SIGNALS[number // len(MOMENTS) % 3]
+        variant, how = draw.choice([v for v in variants if v in only] or variants), SIGNALS[number // len(moments) % 3]
         root = self.folder / "cases" / str(number)
         shutil.rmtree(root, ignore_errors=True)
         record: dict[str, Any] = {"case": number, "moment": moment, "variant": variant, "signal": how.name}
@@ -362,7 +363,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder of the results and of the cases that failed; the same one goes on")
-    parser.add_argument("--moments", nargs="+", choices=MOMENTS, help="only these kinds of moments")
+    parser.add_argument("--moments", nargs="+", choices=MOMENTS, default=list(MOMENTS), help="only these kinds of moments")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="of what these train, where there is"
+    )
     args = parser.parse_args()
     folder = args.keep.absolute() if args.keep else Path(tempfile.mkdtemp(prefix="kills_"))
     kills, results = Kills(folder, args.seed), folder / f"results_{args.seed}.jsonl"
@@ -371,7 +375,7 @@ def main() -> None:
     warm()
     for number in range(args.count):
         if number not in known:
-            known[number] = kills.case(number, args.moments[number % len(args.moments)] if args.moments else None)
+            known[number] = kills.case(number, args.moments, args.variants)
             with results.open("a") as stream:
                 stream.write(json.dumps(known[number]) + "\n")
         record = known[number]

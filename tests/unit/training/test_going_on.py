@@ -60,7 +60,7 @@ def test_a_moved_run_keeps_its_best(tmp_path, monkeypatch):
     assert result.metrics["student"]["val_loss"] == best_loss(load_checkpoint(whole / "checkpoints" / "last.ckpt")) == 2.0
     for name in ("student/model.safetensors", "samples.png"):
         assert (moved / name).read_bytes() == (whole / name).read_bytes()
-    of_both = [csv.DictReader((folder / "metrics.csv").open()) for folder in (whole, moved)]
+    of_both = [csv.DictReader((folder / "metrics.csv").read_text().splitlines()) for folder in (whole, moved)]
     rows = [
         [{k: v for k, v in row.items() if "teacher/" not in k[:8]} for row in read if row.get("val/loss")] for read in of_both
     ]
