@@ -1,11 +1,17 @@
 """Two processes train one job: teacher (not cached) and student, one folder, one set of results."""
 
+import csv
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import psutil
+
+from qdm_lightning.training.checkpoint_io import load_checkpoint
 
 
 def arguments(tmp_path: Path) -> list[str]:
@@ -61,3 +67,33 @@ def test_two_nodes_train_one_run(tmp_path):
     assert metrics["student"]["steps"] == 4
     assert metrics["teacher_origin"]["trained_now"]
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_signal_to_one_process_ends_both_with_every_step_in_the_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    typed = [
+        *arguments(tmp_path),
+        "trainer.devices=2",
+        "trainer.max_steps=100000",
+        "trainer.log_every=1",
+        f"hydra.run.dir={folder}",
+    ]
+    command = [sys.executable, "-m", "qdm_lightning.train", *typed]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        end = time.monotonic() + 240
+        while not (folder / "checkpoints" / "last.ckpt").is_file() and first.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+        (other,) = psutil.Process(first.pid).children()
+        other.terminate()
+        err = first.communicate(timeout=120)[1]
+        assert first.returncode == 143, err[-3000:]
+        assert err.splitlines()[-1].startswith(f"interrupted; to go on: python -m qdm_lightning.train logger=none run={folder}")
+        psutil.wait_procs([other], timeout=30)
+        assert not other.is_running()
+    finally:
+        first.kill()
+    steps = load_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"]
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(steps))

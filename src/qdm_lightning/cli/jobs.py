@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +122,11 @@ def _run(command: list[str], environment: dict[str, str], log: Path | None) -> i
     try:
         return process.wait()
     except BaseException:
-        process.terminate()
+        process.send_signal(signal.SIGINT if "SLURM_JOB_ID" in os.environ else signal.SIGTERM)  # see `_slurm_signals_kept`
         try:
-            process.wait(GRACE)
-        except subprocess.TimeoutExpired:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        finally:  # a second Ctrl-C, or it took too long
             process.kill()
             process.wait()
         raise
@@ -137,7 +138,10 @@ def end_jobs(number: int) -> None:
     A launcher may keep jobs in processes of its own, which it kills with all that is below them. Those wait meanwhile, or they
     would start the next job, and are killed.
     """
-    import psutil  # type: ignore[import-untyped]  # of the extra `sweeps`, as the launchers are
+    try:
+        import psutil  # type: ignore[import-untyped]  # of the extra `sweeps`, as the launchers are
+    except ModuleNotFoundError:
+        return  # jobs go on from their last checkpoints
 
     below = psutil.Process().children(recursive=True)
     jobs = [process for process in below if "qdm_lightning.train" in _asked(process, "cmdline", ())]

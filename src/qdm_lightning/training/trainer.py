@@ -163,9 +163,13 @@ def _between_steps(
     Lightning's own handlers are left out: that of SIGTERM begins a collective operation in the midst of others.
     """
     with ExitStack() as stack:
+        first = True
 
         def pause() -> None:
-            stack.enter_context(signals.deferred())  # from the first step on; before it other ranks may be waited for
+            nonlocal first
+            if first:  # before the first step other ranks may be waited for
+                stack.enter_context(signals.deferred())
+                first = False
             if work is not None and trainer.is_global_zero:
                 with suppress(signals.Interrupted), signals.deferred(False):
                     work(trainer.global_step)
