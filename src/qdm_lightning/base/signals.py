@@ -33,7 +33,7 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
-class RankLost(Exception):
+class RankLost(BaseException):
     """Another of the processes that train together has ended."""
 
 
