@@ -20,6 +20,6 @@ def test_kills_are_survived(tmp_path):
         "--variants",
         "normalize",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "kills survived: 4 of 4"
