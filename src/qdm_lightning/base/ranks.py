@@ -1,4 +1,4 @@
-"""One process among several: which it is, and the variables by which launchers say so. No import of torch."""
+"""One process among several: which it is, and the variables by which launchers say so. Torch is imported on demand."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ def rank() -> int:
     """0 in the first of the processes that train together, a positive number in the others."""
     numbers = [int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()]
     return next((number for number in numbers if number), 0)
+
+
+def training_rank() -> tuple[int, int]:
+    """(rank, number of ranks) of the process group of torch that trains; (0, 1) where there is none."""
+    import torch.distributed as dist
+
+    ranked = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if ranked else (0, 1)
 
 
 def started_apart() -> bool:

@@ -33,10 +33,6 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
-class RankLost(BaseException):
-    """Another of the processes that train together has ended."""
-
-
 class _State:
     """What came, whether the block that runs defers it, and what else is to end first."""
 

@@ -34,7 +34,7 @@ from qdm_lightning.cli.validate import refuse_unknown
 from qdm_lightning.runs.folder import CONFIG, LOCK, held
 
 BAD_INPUT, FAILED = 2, 1
-"""Exit statuses; 1 is of faults of ours, which come with a traceback, of lost ranks, and of sweeps with jobs that failed."""
+"""Exit statuses; 1 is of faults of ours, which come with a traceback, and of sweeps with jobs that failed."""
 
 
 class Command:
@@ -91,10 +91,6 @@ class Command:
                 raise
             except UserError as error:
                 fail(error)
-            except signals.RankLost as error:
-                if not rank():
-                    print(f"error: {error}; to go on: {self.again(sys.argv[1:], job.folder)}", file=sys.stderr)
-                raise SystemExit(FAILED) from None
 
 
 def fail(error: object) -> NoReturn:

@@ -7,11 +7,11 @@ from itertools import chain, count
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from qdm_lightning.base.files import sha256
+from qdm_lightning.base.ranks import training_rank
 from qdm_lightning.data.spec import DataConfig
 
 
@@ -60,8 +60,7 @@ class StepBatches:
         Raises:
             ValueError: the number of ranks does not divide `batch_size`.
         """
-        ranked = dist.is_available() and dist.is_initialized()
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if ranked else (0, 1)
+        rank, ranks = training_rank()
         share, rest = divmod(self.batch_size, ranks)
         if rest:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qdm_lightning.base.checks import UserError
+from qdm_lightning.diffusion.finite import NotFiniteError
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -17,8 +17,8 @@ def to_uint8(images: Tensor) -> Tensor:
     """Images in [-1, 1] to uint8 0..255: round((x + 1) 127.5), clamped. Same shape and device.
 
     Raises:
-        UserError: a value is not finite: NaN would become black.
+        NotFiniteError: a value is not finite: NaN would become black.
     """
     if not images.isfinite().all():
-        raise UserError("an image holds values that are not finite: the network that drew it has diverged")
+        raise NotFiniteError("an image holds values that are not finite: the network that drew it has diverged")
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -16,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from qdm_lightning.base.checks import between
+from qdm_lightning.diffusion.finite import NotFiniteError, explain_estimate
 from qdm_lightning.diffusion.process import alphas_cumprod, noise_scheduler
 from qdm_lightning.diffusion.spec import SEEDS, DiffusionConfig, SamplerConfig
 
@@ -158,6 +159,7 @@ def sample(
         Images in [-1, 1], (len(seeds), C, H, W), float32, on the CPU, in the order of `seeds`.
 
     Raises:
+        NotFiniteError: the network's estimate is NaN or infinite, with timestep and layer.
         ValueError: more steps than T, or a seed outside 0..2^32-1.
     """
     outside = [seed for seed in seeds if not 0 <= seed < SEEDS]
@@ -170,7 +172,11 @@ def sample(
         generators = [torch.Generator().manual_seed(seed) for seed in padded]
         x = randn_tensor((len(padded), *shape), generators, torch.device(device), torch.float32)
         for t in calls:
-            eps = network(x, torch.full((len(padded),), t, dtype=torch.int64, device=device)).float()
+            times = torch.full((len(padded),), t, dtype=torch.int64, device=device)
+            eps = network(x, times).float()
+            if not eps.isfinite().all():  # clipping x_0 would hide an infinite one
+                where = explain_estimate(network, x, times)
+                raise NotFiniteError(f"the noise estimate of seeds {chunk[0]} to {chunk[-1]} is not finite{where}: no image")
             if on_state is not None:
                 on_state(t, x[: len(chunk)], eps[: len(chunk)])
             x = step(eps, t, x, generators)

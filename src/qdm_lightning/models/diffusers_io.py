@@ -30,7 +30,7 @@ def load_unet(path: str | Path) -> UNet2DModel:
 
     Raises:
         FileNotFoundError: nothing there, or no U-Net in it.
-        ValueError: not an unconditional `UNet2DModel`, damaged or incomplete files, a learned variance.
+        ValueError: not an unconditional `UNet2DModel`, damaged or incomplete files, learned variance, weights not finite.
     """
     folder = _unet_folder(path)
     _check_config(path, read_json(folder / "config.json"))
@@ -47,6 +47,9 @@ def load_unet(path: str | Path) -> UNet2DModel:
         if keys := info[what]:
             names = ", ".join(map(str, keys[:3]))
             raise ValueError(f"{folder}: weights do not fit config.json: {len(keys)} {what.replace('_', ' ')}: {names}")
+    for name, value in unet.state_dict().items():
+        if not value.isfinite().all():
+            raise ValueError(f"{folder}: the weight {name} is not finite: the network has diverged, or its file is damaged")
     return unet.float().eval()
 
 

@@ -8,7 +8,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from qdm_lightning.base.checks import between
+from qdm_lightning.base.checks import UserError, between
 from qdm_lightning.quantization.layers import QuantizedLayer
 from qdm_lightning.quantization.observer import Calibrator, Observer
 from qdm_lightning.quantization.quantizer import ActivationQuantizer
@@ -93,6 +93,7 @@ def calibrate(model: nn.Module, run: Callable[[], None], calibrator: Calibrator,
 
     Raises:
         RuntimeError: a quantizer saw no input, so that it could not be started.
+        UserError: an input, a weight or a scale is NaN or infinite.
     """
     quantizers = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
     observers = {name: Observer(torch.Generator().manual_seed(seed)) for name in quantizers}
@@ -113,7 +114,20 @@ def calibrate(model: nn.Module, run: Callable[[], None], calibrator: Calibrator,
     if silent:
         raise RuntimeError(f"calibration reached no input of {', '.join(silent)}: run the whole model in calibration")
     for name, quantizer in quantizers.items():
+        _check_finite(f"the input of {name}", observers[name].ends, observers[name].timesteps)
         quantizer.initialize(observers[name], calibrator)
-    for layer in layers:
+        _check_finite(f"the grid of {name}", *quantizer.state_dict().values())
+    for layer_name, layer in ((name, m) for name, m in model.named_modules() if isinstance(m, QuantizedLayer)):
+        _check_finite(f"the weight of {layer_name}", layer.weight.detach())
         if layer.weight_quantizer is not None:
             layer.weight_quantizer.initialize(layer.weight, calibrator)
+            _check_finite(f"the grid of {layer_name}.weight_quantizer", *layer.weight_quantizer.state_dict().values())
+
+
+def _check_finite(what: str, values: Tensor | None = None, *more: Tensor) -> None:
+    """Raise UserError where one of `values` is NaN or infinite; the timesteps of its rows may stand in `more`."""
+    if values is None or bool(torch.stack([v.isfinite().all() for v in (values, *more)]).all()):
+        return
+    rows = ~values.isfinite().reshape(len(values), -1).all(1)
+    times = f" at timestep {int(more[0][rows][0])}" if more and more[0].shape == rows.shape and rows.any() else ""
+    raise UserError(f"calibration: {what} is not finite{times}: the network that is quantized is damaged or has diverged")

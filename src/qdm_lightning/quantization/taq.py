@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from qdm_lightning.base.ranks import training_rank
 from qdm_lightning.quantization import compiled
 from qdm_lightning.quantization.observer import Calibrator, Observer
 from qdm_lightning.quantization.quantizer import LSQActivation, fusible
@@ -69,7 +70,14 @@ class _SampleGrid(torch.autograd.Function):
         return grad_scale @ std + through_zero, grad_zero.sum(0, keepdim=True), None, None, None
 
 
-class _Grouped(nn.Module):
+def across_ranks(values: Tensor) -> Tensor:
+    """The sum of `values` over the processes that train together; `values` itself where there is one."""
+    if training_rank()[1] > 1:
+        torch.distributed.all_reduce(values)
+    return values
+
+
+class Grouped(nn.Module):
     """Timestep groups: which group a sample belongs to, and which groups were ever seen."""
 
     seen: Tensor
@@ -112,7 +120,7 @@ class _Grouped(nn.Module):
             )
 
 
-class EMANormalizedActivation(NormalizedActivation, _Grouped):
+class EMANormalizedActivation(NormalizedActivation, Grouped):
     """`taq=ema`: as `normalize`, with mu_g and sigma_g read from tables by the timestep's group: static at each step.
 
     In training the tables follow the groups' own means and standard deviations by an exponential average ("smoothing").
@@ -157,15 +165,18 @@ class EMANormalizedActivation(NormalizedActivation, _Grouped):
 
     def _update(self, group: Tensor, mean: Tensor, std: Tensor) -> None:
         count = torch.bincount(group, minlength=self.groups)
+        sums = [torch.zeros_like(self.mean).index_add_(0, group, values) for values in (mean, std)]
+        if self.observer is None:  # a step's batch lies in shares on the ranks, calibration's is whole on each
+            *sums, count = across_ranks(torch.stack([*sums, count.to(mean.dtype)]))
         here = count > 0
-        for table, values in ((self.mean, mean), (self.std, std)):
-            average = torch.zeros_like(table).index_add_(0, group, values) / count.clamp(min=1)
+        for table, total in zip((self.mean, self.std), sums, strict=True):
+            average = total / count.clamp(min=1)
             updated = torch.where(self.seen, self.momentum * table + (1 - self.momentum) * average, average)
             table.copy_(torch.where(here, updated, table))
         self.seen.logical_or_(here)
 
 
-class GroupedActivation(LSQActivation, _Grouped):
+class GroupedActivation(LSQActivation, Grouped):
     """`taq=scale`: a learned s_g, z_g for each timestep group (as TDQ, arXiv 2306.02316, and EfficientDM, arXiv 2310.03270).
 
     `log_scale` and `zero_point` are (G,). A group that is absent from a batch has zero gradient, and the optimizer must leave
@@ -190,7 +201,7 @@ class GroupedActivation(LSQActivation, _Grouped):
     def learned_grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         group = self.current_group(x.shape[0])
         if self.training:
-            self.seen[group] = True
+            self.seen.logical_or_(across_ranks(torch.bincount(group, minlength=self.groups)) > 0)
         else:
             self.check_seen(group)
         return self.scale[group], self.zero_point[group]

@@ -58,7 +58,10 @@ def fill_from_checkpoint(unet: nn.Module, path: Path, weights: str = "ema") -> i
 
 
 def fill(unet: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Load a state that must be exactly the U-Net's. Raises ValueError, which names the file `path`, where it is not."""
+    """Load a state that must be exactly the U-Net's, and finite. Raises ValueError, which names the file, if it is not."""
+    spoilt = next((name for name, value in state.items() if not value.isfinite().all()), None)
+    if spoilt is not None:
+        raise ValueError(f"{path}: {spoilt} is not finite: the network has diverged, or the file is damaged")
     try:
         unet.load_state_dict(state)
     except RuntimeError as error:

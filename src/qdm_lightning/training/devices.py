@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 
-from qdm_lightning.base.checks import first_line
+from qdm_lightning.base.checks import UserError, first_line
 from qdm_lightning.quantization import compiled
 from qdm_lightning.training.spec import TrainerConfig
 
@@ -20,10 +20,30 @@ Work = Callable[[torch.device, int, int], None]
 
 
 def set_up(trainer: TrainerConfig) -> None:
-    """Threads of torch and compilation of fake quantization as the settings say; before any network runs."""
+    """Threads of torch, compilation of fake quantization and determinism as the settings say; before any network runs."""
     if trainer.threads:
         torch.set_num_threads(trainer.threads)
     compiled.set_mode(trainer.compile)
+    torch.use_deterministic_algorithms(trainer.deterministic)
+
+
+@contextmanager
+def deterministic_or_one_line() -> Iterator[None]:
+    """Within the block an operation that has no deterministic form, where one is asked for, is an error of one line.
+
+    Raises:
+        UserError: there was such an operation; torch's own message names it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        operation = str(error).partition(" does not have")[0]
+        raise UserError(
+            f"trainer.deterministic=true: {operation} has no deterministic form on this device; "
+            "type trainer.deterministic=false, or take another device"
+        ) from error
 
 
 @contextmanager

@@ -13,26 +13,29 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from qdm_lightning.base.ranks import training_rank
+from qdm_lightning.diffusion.finite import NotFiniteError
 from qdm_lightning.diffusion.images import to_float
 from qdm_lightning.diffusion.losses import per_sample_mse, student_errors
 from qdm_lightning.diffusion.process import add_noise, noise_scheduler
 from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig
 from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.training.dropout import share_dropout
 from qdm_lightning.training.on_policy import TrajectoryBuffer
 from qdm_lightning.training.optimizer import average, build_optimizer, learning_rate_factor, split_parameters
 from qdm_lightning.training.spec import OptimizerConfig
 
 
-def step_generator(seed: int, step: int, rank: int) -> torch.Generator:
-    """The randomness of one training step on one rank, a function of the three numbers."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The randomness of one training step, a function of (seed, step): each rank draws for all, and takes its share."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step, 0]).generate_state(1)[0]))
 
 
 class DiffusionModule(LightningModule):
     """Trains `network` by L_simple and L_NeM (see `diffusion.losses`) on batches of uint8 images.
 
-    Every random draw of a training step is a function of (seed, global step, rank), so that a resumed run sees what an
-    uninterrupted one sees.
+    Every random draw of a sample is a function of (seed, global step, place in the step's whole batch), so that a resumed run
+    sees what an uninterrupted one sees, and several ranks what one process sees.
 
     Args:
         network: the U-Net to train; prepared and calibrated, where it is a student.
@@ -69,11 +72,13 @@ class DiffusionModule(LightningModule):
         self.max_steps, self.seed, self.flip, self.prefix = max_steps, seed, flip, prefix
         self.teacher_bf16 = teacher_bf16
         self.student = Denoiser(network)
+        share_dropout(self.student)
         self.teacher = None if teacher is None else Denoiser(teacher).requires_grad_(False).eval()
         self.ema = AveragedModel(self.student, multi_avg_fn=partial(average, optimizer.ema_decay)).requires_grad_(False).eval()
         self.scheduler = noise_scheduler(diffusion)
         self.buffer = TrajectoryBuffer(nem, diffusion, seed) if nem.on_policy_fraction else None
         self.between_steps: Callable[[], None] | None = None
+        self._norms: tuple[Tensor, Tensor] | None = None
 
     @property
     def ema_student(self) -> Denoiser:
@@ -98,23 +103,36 @@ class DiffusionModule(LightningModule):
         self.train()
 
     def _noisy_batch(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """x_t, t, eps for uint8 images, drawn on the CPU and moved."""
+        """x_t, t, eps for this rank's share of the step's uint8 images, drawn on the CPU for all of them and moved."""
         x0 = to_float(images)
-        if self.flip:
-            mirror = torch.rand(len(x0), generator=generator).to(x0.device) < 0.5
-            x0 = torch.where(mirror[:, None, None, None], x0.flip(-1), x0)
-        t = torch.randint(self.diffusion.num_train_timesteps, (len(x0),), generator=generator).to(x0.device)
-        eps = torch.randn(x0.shape, generator=generator).to(x0.device)
-        return add_noise(self.scheduler, x0, eps, t), t, eps
+        rank, ranks = training_rank()
+        count, total = len(x0), ranks * len(x0)
 
-    def training_step(self, images: Tensor, batch_idx: int) -> Tensor:
-        generator = step_generator(self.seed, self.global_step, self.global_rank)
+        def own(drawn: Tensor) -> Tensor:
+            return drawn[rank * count : (rank + 1) * count].to(x0.device)
+
+        if self.flip:
+            mirror = own(torch.rand(total, generator=generator)) < 0.5
+            x0 = torch.where(mirror[:, None, None, None], x0.flip(-1), x0)
+        t = own(torch.randint(self.diffusion.num_train_timesteps, (total,), generator=generator))
+        eps = own(torch.randn((total, *x0.shape[1:]), generator=generator))
+        x = add_noise(self.scheduler, x0, eps, t)
+        if self.buffer is not None:
+            try:
+                x, t = self.buffer.mix(x, t, generator, self.global_step, self.ema_student, rank * count, total)
+            except NotFiniteError as error:
+                raise NotFiniteError(f"in step {self.global_step + 1} {error}: training ends here") from error
+        return x.contiguous(memory_format=torch.channels_last), t, eps
+
+    def errors(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Errors of the running training step before the mean, and timesteps, each (B,), for its uint8 images (B, C, H, W)."""
+        generator = step_generator(self.seed, self.global_step)
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))  # dropout
         x, t, eps = self._noisy_batch(images, generator)
-        if self.buffer is not None:
-            x, t = self.buffer.mix(x, t, generator, self.global_step, self.ema_student)
-        x = x.contiguous(memory_format=torch.channels_last)
-        return student_errors(self.nem, eps, self._teacher_noise(x, t), self.student(x, t)).mean()
+        return student_errors(self.nem, eps, self._teacher_noise(x, t), self.student(x, t)), t
+
+    def training_step(self, images: Tensor, batch_idx: int) -> Tensor:
+        return self.errors(images)[0].mean()
 
     def _teacher_noise(self, x: Tensor, t: Tensor) -> Tensor | None:
         if self.teacher is None or self.nem.mode == "off":
@@ -123,13 +141,16 @@ class DiffusionModule(LightningModule):
         with torch.no_grad(), lower:
             return cast(Tensor, self.teacher(x, t).to(x.dtype))
 
+    @torch.no_grad()
+    def estimates(self, x0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Noise estimates of the averaged student, and of the teacher where there is one, (B, C, H, W), of x_t."""
+        x = add_noise(self.scheduler, x0, eps, t).contiguous(memory_format=torch.channels_last)
+        return self.ema_student(x, t), None if self.teacher is None else self.teacher(x, t)
+
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         """`val/loss` is the training loss of the averaged student on the validation set; L_simple and L_NeM are logged too."""
         x0, t, eps = batch
-        x = add_noise(self.scheduler, x0, eps, t).contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            eps_q = self.ema_student(x, t)
-            eps_fp = None if self.teacher is None else self.teacher(x, t)
+        eps_q, eps_fp = self.estimates(x0, t, eps)
         values = {"val/loss": student_errors(self.nem, eps, eps_fp, eps_q), "val/simple": per_sample_mse(eps, eps_q)}
         if eps_fp is not None:
             values["val/nem"] = per_sample_mse(eps_fp, eps_q)
@@ -140,7 +161,7 @@ class DiffusionModule(LightningModule):
         """Average the student; after the last step ask for the end, so that Lightning validates it, once."""
         self.trainer.should_stop |= self.global_step >= self.max_steps
         self.ema.update_parameters(self.student)
-        self.log(f"{self.prefix}train/loss", outputs["loss"], batch_size=len(batch))
+        self.log(f"{self.prefix}train/loss", outputs["loss"], batch_size=len(batch), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.student, self.optimizer)
@@ -150,7 +171,16 @@ class DiffusionModule(LightningModule):
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Clip the network's gradient alone: a scale's gradient has units of its own."""
         network, _ = split_parameters(self.student)
-        nn.utils.clip_grad_norm_(network, self.optimizer.gradient_clip)
+        nn.utils.clip_grads_with_norm_(network, self.optimizer.gradient_clip, self.gradient_norms()[0])
+        self._norms = None
+
+    def gradient_norms(self) -> tuple[Tensor, Tensor]:
+        """L2 norms of the network's and of the quantizers' gradient, taken once between a backward pass and the clipping."""
+        if self._norms is None:
+            network, quantizers = ([p.grad for p in group if p.grad is not None] for group in split_parameters(self.student))
+            total = nn.utils.get_total_norm(network)
+            self._norms = total, nn.utils.get_total_norm(quantizers).to(total.device)
+        return self._norms
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The teacher is a folder of its own in the run: the checkpoint leaves it out."""

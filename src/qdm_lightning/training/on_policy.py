@@ -29,12 +29,23 @@ class TrajectoryBuffer:
         self.x = torch.empty(0)
         self.t = torch.empty(0, dtype=torch.int64)
 
-    def mix(self, x: Tensor, t: Tensor, generator: torch.Generator, step: int, network: Denoiser) -> tuple[Tensor, Tensor]:
-        """x (B, C, H, W) and t (B,) with the first `fraction * B` samples replaced by states of the buffer."""
+    def mix(
+        self, x: Tensor, t: Tensor, generator: torch.Generator, step: int, network: Denoiser, place: int = 0, total: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, C, H, W) and t (B,) with the first `fraction * total` samples of the step replaced by states of the buffer.
+
+        Args:
+            x, t: this rank's share of the step's batch: samples `place` to `place + B` of all `total` (0: B).
+            generator: the step's, equal in all ranks.
+            step: training step.
+            network: whose trajectories the buffer holds.
+            place, total: see x.
+        """
         if not len(self.x) or step % self.nem.on_policy_refresh == 0:
             self._refresh(tuple(x.shape[1:]), step, network, x.device)
-        count = round(self.nem.on_policy_fraction * len(x))
-        pick = torch.randint(len(self.x), (count,), generator=generator)
+        everywhere = round(self.nem.on_policy_fraction * (total or len(x)))
+        pick = torch.randint(len(self.x), (everywhere,), generator=generator)[place : place + len(x)]
+        count = len(pick)
         return torch.cat([self.x[pick].to(x.device), x[count:]]), torch.cat([self.t[pick].to(t.device), t[count:]])
 
     def _refresh(self, shape: tuple[int, ...], step: int, network: Denoiser, device: torch.device) -> None:

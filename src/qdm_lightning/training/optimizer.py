@@ -50,7 +50,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> QuantizerAdam:
     network, quantizers = split_parameters(model)
     rates = ((network, config.lr), (quantizers, config.quantizer_lr))
     groups = [{"params": parameters, "lr": lr} for parameters, lr in rates if parameters]
-    return QuantizerAdam(groups, betas=(config.beta1, config.beta2), fused=True)
+    adam = QuantizerAdam(groups, betas=(config.beta1, config.beta2), fused=True)
+    adam._step_supports_amp_scaling = False  # gradients are unscaled before they are clipped, not within the fused step
+    return adam
 
 
 def learning_rate_factor(config: OptimizerConfig, max_steps: int, step: int) -> float:

@@ -29,7 +29,7 @@ from qdm_lightning.quantization import compiled
 from qdm_lightning.quantization.cost import cost as count_cost
 from qdm_lightning.runs.folder import METRICS
 from qdm_lightning.runs.provenance import git_commit, hardware, peak_memory, versions
-from qdm_lightning.training.devices import measuring_device, set_up
+from qdm_lightning.training.devices import deterministic_or_one_line, measuring_device, set_up
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.module import DiffusionModule
 from qdm_lightning.training.publishing import log_layers, log_results, log_scales
@@ -55,6 +55,7 @@ class Result:
     module: DiffusionModule | None
 
 
+@deterministic_or_one_line()
 def run(experiment: Experiment, progress: Any) -> Result:
     """Run the experiment and leave its files in `experiment.run_dir`; with `experiment.resume`, go on from its last checkpoint.
 

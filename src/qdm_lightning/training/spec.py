@@ -115,6 +115,7 @@ class TrainerConfig:
         threads: CPU threads of torch (0: torch's own choice).
         histograms: patterns of quantizers, such as `*.query`, whose inputs W&B and TensorBoard get as histograms by timestep,
             once at the end.
+        deterministic: only operations that give the same bits in each run on the same machine; an error where there is none.
         teacher_bf16: run the teacher in bfloat16 while the student trains: faster, its noise estimate less exact.
     """
 
@@ -131,6 +132,7 @@ class TrainerConfig:
     compile: str = "auto"
     threads: int = 0
     teacher_bf16: bool = False
+    deterministic: bool = False
     histograms: list[str] = field(default_factory=lambda: ["*.query", "*.key", "*.value", "mid_block.*.conv1.*"])
 
     def __post_init__(self) -> None:
@@ -139,7 +141,7 @@ class TrainerConfig:
         for name in ("sample_every", "threads"):
             at_least(f"trainer.{name}", getattr(self, name), 0)
         one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps"))
-        one_of("trainer.precision", self.precision, ("32-true", "bf16-mixed"))
+        one_of("trainer.precision", self.precision, ("32-true", "bf16-mixed", "16-mixed"))
         one_of("trainer.compile", self.compile, ("auto", "on", "off"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import statistics
 import time
@@ -14,21 +13,19 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader
 
 from qdm_lightning.base import signals
-from qdm_lightning.base.checks import UserError
 from qdm_lightning.data.module import ImageDataModule
 from qdm_lightning.training.checkpoint_io import AtomicCheckpointIO, load_checkpoint
 from qdm_lightning.training.checkpoints import BEST, LAST, Checkpoints, Stopped, best_loss
-from qdm_lightning.training.devices import quiet
+from qdm_lightning.training.devices import measuring_device, quiet
+from qdm_lightning.training.finite import FiniteValues
+from qdm_lightning.training.lost_ranks import watched_ranks
 from qdm_lightning.training.module import DiffusionModule
 from qdm_lightning.training.spec import TrainerConfig
 from qdm_lightning.training.validation_set import ValidationSet
-
-LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited|Socket closed")
-"""In what gloo and NCCL say where another process is gone."""
 
 
 def last_step(checkpoints: Path) -> int | None:
@@ -59,43 +56,6 @@ class StageProgress(Callback):
         self.stage.advance(1, **({"loss": f"{float(outputs['loss'].detach()):.4f}"} if show else {}))
 
 
-class FiniteLosses(Callback):
-    """Ends training at the first loss that is not finite, before a checkpoint is written or a best one chosen.
-
-    A step's loss is looked at when the next one begins, so that a GPU is not waited for.
-
-    Args:
-        prefix: prefix of the logged names.
-        lower: the setting to lower, with its value.
-
-    Raises (in its hooks):
-        UserError: training diverged, with the step and what to lower.
-    """
-
-    def __init__(self, prefix: str, lower: str) -> None:
-        self.prefix, self.lower = prefix, lower
-        self._step, self._loss = 0, torch.zeros(())
-
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._check("train/loss", self._loss)
-
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._step, self._loss = trainer.global_step, outputs["loss"].detach()
-
-    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._check("train/loss", self._loss)
-
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._check("val/loss", trainer.callback_metrics[f"{self.prefix}val/loss"])
-
-    def _check(self, name: str, loss: Tensor) -> None:
-        if not loss.isfinite():
-            raise UserError(
-                f"{self.prefix}{name} is {float(loss)} after step {self._step}: training diverged and ends here, nothing "
-                f"since the last checkpoint is kept; lower {self.lower}"
-            )
-
-
 def fit(
     module: DiffusionModule,
     data: ImageDataModule,
@@ -124,21 +84,20 @@ def fit(
 
     Raises:
         signals.Interrupted: a signal ended it.
-        signals.RankLost: another process of the run has ended.
     """
     done = last_step(folder)
     data.seed, data.start_step = module.seed, done or 0
     stage.skip(data.start_step)
     checkpoints = Checkpoints(folder, f"{module.prefix}val/loss", loggers)
     steps = StageProgress(stage)
-    finite = FiniteLosses(module.prefix, f"{'teacher' if module.prefix else 'optimizer'}.lr={module.optimizer.lr:g}")
+    finite = FiniteValues(folder, f"{'teacher' if module.prefix else 'optimizer'}.lr={module.optimizer.lr:g}")
     with _quiet_lightning():
         trainer = _trainer(config, module.max_steps, folder, [checkpoints, finite, steps, *callbacks], loggers)
         if data.start_step < module.max_steps:
             batches = validation_set.batches(max(data.batch_size, 256))
             loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
             resume = None if done is None else folder / LAST
-            with _between_steps(trainer, module, checkpoints, between_steps):
+            with watched_ranks(trainer), _between_steps(trainer, module, checkpoints, between_steps):
                 trainer.fit(module, data.train_dataloader(), loader, ckpt_path=resume, weights_only=True)
     signals.check()
     state = load_checkpoint(folder / BEST)
@@ -152,6 +111,15 @@ def fit(
         "resumed_from": done,
         "step_seconds": round(statistics.median(steps.seconds), 5) if steps.seconds else None,
     }
+
+
+def _precision(config: TrainerConfig) -> dict[str, Any]:
+    """Lightning takes bfloat16 for float16 on a CPU, with a warning; torch has float16 there."""
+    cpu = config.accelerator == "cpu" or (config.accelerator == "auto" and measuring_device("auto").type == "cpu")
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if cpu and config.precision == "16-mixed":
+        return {"plugins": [*plugins, MixedPrecision("16-mixed", "cpu")]}
+    return {"plugins": plugins, "precision": config.precision}
 
 
 @contextmanager
@@ -181,10 +149,6 @@ def _between_steps(
             yield
         except Stopped:
             raise signals.Interrupted(signals.received() or signal.SIGTERM) from None
-        except RuntimeError as error:
-            if trainer.world_size > 1 and LOST.search(str(error)):
-                raise signals.RankLost("another process of this run has ended, and this one with it") from None
-            raise
 
 
 def _trainer(config: TrainerConfig, max_steps: int, folder: Path, callbacks: list[Callback], loggers: list[Any]) -> Trainer:
@@ -195,10 +159,10 @@ def _trainer(config: TrainerConfig, max_steps: int, folder: Path, callbacks: lis
         devices=1 if config.devices == "auto" and not torch.cuda.is_available() else config.devices,
         num_nodes=config.num_nodes,
         strategy=config.strategy,
-        precision=config.precision,  # type: ignore[arg-type]
         logger=loggers,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        **_precision(config),
+        deterministic=config.deterministic,
         val_check_interval=min(config.val_every, max_steps),
         check_val_every_n_epoch=None,
         log_every_n_steps=min(config.log_every, max_steps),
@@ -221,6 +185,7 @@ def _quiet_lightning() -> Iterator[None]:
         warnings.filterwarnings(
             "ignore",
             message=".*(does not have many workers|`IterableDataset` has `__len__`|directory.*exists and is not empty"
-            "|in eval mode at the start of training|LeafSpec.*is deprecated|callbacks used to create the checkpoint)",
+            "|in eval mode at the start of training|before `optimizer.step|LeafSpec.*is deprecated"
+            "|callbacks used to create the checkpoint)",
         )
         yield

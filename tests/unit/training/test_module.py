@@ -1,7 +1,9 @@
 """The LightningModule: what a training step computes, and what a checkpoint holds."""
 
+import pytest
 import torch
 
+from qdm_lightning import training
 from qdm_lightning.diffusion.images import to_float
 from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig
 from qdm_lightning.models.unet import build_unet
@@ -21,9 +23,9 @@ TINY = {
 }
 
 
-def module(mode="replace", teacher=True, flip=False, **nem):
+def module(mode="replace", teacher=True, flip=False, dropout=0.0, **nem):
     torch.manual_seed(0)
-    network, frozen = build_unet(**TINY), build_unet(**TINY, dropout=0.5)
+    network, frozen = build_unet(**TINY, dropout=dropout), build_unet(**TINY, dropout=0.5)
     return DiffusionModule(
         network,
         frozen if teacher else None,
@@ -42,7 +44,7 @@ def images(count=6):
 
 def noisy(m, batch):
     """x_t, t, eps of step 0, written out."""
-    generator = step_generator(3, 0, 0)
+    generator = step_generator(3, 0)
     torch.randint(2**31, (1,), generator=generator)
     t = torch.randint(1000, (len(batch),), generator=generator)
     eps = torch.randn(batch.shape, generator=generator)
@@ -61,6 +63,19 @@ def test_the_teacher_in_bfloat16():
     assert found.dtype == torch.float32
     assert not torch.equal(found, exact)
     torch.testing.assert_close(found, exact, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_share_of_a_step_draws_what_the_whole_batch_draws(rank, monkeypatch):
+    """Flip, t, eps, states of the trajectory (4 of 6 samples) and dropout belong to a sample's place in the whole batch."""
+    m = module(on_policy_fraction=0.7, on_policy_buffer=40, flip=True, dropout=0.3).train()
+    whole, t = m.errors(images())
+    for place in (training.module, training.dropout):
+        monkeypatch.setattr(place, "training_rank", lambda: (rank, 2))
+    own = slice(3 * rank, 3 * rank + 3)
+    share, own_t = m.errors(images()[own])
+    assert torch.equal(own_t, t[own])
+    torch.testing.assert_close(share, whole[own], rtol=1e-5, atol=1e-6)
 
 
 def test_the_loss_of_each_mode(monkeypatch):
