@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from qdm_lightning.base.files import write_whole
+from qdm_lightning.base.files import reading, write_whole
 
 if TYPE_CHECKING:  # the report reads pictures and waits for no torch
     from torch import Tensor
@@ -85,10 +85,10 @@ def read_rows(path: Path, count: int) -> list[Image.Image]:
         count: rows that it holds, such as 2 for teacher above student.
 
     Raises:
-        OSError: no file, or none that can be read as a picture.
-        ValueError: its height does not divide into `count` rows.
+        FileNotFoundError: no file.
+        ValueError: it is damaged or no picture, or its height does not divide into `count` rows.
     """
-    with Image.open(path) as opened:
+    with reading(path) as stream, Image.open(stream) as opened:
         grid = opened.convert("RGB")
     height, rest = divmod(grid.height, count)
     if rest or height <= MARGIN + GAP:

@@ -57,7 +57,7 @@ class ChunkFolder:
             ValueError: the file cannot be read, its checksum is wrong, or it is of another kind.
         """
         path = self.file(seeds)
-        if not path.is_file():
+        if not path.exists():
             return None
         with reading(path) as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}

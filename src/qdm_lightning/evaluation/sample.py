@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ def draw_pictures(experiment: Experiment, config: SampleConfig, progress: Any) -
 
 def _is_drawn(path: Path, identity: str) -> bool:
     """True where the picture is there. Raises ValueError where another one is."""
-    if not path.is_file():
+    if not path.exists():
         return False
     provenance = read_picture(path)[1]
     if provenance["identity"] != identity:
@@ -98,7 +99,7 @@ def save_picture(path: Path, image: Tensor, provenance: Mapping[str, Any]) -> No
     """Write an image (C, H, W) uint8, C 1 or 3, as PNG, whole or not at all, with its provenance in the text field `FIELD`."""
     text = PngImagePlugin.PngInfo()
     text.add_text(FIELD, json.dumps(provenance))
-    with atomic_path(path) as part:
+    with atomic_path(path, checksum=False) as part:  # a PNG has its own
         Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(part, format="PNG", pnginfo=text)
 
 
@@ -109,9 +110,27 @@ def read_picture(path: Path) -> tuple[Tensor, dict[str, Any]]:
         ValueError: damaged, or not one of ours.
     """
     advice = "was it not made by qdm_lightning? remove it, or type out=<another folder>"
-    with reading(path, advice) as stream, Image.open(stream) as picture:
+    with reading(path, advice) as stream:
+        check_png(stream)
+        picture = Image.open(stream)
         pixels = np.atleast_3d(np.array(picture))
         return torch.from_numpy(pixels).permute(2, 0, 1), json.loads(picture.info[FIELD])
+
+
+def check_png(stream: BinaryIO) -> None:
+    """Compare the checksums of a PNG's chunks, which Pillow does not for the pixels. The stream is at its beginning afterwards.
+
+    Raises:
+        ValueError: a byte is not what was written, or the file does not end where it should.
+    """
+    kind, whole = b"", stream.read(8) == b"\x89PNG\r\n\x1a\n"
+    while whole and kind != b"IEND":
+        length = stream.read(4)
+        chunk = stream.read(int.from_bytes(length, "big") + 4)
+        kind, whole = chunk[:4], len(length) == 4 and zlib.crc32(chunk) == int.from_bytes(stream.read(4), "big")
+    if not whole or stream.read(1):
+        raise ValueError("it is no PNG, or its checksums are wrong")
+    stream.seek(0)
 
 
 def _draw_trajectories(subject: Subject, seeds: Sequence[int], folder: Path, progress: Any) -> None:

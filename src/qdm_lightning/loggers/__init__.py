@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from qdm_lightning.base.files import write_whole
+from qdm_lightning.base.files import read_text, write_whole
 from qdm_lightning.loggers.tensorboard import TensorBoardRun
 from qdm_lightning.loggers.wandb_run import AXES, WandbRun, logged_in, start_run, sweep_name
 from qdm_lightning.runs.naming import labels
@@ -48,12 +48,13 @@ def wandb_logger(
         tags, run_tags: joined.
 
     Raises:
-        ValueError: W&B refuses the run, or does not answer with `mode="online"`.
+        ValueError: W&B refuses the run, or does not answer with `mode="online"`; or the file of the id is damaged.
     """
     asked = mode or os.environ.get("WANDB_MODE")
     identity = run_dir / "wandb_id"
     cell = labels(config)
-    known = identity.read_text("utf-8").strip() if identity.is_file() else secrets.token_hex(4)
+    earlier = read_text(identity, "remove it to begin another W&B run").strip() if identity.exists() else ""
+    known = earlier or secrets.token_hex(4)
     write_whole(identity, f"{known}\n".encode())  # before the run is there: it may be killed at any time
     described = {key: value for key, value in cell.items() if key != "job"}
     labelled = [*tags, *run_tags, *(f"{key}:{value}" for key, value in described.items())]

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from qdm_lightning.base.files import atomic_path
+from qdm_lightning.base.files import atomic_path, reading
 
 
 class CSVMetrics(Logger):
@@ -21,6 +21,9 @@ class CSVMetrics(Logger):
     Args:
         path: path of the file.
         goes_on: take up the rows of an existing file; else a new one begins.
+
+    Raises:
+        ValueError: the existing file is damaged.
     """
 
     name = "csv"
@@ -30,10 +33,11 @@ class CSVMetrics(Logger):
         super().__init__()
         self.path, self._saved = path, True
         self.rows: dict[tuple[bool, int], dict[str, Any]] = {}  # by (of the teacher, step)
-        if goes_on and path.is_file():
-            with path.open(newline="", encoding="utf-8") as stream:
-                rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(stream)]
-            self.rows = {_key(row): row for row in rows}
+        if goes_on and path.exists():
+            with reading(path, "remove it to go on without what was logged before") as stream:
+                lines = csv.DictReader(line.decode() for line in stream)
+                rows = [{name: value for name, value in row.items() if value} for row in lines]
+                self.rows = {_key(row): row for row in rows}
 
     def copy_of_rows(self, of_teacher: bool) -> list[dict[str, Any]]:
         """The rows so far of the teacher's training, or all others, as plain data."""

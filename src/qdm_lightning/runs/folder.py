@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from qdm_lightning.base.checks import UserError, one_line
-from qdm_lightning.base.files import remove_leftovers, write_whole
+from qdm_lightning.base.checks import UserError
+from qdm_lightning.base.files import reading, remove_leftovers, write_whole
 from qdm_lightning.base.ranks import rank
 from qdm_lightning.runs.formats import upgraded
 
@@ -70,10 +70,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: the file is damaged, or no configuration.
     """
     file = folder / CONFIG
-    try:
-        plain = plain_yaml(file.read_text("utf-8"))
-    except (yaml.YAMLError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged: {one_line(error)}") from error
+    with reading(file) as stream:
+        plain = plain_yaml(stream.read().decode())
     if not isinstance(plain, dict) or not all(isinstance(name, str) for name in plain):
         raise ValueError(f"{file} is not the configuration of a run")
     return plain

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and read as data alone."""
+"""Checkpoints that are whole or absent, checked against their checksum, and read as data alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from qdm_lightning.base.checks import one_line
+from qdm_lightning.base.checksums import remove_checked
 from qdm_lightning.base.files import atomic_path, reading
 
 PREFIXES = {"ema": "ema.module.unet.", "raw": "student.unet."}
@@ -18,11 +19,17 @@ PREFIXES = {"ema": "ema.module.unet.", "raw": "student.unet."}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning checkpoints written whole or not at all."""
+    """Lightning checkpoints written whole or not at all, with a checksum that is compared."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with atomic_path(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
+        with atomic_path(Path(path)) as temporary, temporary.open("wb") as stream:  # torch's own does not say a full disk
+            torch.save(checkpoint, stream)
+
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        return load_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        remove_checked(Path(path))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -30,12 +37,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, or holds more than data.
+        ValueError: the file is damaged, holds more than data, or is no checkpoint of a run.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path} is not a file: give a checkpoint, such as <run>/checkpoints/last.ckpt")
     with reading(path, "it cannot be read as a checkpoint") as stream:
-        return dict(torch.load(stream, map_location="cpu", weights_only=True))
+        content = torch.load(stream, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no checkpoint of a run: it holds a {type(content).__name__}")
+    for name, kind in (("state_dict", dict), ("global_step", int)):
+        if not isinstance(content.get(name), kind):
+            raise ValueError(f"{path} is no checkpoint of a run: it has no {name}")
+    return content
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -52,7 +65,7 @@ def fill_from_checkpoint(unet: nn.Module, path: Path, weights: str = "ema") -> i
         ValueError: the file is damaged, or holds another network.
     """
     checkpoint, prefix = load_checkpoint(path), PREFIXES[weights]
-    state = {n.removeprefix(prefix): value for n, value in checkpoint.get("state_dict", {}).items() if n.startswith(prefix)}
+    state = {n.removeprefix(prefix): value for n, value in checkpoint["state_dict"].items() if n.startswith(prefix)}
     fill(unet, state, path)
     return int(checkpoint["global_step"])
 

@@ -41,10 +41,14 @@ class Checkpoints(Checkpoint):
         self.csv = [logger for logger in loggers if isinstance(logger, CSVMetrics)]
         self.of_teacher = monitor.startswith("teacher/")
         self.loss: float | None = None
+        self.step: int | None = None  # of best.ckpt
         self.saved = 0  # step of last.ckpt
 
     def state_dict(self) -> dict[str, Any]:
-        return {"loss": self.loss}
+        return {"loss": self.loss, "step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.step = state_dict.get("step")
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.loss, self.saved = best_loss(checkpoint), int(checkpoint["global_step"])
@@ -60,7 +64,7 @@ class Checkpoints(Checkpoint):
         for logger in self.csv:
             logger.save()
         if self.loss is None or loss < self.loss:
-            self.loss = loss
+            self.loss, self.step = loss, trainer.global_step
             trainer.save_checkpoint(self.folder / BEST, weights_only=False)
         self._save_last(trainer)
 

@@ -29,15 +29,17 @@ from qdm_lightning.quantization import compiled
 from qdm_lightning.quantization.cost import cost as count_cost
 from qdm_lightning.runs.folder import METRICS
 from qdm_lightning.runs.provenance import git_commit, hardware, peak_memory, versions
+from qdm_lightning.training.checkpoints import LAST
 from qdm_lightning.training.devices import deterministic_or_one_line, measuring_device, set_up
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.module import DiffusionModule
 from qdm_lightning.training.publishing import log_layers, log_results, log_scales
+from qdm_lightning.training.resume import resume_point
 from qdm_lightning.training.student import calibrate_student, prepare_student
 from qdm_lightning.training.student_files import save_student
 from qdm_lightning.training.teacher import check_schedule, obtain_teacher
 from qdm_lightning.training.teacher_images import teacher_images
-from qdm_lightning.training.trainer import fit, last_step
+from qdm_lightning.training.trainer import fit
 from qdm_lightning.training.validation_set import ValidationSet, nem_error
 
 CHECKPOINTS = "checkpoints"
@@ -66,6 +68,8 @@ def run(experiment: Experiment, progress: Any) -> Result:
     experiment.data.setup()
     check_schedule(experiment)
     features(experiment.feature_network, experiment.data.train_images[:1])  # it takes such images, or says so now
+    if experiment.resume:
+        resume_point(experiment.run_dir / CHECKPOINTS)  # damaged checkpoints are told now
     csv = partial(CSVMetrics, experiment.run_dir / "metrics.csv", experiment.resume)
     with opened(
         [csv, *([] if rank() else experiment.loggers)], run_dir=experiment.run_dir, config=experiment.resolved
@@ -117,7 +121,7 @@ class Run:
         """The quantized student, calibrated and trained; the module has its best checkpoint loaded."""
         e, checkpoints = self.experiment, self.folder / CHECKPOINTS
         unet, cost = self.quantized(teacher.unet)
-        if last_step(checkpoints) is None:
+        if not (checkpoints / LAST).exists():
             for logger in self.loggers:
                 if isinstance(logger, CSVMetrics):
                     logger.go_back(of_teacher=False, step=0)

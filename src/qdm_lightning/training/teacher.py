@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -14,6 +13,8 @@ import torch
 from diffusers import UNet2DModel
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
+from qdm_lightning.base.checks import one_line
+from qdm_lightning.base.checksums import remove_checked
 from qdm_lightning.base.files import atomic_folder, data_hash, read_json, remove_leftovers, sha256, write_json, write_whole
 from qdm_lightning.base.ranks import rank
 from qdm_lightning.diffusion.spec import NeMConfig
@@ -21,6 +22,7 @@ from qdm_lightning.models.diffusers_io import load_diffusion, load_unet, save_pi
 from qdm_lightning.training.checkpoint_io import fill_from_checkpoint
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.module import DiffusionModule
+from qdm_lightning.training.resume import mend_best, resume_point
 from qdm_lightning.training.spec import TEACHER_OPTIMIZER, OptimizerConfig
 
 FORMAT = 2
@@ -61,8 +63,8 @@ def obtain_teacher(experiment: Experiment, fit: Fit, say: Callable[[str], None])
     """
     own, config = experiment.run_dir / "teacher", experiment.teacher
     if experiment.has_teacher:
-        file = own / "origin.json"
-        return _nameless(load_unet(own)), read_json(file) if file.is_file() else {"source": str(own)}
+        file, again = own / "origin.json", f"remove {own} to take the teacher from its source again"
+        return _nameless(load_unet(own, again)), read_json(file, again) if file.exists() else {"source": str(own)}
     origin: dict[str, Any] = {"source": config.source, "path": str(config.path)}
     if config.source == "auto":
         unet, origin = _auto(experiment, fit, say)
@@ -110,17 +112,17 @@ def _cached(
         if not rank():
             for written in (folder, leader, work / "checkpoints" / "*"):
                 remove_leftovers(written)
-        missing = not rank() and (retrain or not (folder / FITTED).is_file())
+        missing = not rank() and (retrain or not _is_sound(folder, say))
         if missing:
-            if retrain and not experiment.resume:
-                shutil.rmtree(work, ignore_errors=True)
+            if (retrain and not experiment.resume) or not _goes_on(work / "checkpoints", say):
+                remove_checked(work)
             write_whole(leader, str(experiment.run_dir).encode())
             unet, fitted = train()
             with atomic_folder(folder) as new:
                 save_pipeline(unet, experiment.diffusion, new)
                 write_json(new / FITTED, {"key": key, "settings": settings, "trained_by": _name(experiment), **fitted})
-            shutil.rmtree(work)
-            leader.unlink()
+            remove_checked(work)
+            remove_checked(leader)
     return folder, missing
 
 
@@ -129,13 +131,39 @@ def _name(experiment: Experiment) -> str:
     return sha256([str(experiment.run_dir)])[:16]
 
 
+def _is_sound(folder: Path, say: Callable[[str], None]) -> bool:
+    """True where a teacher is there and none of its files is damaged; `say` tells of one that is."""
+    if not folder.exists():
+        return False
+    try:
+        load_unet(folder)
+        load_diffusion(folder)
+        float(read_json(folder / FITTED)["val_loss"])
+    except (ValueError, FileNotFoundError, KeyError, TypeError) as error:
+        say(f"the cached teacher {folder} is not whole ({one_line(error)}); it is trained again")
+        return False
+    return True
+
+
+def _goes_on(checkpoints: Path, say: Callable[[str], None]) -> bool:
+    """True unless a half-trained teacher lies there that is too damaged to go on with; `say` tells of that."""
+    try:
+        point = resume_point(checkpoints)
+        if point:
+            mend_best(checkpoints, point)
+    except ValueError as error:
+        say(f"{one_line(error)}; the teacher is trained from the start")
+        return False
+    return True
+
+
 def _follow(experiment: Experiment, folder: Path, leader: Path, train: Callable[[], Any]) -> None:
     """In all ranks but the first: train the teacher if the first rank of this run does, and wait if another run's does.
 
     The first rank alone holds the lock, and says in the file `leader` which run that is: ranks that were started by
     themselves, as on another node, would else train while their first rank waits, and it would never join them.
     """
-    while experiment.teacher.retrain or not (folder / FITTED).is_file():
+    while experiment.teacher.retrain or not _is_sound(folder, lambda line: None):
         if leader.is_file() and leader.read_text("utf-8") == str(experiment.run_dir):
             train()
             return

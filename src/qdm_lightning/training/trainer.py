@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import statistics
 import time
@@ -17,21 +18,19 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader
 
 from qdm_lightning.base import signals
+from qdm_lightning.base.ranks import rank
 from qdm_lightning.data.module import ImageDataModule
 from qdm_lightning.training.checkpoint_io import AtomicCheckpointIO, load_checkpoint
-from qdm_lightning.training.checkpoints import BEST, LAST, Checkpoints, Stopped, best_loss
+from qdm_lightning.training.checkpoints import BEST, Checkpoints, Stopped, best_loss
 from qdm_lightning.training.devices import measuring_device, quiet
 from qdm_lightning.training.finite import FiniteValues
 from qdm_lightning.training.lost_ranks import watched_ranks
 from qdm_lightning.training.module import DiffusionModule
+from qdm_lightning.training.resume import mend_best, resume_point
 from qdm_lightning.training.spec import TrainerConfig
 from qdm_lightning.training.validation_set import ValidationSet
 
-
-def last_step(checkpoints: Path) -> int | None:
-    """Step of the `last.ckpt` in a folder, where training goes on; None where there is none."""
-    file = checkpoints / LAST
-    return int(load_checkpoint(file)["global_step"]) if file.is_file() else None
+log = logging.getLogger(__name__)
 
 
 class StageProgress(Callback):
@@ -68,7 +67,7 @@ def fit(
     callbacks: list[Callback],
     between_steps: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Train to `module.max_steps`, from `<folder>/last.ckpt` where it exists, and load the best checkpoint into the module.
+    """Train to `module.max_steps`, from the `resume_point` in `folder` if there is one, and load the best checkpoint.
 
     A signal ends it after the step under way, which `last.ckpt` then has.
 
@@ -80,14 +79,20 @@ def fit(
 
     Returns:
         {"steps": number of steps in all, "best_step": step of the checkpoint that is loaded, "val_loss": its loss,
-        "resumed_from": step or None, "step_seconds": median of the steps made here, or None}.
+        "resumed_from": step or None, "step_seconds": median of the steps made here, or None, and where a checkpoint was damaged
+        "warnings": what was done about it}.
 
     Raises:
         signals.Interrupted: a signal ended it.
+        ValueError: damaged checkpoints, before the first step.
     """
-    done = last_step(folder)
+    point = resume_point(folder)
+    done = point.step if point else None
     data.seed, data.start_step = module.seed, done or 0
     stage.skip(data.start_step)
+    mended = [] if point is None or rank() else [line for line in (point.warning, mend_best(folder, point)) if line]
+    for line in mended:
+        log.warning(line)
     checkpoints = Checkpoints(folder, f"{module.prefix}val/loss", loggers)
     steps = StageProgress(stage)
     finite = FiniteValues(folder, f"{'teacher' if module.prefix else 'optimizer'}.lr={module.optimizer.lr:g}")
@@ -96,7 +101,7 @@ def fit(
         if data.start_step < module.max_steps:
             batches = validation_set.batches(max(data.batch_size, 256))
             loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
-            resume = None if done is None else folder / LAST
+            resume = None if point is None else point.file
             with watched_ranks(trainer), _between_steps(trainer, module, checkpoints, between_steps):
                 trainer.fit(module, data.train_dataloader(), loader, ckpt_path=resume, weights_only=True)
     signals.check()
@@ -110,6 +115,7 @@ def fit(
         "val_loss": best_loss(state),
         "resumed_from": done,
         "step_seconds": round(statistics.median(steps.seconds), 5) if steps.seconds else None,
+        **({"warnings": mended} if mended else {}),
     }
 
 
