@@ -29,12 +29,14 @@ from qdm_lightning.base.checks import folder as check_folder
 from qdm_lightning.base.ranks import rank
 from qdm_lightning.cli.compose import VERSION_BASE, composed, explained, parse, parsed, without_hydra
 from qdm_lightning.cli.help import help_text
+from qdm_lightning.cli.messages import about_a_file, is_about_a_file
 from qdm_lightning.cli.schema import CONF_DIR
 from qdm_lightning.cli.validate import refuse_unknown
 from qdm_lightning.runs.folder import CONFIG, LOCK, held
 
 BAD_INPUT, FAILED = 2, 1
-"""Exit statuses; 1 is of faults of ours, which come with a traceback, and of sweeps with jobs that failed."""
+"""Exit statuses; 1 is of faults of ours, which come with a traceback, and, after one line, of files that cannot be written any
+more, and of sweeps with jobs that failed."""
 
 
 class Command:
@@ -77,7 +79,8 @@ class Command:
 
         Raises:
             SystemExit: 1 where jobs of a sweep failed, 2 after one line on stderr at bad input, 128 + its number at a signal,
-                such as 130 at Ctrl-C and 143 at SIGTERM; any other error passes through.
+                such as 130 at Ctrl-C and 143 at SIGTERM, 1 after one line where the work had begun and a file could not be
+                written or read any more; any other error passes through.
         """
         job = Job(self)
         with signals.handled():
@@ -192,6 +195,14 @@ class Job:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "built": {}}  # a launcher's other process builds its own
+
+    def cut_short(self, error: OSError) -> NoReturn:
+        """Say which file could not be written, and how to go on, and end."""
+        print(
+            f"error: {one_line(about_a_file(error))}; to go on: {self.command.again(sys.argv[1:], self.folder)}",
+            file=sys.stderr,
+        )
+        raise SystemExit(FAILED) from None
 
     def interrupted(self, error: KeyboardInterrupt) -> NoReturn:
         """Say how to go on, and end."""

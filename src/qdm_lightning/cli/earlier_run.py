@@ -23,6 +23,7 @@ from qdm_lightning.cli.compose import before_it_began, composed, parsed, quoted,
 from qdm_lightning.cli.schema import TrainConfig, plain
 from qdm_lightning.cli.validate import refuse_unknown
 from qdm_lightning.diffusion.spec import SamplerConfig
+from qdm_lightning.runs.folder import check_there
 from qdm_lightning.training.spec import PathsConfig
 
 if TYPE_CHECKING:
@@ -179,8 +180,11 @@ class RunCommand(Command):
         from qdm_lightning.display.progress import Progress
 
         progress = progress or Progress()
+        assert self.base is not None
         with before_it_began(progress):
-            return self.do(*checked, progress)
+            result = self.do(*checked, progress)
+        check_there(Path(self.base.run))
+        return result
 
     def work(self, checked: tuple[Any, Any], folder: Path) -> None:
         """Do the job and show what it came to. What an interrupted one has done is kept."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
@@ -71,7 +70,7 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
 
 def about_a_file(error: Any) -> str:
     """One line about an error for which `is_about_a_file` holds."""
-    return f"{error.filename}: {os.strerror(error.errno)}"
+    return f"{error.filename}: {error.strerror}"
 
 
 def unknown_setting(key: str, known: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from qdm_lightning.base.checks import writable
 from qdm_lightning.base.files import data_hash, remove_leftovers, sha256, write_json
 from qdm_lightning.data.module import content_hash
 from qdm_lightning.diffusion.sampling import image_seeds, timesteps
@@ -112,6 +113,8 @@ class Evaluator:
             remove_leftovers(place / protocol.RESULT, locked=False)
         result = _earlier(folder, record)
         if result is None:
+            writable("out" if config.out else "run", folder)
+            writable("paths.cache", Path(self.experiment.paths.cache).expanduser())
             if not config.merge:
                 self._fill(self.chunks)
             chunks = self.cache.read(self.chunks)

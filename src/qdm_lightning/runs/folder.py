@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,6 +147,12 @@ def held(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def check_there(folder: Path) -> None:
+    """Raise FileNotFoundError where a run's folder is gone: who writes on would leave half a run in a new one."""
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(errno.ENOENT, "the run's folder was removed or moved while it was in use", str(folder))
 
 
 def check_free(folder: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 
+from qdm_lightning.base.checks import writable
 from qdm_lightning.base.files import write_json, write_whole
 from qdm_lightning.base.ranks import rank
 from qdm_lightning.diffusion.images import to_uint8
@@ -27,7 +28,7 @@ from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.models.image_sampler import ImageSampler
 from qdm_lightning.quantization import compiled
 from qdm_lightning.quantization.cost import cost as count_cost
-from qdm_lightning.runs.folder import METRICS
+from qdm_lightning.runs.folder import METRICS, check_there
 from qdm_lightning.runs.provenance import git_commit, hardware, peak_memory, versions
 from qdm_lightning.training.checkpoints import LAST
 from qdm_lightning.training.devices import deterministic_or_one_line, measuring_device, set_up
@@ -68,6 +69,7 @@ def run(experiment: Experiment, progress: Any) -> Result:
     experiment.data.setup()
     check_schedule(experiment)
     features(experiment.feature_network, experiment.data.train_images[:1])  # it takes such images, or says so now
+    writable("paths.cache", Path(experiment.paths.cache).expanduser())
     if experiment.resume:
         resume_point(experiment.run_dir / CHECKPOINTS)  # damaged checkpoints are told now
     csv = partial(CSVMetrics, experiment.run_dir / "metrics.csv", experiment.resume)
@@ -76,6 +78,7 @@ def run(experiment: Experiment, progress: Any) -> Result:
     ) as loggers:
         result = Run(experiment, progress, loggers).result()
     if not rank():
+        check_there(experiment.run_dir)
         write_json(experiment.run_dir / METRICS, result.metrics)  # the last file: who finds it finds all others
     return result
 
@@ -161,6 +164,7 @@ class Run:
     def fit(self, module: DiffusionModule, checkpoints: Path) -> dict[str, Any]:
         """Train a module, teacher or student, under a stage of its own; returns what `trainer.fit` returns."""
         e, name = self.experiment, module.prefix.rstrip("/") or "student"
+        there = LambdaCallback(on_validation_end=lambda *_: check_there(self.folder))
         scales, student = LambdaCallback(on_validation_end=log_scales), module.teacher is not None
         with self.progress.stage(name, module.max_steps, "steps") as stage:
             return fit(
@@ -171,7 +175,7 @@ class Run:
                 folder=checkpoints,
                 stage=stage,
                 loggers=self.loggers,
-                callbacks=[scales, *e.callbacks] if student else [],
+                callbacks=[there, scales, *e.callbacks] if student else [there],
                 between_steps=partial(self.sample, module) if student else None,
             )
 
