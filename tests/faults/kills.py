@@ -105,7 +105,8 @@ class Counter:
             self(f"advance {stage.name} {stage._done}")
 
         def saved(content: Any, path: Any, *args: Any, **options: Any) -> None:
-            self(f"save {Path(path).name}", lambda: Path(path).write_bytes(b"half of it" * 1000))
+            file = Path(getattr(path, "name", path))
+            self(f"save {file.name}", lambda: file.write_bytes(b"half of it" * 1000))
             save(content, path, *args, **options)
 
         def replaced(path: Path, target: Any) -> Path:
@@ -172,13 +173,12 @@ def _main(words: list[str]) -> int:
     module = import_module(f"qdm_lightning.{words[0]}")
     sys.argv = sys.orig_argv = [str(module.__file__), *words[1:]]
     try:
-        module.main()
+        return int(module.main() or 0)
     except SystemExit as end:
         return int(end.code or 0)
     except BaseException:  # noqa: BLE001 - as the interpreter would
         traceback.print_exc()
         return 1
-    return 0
 
 
 def compare(one: Any, two: Any, at: str = "") -> str:

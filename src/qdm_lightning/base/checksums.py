@@ -122,7 +122,7 @@ def _write(path: Path, digests: Sequence[str], temporary: Path, durable: bool = 
         temporary.write_text(_lines(path, digests))
         if durable:
             sync(temporary)
-        temporary.replace(checksum_file(path))  # file systems keep the order of renames: the folder is synced after the next one
+        temporary.replace(checksum_file(path))  # renames keep their order: the folder is synced after the next
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -14,12 +14,8 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-<<<<<<< HEAD
-from qdm_lightning.base.files import atomic_path, data_hash, reading, remove_leftovers
-=======
 from qdm_lightning.base.checks import writable
-from qdm_lightning.base.files import atomic_path, data_hash, reading
->>>>>>> 10fa484 (What cannot be written is one line that names it; a run whose folder is removed ends with an error)
+from qdm_lightning.base.files import atomic_path, data_hash, reading, remove_leftovers
 from qdm_lightning.diffusion.images import to_uint8
 from qdm_lightning.display.image_grids import save_grid
 from qdm_lightning.evaluation.protocol import sampler_name
@@ -59,11 +55,8 @@ def draw_pictures(experiment: Experiment, config: SampleConfig, progress: Any) -
     share = seeds[parse_shard(config.shard)]
     missing = [seed for seed in share if not _is_drawn(folder / f"{seed}.png", identity)]
     grid = folder / "grid.png" if config.shard is None else None
-<<<<<<< HEAD
-    remove_leftovers(folder / "*", locked=False)
-=======
     writable("out" if config.out else "run", folder)
->>>>>>> 10fa484 (What cannot be written is one line that names it; a run whose folder is removed ends with an error)
+    remove_leftovers(folder / "*", locked=False)
     if missing:
         _draw(subject, missing, folder, progress)
     if grid is not None:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from qdm_lightning.base import files
+from qdm_lightning.base.checksums import checksum_file
 from qdm_lightning.evaluation import chunks
 from qdm_lightning.evaluation.chunks import ChunkFolder
 
@@ -24,11 +25,12 @@ def test_what_was_written_is_read(folder):
     assert chunk.arrays["features"].dtype == np.float32
     assert chunk.meta["seconds"] == 1.5
     assert folder.read([3, 4, 5]) is None
-    assert [file.name for file in folder.path.iterdir()] == [folder.file(SEEDS).name]
+    assert [file.name for file in folder.path.glob("[!.]*")] == [folder.file(SEEDS).name]
 
 
-def test_every_damaged_byte_and_every_cut_is_found(folder):
+def test_every_damaged_byte_and_every_cut_is_found_without_the_checksum_beside_it(folder):
     file = folder.file(SEEDS)
+    checksum_file(file).unlink()
     whole = file.read_bytes()
     array = np.arange(6, dtype=np.float32).tobytes()
     start = whole.index(array)
@@ -49,6 +51,7 @@ def test_every_damaged_byte_and_every_cut_is_found(folder):
 
 def test_contents_with_a_valid_zip_but_another_checksum_key_or_seeds(folder):
     file = folder.file(SEEDS)
+    checksum_file(file).unlink()
     with np.load(file) as archive:
         arrays = {name: archive[name] for name in archive.files}
     for other in ({"features": arrays["features"] + 1}, {"meta": np.array('{"key": "key", "seconds": 9}')}):
@@ -72,7 +75,7 @@ def test_a_write_that_fails_leaves_nothing(folder, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         folder.write([8, 9], {"features": np.zeros((2, 2))}, {})
     assert folder.read([8, 9]) is None
-    assert len(list(folder.path.iterdir())) == 1
+    assert len(list(folder.path.iterdir())) == 2  # that of the fixture, and its checksum
     with pytest.raises(ValueError, match="has 2 rows"):
         folder.write(SEEDS, {"features": np.zeros((2, 2))}, {})
 
@@ -90,4 +93,4 @@ def test_remains_of_processes_that_are_gone_are_swept(folder, monkeypatch):
     monkeypatch.setattr(files, "STALE", -1.0)
     monkeypatch.setattr(files.os, "kill", lambda process, number: (_ for _ in ()).throw(ProcessLookupError))
     folder.sweep()
-    assert [file.name for file in folder.path.iterdir()] == [folder.file(SEEDS).name]
+    assert not list(folder.path.glob(".*.tmp"))
