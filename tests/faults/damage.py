@@ -18,7 +18,7 @@ import shlex
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,11 +83,14 @@ READERS = {
         "new",
     ),
     "half a teacher": Reader(
-        "train {tiny} quant=fp32 paths.cache={root}/half_cache hydra.run.dir={root}/new",
+        "train {tiny} quant=fp32 paths.cache={root}/half_cache trainer.max_steps=4 hydra.run.dir={root}/new",
         ("half_cache/teachers/*.work/checkpoints/*.ckpt",),
         "new/teacher",
     ),
 }
+
+PARTS = ("half", "done", "ptq", "half_cache")
+"""Folders that are made; `cache` is made beside them."""
 
 DAMAGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "truncated": lambda content, draw: content[: len(content) // 2],
@@ -121,26 +124,30 @@ class Case:
 class Damage:
     """The cases of one seed, in `folder`: `sound` has the runs as they were made, `work` is restored from it for each case."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.seed = folder, seed
+    def __init__(self, folder: Path, seed: int, parts: Collection[str] = PARTS) -> None:
+        self.folder, self.seed, self._expected = folder, seed, dict[str, dict[str, object]]()
         self.sound, self.work = folder / "sound", folder / "work"
         self.tiny = shlex.join([*TINY, f"data.path={folder / 'pictures'}", f"paths.cache={self.work / 'cache'}"])
         if not self.sound.is_dir():
-            self.make()
+            self.make(parts)
 
-    def make(self) -> None:
+    def make(self, parts: Collection[str]) -> None:
         """Runs and caches. The half-done ones are killed after a step past their first checkpoint."""
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
         _pictures(self.folder / "pictures")
-        self.run(f"train {self.tiny} hydra.run.dir={self.work}/done")
-        self.run(f"train {self.tiny} hydra.run.dir={self.work}/ptq quant.mode=ptq nem=off")
-        self.run(f"train {self.tiny} hydra.run.dir={self.work}/half", kill_at="advance student 5")
-        cache = f"hydra.run.dir={self.work}/left quant=fp32 paths.cache={self.work}/half_cache"
-        self.run(f"train {self.tiny} {cache} trainer.max_steps=4", kill_at="advance teacher 3")
-        self.run(f"evaluate run={self.work}/done num_samples=16 chunk=8")
-        self.run(f"sample run={self.work}/done seeds=0-2")
-        shutil.rmtree(self.work / "left")
+        if "half" in parts:
+            self.run(f"train {self.tiny} hydra.run.dir={self.work}/half", kill_at="advance student 5")
+        if "done" in parts:
+            self.run(f"train {self.tiny} hydra.run.dir={self.work}/done")
+            self.run(f"evaluate run={self.work}/done num_samples=16 chunk=8")
+            self.run(f"sample run={self.work}/done seeds=0-2")
+        if "ptq" in parts:
+            self.run(f"train {self.tiny} hydra.run.dir={self.work}/ptq quant.mode=ptq")
+        if "half_cache" in parts:
+            cache = f"hydra.run.dir={self.work}/left quant=fp32 paths.cache={self.work}/half_cache trainer.max_steps=4"
+            self.run(f"train {self.tiny} {cache}", kill_at="advance teacher 3")
+            shutil.rmtree(self.work / "left")
         self.work.rename(self.sound)
 
     def run(self, words: str, kill_at: str = "") -> None:
@@ -183,12 +190,22 @@ class Damage:
         ended = command(shlex.split(reader.words.format(root=self.work, tiny=self.tiny)), self.work)
         return ended.status, (self.work / "out").read_text() + ended.err, state(self.work / reader.leaves)
 
+    def expected(self, reader: str) -> dict[str, object]:
+        """What a reader leaves where nothing is damaged."""
+        if reader not in self._expected:
+            self.restore()
+            status, said, self._expected[reader] = self.outcome(READERS[reader])
+            if status:
+                raise RuntimeError(f"{reader} ended with {status} where nothing is damaged: {said[-2000:]}")
+        return self._expected[reader]
+
     def restore(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(self.sound, self.work)
 
-    def why(self, case: Case, expected: dict[str, object]) -> str:
+    def why(self, case: Case) -> str:
         """What was wrong with how the case ended; empty where the damage was recognised."""
+        expected = self.expected(case.reader)
         self.restore()
         file, draw = self.work / case.file, random.Random(f"{self.seed} {case.name}")
         content = file.read_bytes()
@@ -243,16 +260,11 @@ def main() -> None:
     results = folder / f"results_{args.seed}.jsonl"
     known = dict(json.loads(line) for line in results.read_text().splitlines()) if results.is_file() else {}
     warm()
-    damage, expected = Damage(folder, args.seed), dict[str, dict[str, object]]()
+    damage = Damage(folder, args.seed)
     cases = list(damage.cases())
     for number, case in enumerate(cases):
         if case.name not in known:
-            if case.reader not in expected:
-                damage.restore()
-                status, said, expected[case.reader] = damage.outcome(READERS[case.reader])
-                if status:
-                    raise RuntimeError(f"{case.reader} ended with {status} where nothing is damaged: {said[-2000:]}")
-            known[case.name] = damage.why(case, expected[case.reader])
+            known[case.name] = damage.why(case)
             with results.open("a") as stream:
                 stream.write(json.dumps([case.name, known[case.name]]) + "\n")
         why = known[case.name]

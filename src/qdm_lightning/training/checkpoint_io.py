@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} is not a file: give a checkpoint, such as <run>/checkpoints/last.ckpt")
-    with reading(path, "it cannot be read as a checkpoint") as stream:
+    with reading(path, "it cannot be read as a checkpoint") as stream, warnings.catch_warnings(action="ignore"):
         content = torch.load(stream, map_location="cpu", weights_only=True)
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no checkpoint of a run: it holds a {type(content).__name__}")
