@@ -26,6 +26,7 @@ from qdm_lightning import __version__
 from qdm_lightning.base import signals
 from qdm_lightning.base.checks import UserError, one_line
 from qdm_lightning.base.checks import folder as check_folder
+from qdm_lightning.base.checksums import checksum_file
 from qdm_lightning.base.ranks import rank
 from qdm_lightning.cli.compose import VERSION_BASE, composed, explained, parse, parsed, without_hydra
 from qdm_lightning.cli.help import help_text
@@ -220,7 +221,8 @@ def _discard(folder: Path) -> None:
     process trains.
     """
     with suppress(UserError), held(folder):
-        written = [*folder.glob("*.log"), folder / CONFIG, folder / LOCK]
+        config = folder / CONFIG
+        written = [*folder.glob("*.log"), config, checksum_file(config), folder / LOCK]
         if {*folder.iterdir()} - {*written}:
             return
         for file in written:

@@ -1,10 +1,14 @@
 """Checkpoints are data, and those of a run."""
 
 import pickle
+import resource
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from qdm_lightning.base.files import atomic_folder, atomic_path
+from qdm_lightning.data.cache import cached
 from qdm_lightning.training.checkpoint_io import AtomicCheckpointIO, load_checkpoint
 
 
@@ -16,6 +20,35 @@ def test_checkpoints_come_back(tmp_path):
     assert loaded["global_step"] == 1
     AtomicCheckpointIO().remove_checkpoint(path)
     assert not list(path.parent.iterdir())
+
+
+@pytest.mark.parametrize("format", ["checkpoint", "safetensors", "folder", "array"])
+def test_a_full_disk_is_told_and_what_was_there_stays(tmp_path, format):
+    """As far as a process may test it: files that may not grow beyond 10,000 bytes."""
+    path, weights = tmp_path / "a", {"x": torch.ones(5000)}
+
+    def write(content):
+        if format == "checkpoint":
+            AtomicCheckpointIO().save_checkpoint({"state_dict": content, "global_step": 1}, path)
+        elif format == "array":
+            cached(str(tmp_path), "a", (len(content["x"]), 1, 1, 1), [content["x"].byte().numpy().reshape(-1, 1, 1, 1)])
+        else:
+            with atomic_path(path) if format == "safetensors" else atomic_folder(path) as place:
+                save_file(content, place if format == "safetensors" else place / "b")
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if format != "array":
+        write({"x": torch.ones(2)})
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write({"x": torch.ones(20_000)} if format == "array" else weights)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename == str(path) + (".npy" if format == "array" else "")
+    left = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".lock"}
+    assert left == before
 
 
 class Evil:

@@ -10,7 +10,7 @@ from qdm_lightning.training.resume import TRAINING, mend_best, resume_point
 
 
 def checkpoint(path, step, best):
-    content = {"state_dict": {"x": torch.ones(2)}, "global_step": step, **dict.fromkeys(TRAINING, [])}
+    content = {"state_dict": {"x": torch.ones(2)}, "global_step": step, **{name: [] for name in TRAINING}}
     with atomic_path(path) as temporary:
         torch.save({**content, "callbacks": {STATE: {"loss": 0.5, "step": best}}}, temporary)
 
