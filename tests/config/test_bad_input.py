@@ -167,11 +167,11 @@ def test_a_folder_that_was_there_keeps_what_it_holds(folder, refused, composed):
 
 
 @pytest.mark.parametrize("began", [False, True])
-def test_what_cannot_be_written_is_one_line(folder, command_line, monkeypatch, capsys, composed, began):
+def test_what_cannot_be_written_is_one_line(folder, command_line, monkeypatch, capsys, began):
     """Before the first stage it is the user's choice, and nothing is left; after it the run stays, and how to go on is said."""
 
     def work(experiment, progress):
-        write_config(experiment.run_dir, plain(composed()))
+        write_config(experiment.run_dir, experiment.resolved)
         progress.started = began
         raise OSError(errno.ENOSPC, "No space left on device", "/full/last.ckpt")
 

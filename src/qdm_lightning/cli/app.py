@@ -193,6 +193,10 @@ class Job:
             if self.new_folder and not rank():
                 _discard(self.folder)
             fail(error)
+        except OSError as error:
+            if not (alone and is_about_a_file(error)):
+                raise
+            self.cut_short(error)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "built": {}}  # a launcher's other process builds its own
