@@ -66,7 +66,8 @@ def fill_from_checkpoint(unet: nn.Module, path: Path, weights: str = "ema") -> i
         ValueError: the file is damaged, or holds another network.
     """
     checkpoint, prefix = load_checkpoint(path), PREFIXES[weights]
-    state = {n.removeprefix(prefix): value for n, value in checkpoint["state_dict"].items() if n.startswith(prefix)}
+    named = {str(name): value for name, value in checkpoint["state_dict"].items()}
+    state = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
     fill(unet, state, path)
     return int(checkpoint["global_step"])
 

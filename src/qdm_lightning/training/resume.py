@@ -35,6 +35,8 @@ def resume_point(checkpoints: Path) -> ResumePoint | None:
     try:
         return ResumePoint(last, _step(last))
     except ValueError as error:
+        if not last.is_file():  # nor could it be written
+            raise
         try:
             step = _step(best)
         except (ValueError, FileNotFoundError):
