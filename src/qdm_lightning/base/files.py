@@ -45,7 +45,8 @@ def atomic_path(path: Path, checksum: bool = True) -> Iterator[Path]:
 
     Args:
         path: its folder is created.
-        checksum: leave a checksum beside it (see `checksums`); false for a format that has one in itself.
+        checksum: leave a checksum beside it (see `checksums`); false for a PNG, which has its own, and for what is for the user
+            alone and never read back.
 
     Raises:
         OSError: it cannot be written, such as on a full disk; its `filename` is `path`, whatever the block's library raised.
@@ -116,15 +117,15 @@ def _system_error(error: BaseException) -> int | None:
     return int(match[1]) if match else None
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write `content` to `path`, whole or not at all; its folder is created."""
-    with atomic_path(path) as temporary:
+def write_whole(path: Path, content: bytes, checksum: bool = True) -> None:
+    """Write `content` to `path`, whole or not at all; arguments as of `atomic_path`."""
+    with atomic_path(path, checksum) as temporary:
         temporary.write_bytes(content)
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write plain data as indented JSON, whole or not at all."""
-    write_whole(path, (json.dumps(data, indent=2) + "\n").encode())
+def write_json(path: Path, data: Any, checksum: bool = True) -> None:
+    """Write plain data as indented JSON, whole or not at all; arguments as of `atomic_path`."""
+    write_whole(path, (json.dumps(data, indent=2) + "\n").encode(), checksum)
 
 
 def remove_leftovers(path: Path, *, locked: bool = True) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from qdm_lightning.base.checks import writable
 from qdm_lightning.base.files import atomic_path, data_hash, reading, remove_leftovers
 from qdm_lightning.diffusion.images import to_uint8
-from qdm_lightning.display.image_grids import save_grid
+from qdm_lightning.display.image_grids import check_png, save_grid
 from qdm_lightning.evaluation.protocol import sampler_name
 from qdm_lightning.evaluation.spec import SampleConfig, parse_seeds, parse_shard
 from qdm_lightning.evaluation.subject import Subject
@@ -101,7 +100,7 @@ def save_picture(path: Path, image: Tensor, provenance: Mapping[str, Any]) -> No
     """Write an image (C, H, W) uint8, C 1 or 3, as PNG, whole or not at all, with its provenance in the text field `FIELD`."""
     text = PngImagePlugin.PngInfo()
     text.add_text(FIELD, json.dumps(provenance))
-    with atomic_path(path, checksum=False) as part:  # a PNG has its own
+    with atomic_path(path, checksum=False) as part:
         Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(part, format="PNG", pnginfo=text)
 
 
@@ -117,22 +116,6 @@ def read_picture(path: Path) -> tuple[Tensor, dict[str, Any]]:
         picture = Image.open(stream)
         pixels = np.atleast_3d(np.array(picture))
         return torch.from_numpy(pixels).permute(2, 0, 1), json.loads(picture.info[FIELD])
-
-
-def check_png(stream: BinaryIO) -> None:
-    """Compare the checksums of a PNG's chunks, which Pillow does not for the pixels. The stream is at its beginning afterwards.
-
-    Raises:
-        ValueError: a byte is not what was written, or the file does not end where it should.
-    """
-    kind, whole = b"", stream.read(8) == b"\x89PNG\r\n\x1a\n"
-    while whole and kind != b"IEND":
-        length = stream.read(4)
-        chunk = stream.read(int.from_bytes(length, "big") + 4)
-        kind, whole = chunk[:4], len(length) == 4 and zlib.crc32(chunk) == int.from_bytes(stream.read(4), "big")
-    if not whole or stream.read(1):
-        raise ValueError("it is no PNG, or its checksums are wrong")
-    stream.seek(0)
 
 
 def _draw_trajectories(subject: Subject, seeds: Sequence[int], folder: Path, progress: Any) -> None:

@@ -116,13 +116,13 @@ def _cached(
         if missing:
             if (retrain and not experiment.resume) or not _goes_on(work / "checkpoints", say):
                 remove_checked(work)
-            write_whole(leader, str(experiment.run_dir).encode())
+            write_whole(leader, str(experiment.run_dir).encode(), checksum=False)
             unet, fitted = train()
             with atomic_folder(folder) as new:
                 save_pipeline(unet, experiment.diffusion, new)
                 write_json(new / FITTED, {"key": key, "settings": settings, "trained_by": _name(experiment), **fitted})
             remove_checked(work)
-            remove_checked(leader)
+            leader.unlink()
     return folder, missing
 
 

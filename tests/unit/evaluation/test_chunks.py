@@ -88,7 +88,7 @@ def test_remains_of_processes_that_are_gone_are_swept(folder, monkeypatch):
         (folder.path / f".a.npz.{files._host()}.{process}.tmp").write_bytes(b"half")
     (folder.path / f".a.npz.elsewhere.{gone.pid}.tmp").write_bytes(b"half")
     folder.sweep()
-    left = {file.name.removeprefix(".a.npz.") for file in folder.path.glob(".*")}
+    left = {file.name.removeprefix(".a.npz.") for file in folder.path.glob(".*.tmp")}
     assert left == {f"{files._host()}.{os.getpid()}.tmp", f"elsewhere.{gone.pid}.tmp"}
     monkeypatch.setattr(files, "STALE", -1.0)
     monkeypatch.setattr(files.os, "kill", lambda process, number: (_ for _ in ()).throw(ProcessLookupError))
