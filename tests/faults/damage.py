@@ -40,8 +40,8 @@ class Reader:
     words: str
     files: tuple[str, ...]
     leaves: str
-    without: str = ""
-    """What is removed before, so that the command does not find its own result."""
+    without: tuple[str, ...] = ()
+    """What is removed before, so that the command does not find its own results."""
 
 
 TEACHER = ("{run}/teacher/unet/config.json", "{run}/teacher/unet/*.safetensors")
@@ -62,9 +62,15 @@ READERS = {
     ),
     "score": Reader(
         "evaluate run={root}/done num_samples=16 chunk=8",
-        ("done/evaluations/chunks/*/*/*.npz",),
+        ("done/evaluations/chunks/*/features_*/*.npz",),
         "done/evaluations",
-        without="done/evaluations/*/evaluation.json",
+        without=("done/evaluations/*/evaluation.json",),
+    ),
+    "take features": Reader(
+        "evaluate run={root}/done num_samples=16 chunk=8",
+        ("done/evaluations/chunks/*/images/*.npz",),
+        "done/evaluations",
+        without=("done/evaluations/*/evaluation.json", "done/evaluations/chunks/*/features_*/*.npz"),
     ),
     "calibrated": Reader("evaluate run={root}/ptq num_samples=8", ("ptq/student/**/*.safetensors",), "ptq/evaluations"),
     "sample": Reader("sample run={root}/done seeds=0-2", ("done/images/*/[0-9]*.png",), "done/images"),
@@ -185,10 +191,12 @@ class Damage:
 
     def outcome(self, reader: Reader) -> tuple[int, str, dict[str, object]]:
         """Run a reader in `work`: its status, all that it said, and what it left."""
-        for file in self.work.glob(reader.without) if reader.without else ():
+        for file in [file for pattern in reader.without for file in self.work.glob(pattern)]:
             file.unlink()
         ended = command(shlex.split(reader.words.format(root=self.work, tiny=self.tiny)), self.work)
-        return ended.status, (self.work / "out").read_text() + ended.err, state(self.work / reader.leaves)
+        page = self.work / "done" / "report.html"
+        said = "".join(file.read_text() for file in (self.work / "out", page) if file.is_file())
+        return ended.status, said + ended.err, state(self.work / reader.leaves)
 
     def expected(self, reader: str) -> dict[str, object]:
         """What a reader leaves where nothing is damaged."""
@@ -220,17 +228,17 @@ class Damage:
         if case.damage.startswith("bare "):
             (file.parent / f".{file.name}.sha256").unlink()
         status, said, left = self.outcome(READERS[case.reader])
-        return judged(case, status, said, compare(expected, left))
+        return judged(file, status, said, compare(expected, left))
 
 
-def judged(case: Case, status: int, said: str, difference: str) -> str:
+def judged(file: Path, status: int, said: str, difference: str) -> str:
     """Empty where the damage was recognised, else what was wrong."""
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
-    name = Path(case.file).name
     if "Traceback" in said:
         return f"a traceback: {said[-1500:]}"
-    if name not in said and "/".join(Path(case.file).parts[1:]) not in said and Path(case.file).parent.name not in said:
-        return f"nobody named {case.file}; status {status}: {said[-1500:]}"
+    named = (f"{place} {how}" for place in (file.name, file.parent) for how in ("is damaged", "cannot be read", "is no"))
+    if not any(words in said for words in named):
+        return f"nobody named {file}; status {status}: {said[-1500:]}"
     if status == 2 and len(lines) == 1:
         return ""
     if status == 0:

@@ -149,8 +149,9 @@ def _goes_on(checkpoints: Path, say: Callable[[str], None]) -> bool:
     """True unless a half-trained teacher lies there that is too damaged to go on with; `say` tells of that."""
     try:
         point = resume_point(checkpoints)
-        if point:
-            mend_best(checkpoints, point)
+        mended = mend_best(checkpoints, point) if point else ""
+        if mended:
+            say(mended)
     except ValueError as error:
         say(f"{one_line(error)}; the teacher is trained from the start")
         return False
