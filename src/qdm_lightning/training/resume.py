@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from qdm_lightning.base.checks import UserError
 from qdm_lightning.base.files import atomic_path
 from qdm_lightning.training.checkpoint_io import load_checkpoint
 from qdm_lightning.training.checkpoints import BEST, LAST, STATE
@@ -27,7 +28,7 @@ def resume_point(checkpoints: Path) -> ResumePoint | None:
     """The last checkpoint in a folder, or the best, which is as old or older, where that one is damaged; None without a last.
 
     Raises:
-        ValueError: both are damaged.
+        UserError: both are damaged.
     """
     last, best = checkpoints / LAST, checkpoints / BEST
     if not last.exists():
@@ -40,7 +41,7 @@ def resume_point(checkpoints: Path) -> ResumePoint | None:
         try:
             step = _step(best)
         except (ValueError, FileNotFoundError):
-            raise ValueError(f"{error}; nor is {BEST} sound: remove {checkpoints} to train from the start") from error
+            raise UserError(f"{error}; nor is {BEST} sound: remove {checkpoints} to train from the start") from error
         return ResumePoint(best, step, f"{error}; training goes on from {BEST}, of step {step}")
 
 
@@ -55,14 +56,14 @@ def mend_best(checkpoints: Path, point: ResumePoint) -> str:
         What was done, for the record; empty where nothing was wrong.
 
     Raises:
-        ValueError: another one was the best, and is lost.
+        UserError: another one was the best, and is lost.
     """
     try:
         load_checkpoint(checkpoints / BEST)
         return ""
     except (ValueError, FileNotFoundError) as error:
         if load_checkpoint(point.file)["callbacks"].get(STATE, {}).get("step") != point.step:
-            raise ValueError(
+            raise UserError(
                 f"{error}; the best student is lost: remove {checkpoints} to train from the start, or measure the last one, "
                 f"python -m qdm_lightning.evaluate run={checkpoints.parent} checkpoint=last"
             ) from error
