@@ -86,7 +86,7 @@ READERS = {
             *("cache/datasets/*.npy", "cache/teacher_images/*.safetensors", "cache/teachers/*/teacher.json"),
             *(f"cache/teachers/*/{file}" for file in ("unet/config.json", "unet/*.safetensors", "scheduler/*.json")),
         ),
-        "new",
+        "new/student",  # metrics.csv has the teacher's rows where it is trained again
     ),
     "half a teacher": Reader(
         "train {tiny} quant=fp32 paths.cache={root}/half_cache trainer.max_steps=4 hydra.run.dir={root}/new",
