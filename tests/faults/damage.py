@@ -196,7 +196,8 @@ class Damage:
         ended = command(shlex.split(reader.words.format(root=self.work, tiny=self.tiny)), self.work)
         page = self.work / "done" / "report.html"
         said = "".join(file.read_text() for file in (self.work / "out", page) if file.is_file())
-        return ended.status, said + ended.err, state(self.work / reader.leaves)
+        left = {} if ended.status else state(self.work / reader.leaves)
+        return ended.status, said + ended.err, left
 
     def expected(self, reader: str) -> dict[str, object]:
         """What a reader leaves where nothing is damaged."""
