@@ -30,7 +30,7 @@ TINY = shlex.split(
     "trainer.compile=off trainer.accelerator=cpu trainer.threads=1 quant.calibration_batches=1 sampler.steps=2 "
     "sampler.batch_size=8 num_samples=8 logger=none"
 )
-TIMES |= {"warnings", "trained_now", "trained_by"}
+TIMES |= {"warnings", "trained_now", "trained_by", "git"}
 
 
 @dataclass(frozen=True)
