@@ -26,7 +26,7 @@ def main(folder: Path, overrides: Sequence[str] = ()) -> None:
         subprocess.run([sys.executable, "-m", "qdm_lightning.train", *OVERRIDES, *places, *overrides], check=True)
         (trained,) = Path(scratch, "cache", "teachers").glob("*/teacher.json")
         with atomic_folder(folder) as new:
-            shutil.copytree(trained.parent, new, dirs_exist_ok=True)
+            shutil.copytree(trained.parent, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
     print(folder)
 
 

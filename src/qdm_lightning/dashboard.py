@@ -73,7 +73,11 @@ class Dashboard(Command):
             if file is None:
                 self.show(f"dashboard: {save(board)}")
                 return
-            write_json(Path(file).expanduser(), board._to_model().model_dump(by_alias=True, exclude_none=True, mode="json"))
+            write_json(
+                Path(file).expanduser(),
+                board._to_model().model_dump(by_alias=True, exclude_none=True, mode="json"),
+                checksum=False,
+            )
         except OSError as error:
             raise UserError(f"json={file} cannot be written: {error.strerror}") from error
         except ValueError as error:

@@ -1,12 +1,13 @@
 """Bad input: one line that says what is allowed, exit status 2, no traceback, nothing written."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from qdm_lightning.base.checks import UserError
+from qdm_lightning.base.checks import UserError, writable
 from qdm_lightning.cli import build as building
 from qdm_lightning.cli import training
 from qdm_lightning.cli.schema import plain
@@ -163,6 +164,46 @@ def test_a_folder_that_was_there_keeps_what_it_holds(folder, refused, composed):
     assert {path: path.read_bytes() for path in mine.rglob("*")} == before
     refused(["hydra.run.dir=mine", "seed=1"], work)
     assert (mine / "config.yaml").read_bytes() == before[mine / "config.yaml"]
+
+
+@pytest.mark.parametrize("began", [False, True])
+def test_what_cannot_be_written_is_one_line(folder, command_line, monkeypatch, capsys, began):
+    """Before the first stage it is the user's choice, and nothing is left; after it the run stays, and how to go on is said."""
+
+    def work(experiment, progress):
+        write_config(experiment.run_dir, experiment.resolved)
+        progress.started = began
+        raise OSError(errno.ENOSPC, "No space left on device", "/full/last.ckpt")
+
+    monkeypatch.setattr(training, "_run", work)
+    with pytest.raises(SystemExit) as end:
+        command_line(training.Training("train", (), pytest.fail), "hydra.run.dir=mine")
+    err = capsys.readouterr().err
+    assert err.startswith("error: /full/last.ckpt: No space left on device")
+    assert err.count("\n") == 1
+    assert end.value.code == (1 if began else 2)
+    assert (folder / "mine" / "config.yaml").exists() == began
+    assert (f"; to go on: python -m qdm_lightning.train run={folder / 'mine'}" in err) == began
+
+
+def test_an_error_of_the_system_that_names_nothing_keeps_its_traceback(folder, command_line, monkeypatch):
+    def work(experiment, progress):
+        progress.started = True
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(training, "_run", work)
+    with pytest.raises(OSError, match="Bad file"):
+        command_line(training.Training("train", (), pytest.fail))
+
+
+@pytest.mark.parametrize("setting", ["paths.output", "paths.cache", "hydra.run.dir"])
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that takes no files")
+def test_a_place_that_takes_no_files_is_named(setting, folder, refused):
+    def work(experiment, progress):
+        writable("paths.cache", Path(experiment.paths.cache))
+
+    assert f"{'paths.cache=' if setting == 'paths.cache' else ''}/proc/none" in refused([f"{setting}=/proc/none"], work)
+    assert list(folder.iterdir()) == []
 
 
 def test_nodes_need_one_folder(folder, refused):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from omegaconf import OmegaConf
 
 from qdm_lightning.base.checks import UserError
@@ -28,7 +29,7 @@ def test_a_job_gets_its_settings_and_a_folder_of_its_own(folder, train):
     assert one.parent == folder / "outputs"
     assert one.name.endswith("_w3a3_normalize_replace_ddim50_seed7")
     assert one != other
-    assert (one / ".hydra" / "overrides.yaml").is_file()
+    assert not (one / ".hydra").exists()
 
 
 def test_what_hydra_would_not_read_is_read(folder):
@@ -147,7 +148,7 @@ def test_what_was_trained_stays_when_the_run_ends_with_one_line(trained, folder,
         train("hydra.run.dir=run", work=work)
     assert capsys.readouterr().err == "error: train/loss is nan\n"
     kept = {path.name for path in (folder / "run").glob("*")}
-    assert kept == ({".hydra", "train.log", "config.yaml", "checkpoints"} if trained else set())
+    assert kept == ({"train.log", "config.yaml", "checkpoints", ".lock"} if trained else set())
     assert (folder / "run").exists() == trained
 
 
@@ -219,3 +220,15 @@ def test_a_schedule_that_no_file_tells_must_be_typed(folder, train, capsys, give
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDPMScheduler"}')
     assert len(train(*words)) == 1
+
+
+@pytest.mark.parametrize("typed", ["hydra.run.dir=run", "run=run"])
+def test_a_command_typed_while_a_run_is_under_way_touches_nothing(typed, folder, composed, capsys, train):
+    (folder / "run").mkdir()
+    leave_a_run(folder / "run", composed)
+    before = {path: path.read_bytes() for path in (folder / "run").iterdir()}
+    with FileLock(folder / "run" / ".lock"), pytest.raises(SystemExit, match="2"):
+        train(typed)
+    assert "is being trained by another process" in capsys.readouterr().err
+    (folder / "run" / ".lock").unlink(missing_ok=True)
+    assert {path: path.read_bytes() for path in (folder / "run").rglob("*")} == before

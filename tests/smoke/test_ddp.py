@@ -1,5 +1,6 @@
 """Several processes train one job: what one process trains, to float32's rounding; where one of them ends, the others do."""
 
+import csv
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 
@@ -22,6 +24,7 @@ from qdm_lightning.quantization import MSESearch, QuantConfig, calibrate, compil
 from qdm_lightning.quantization.preparation import Quantizers
 from qdm_lightning.quantization.quantizer import LSQActivation, LSQWeight
 from qdm_lightning.quantization.taq import EMANormalizedActivation, GroupedActivation, NormalizedActivation
+from qdm_lightning.training.checkpoint_io import load_checkpoint
 from qdm_lightning.training.module import DiffusionModule
 from qdm_lightning.training.network_settings import network_settings
 from qdm_lightning.training.spec import OptimizerConfig, TrainerConfig
@@ -166,6 +169,36 @@ def test_two_nodes_train_one_run(tmp_path):
     assert metrics["student"]["steps"] == 4
     assert metrics["teacher_origin"]["trained_now"]
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_signal_to_one_process_ends_both_with_every_step_in_the_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    typed = [
+        *arguments(tmp_path),
+        "trainer.devices=2",
+        "trainer.max_steps=100000",
+        "trainer.log_every=1",
+        f"hydra.run.dir={folder}",
+    ]
+    command = [sys.executable, "-m", "qdm_lightning.train", *typed]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        end = time.monotonic() + 240
+        while not (folder / "checkpoints" / "last.ckpt").is_file() and first.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+        (other,) = psutil.Process(first.pid).children()
+        other.terminate()
+        err = first.communicate(timeout=120)[1]
+        assert first.returncode == 143, err[-3000:]
+        assert err.splitlines()[-1].startswith(f"interrupted; to go on: python -m qdm_lightning.train logger=none run={folder}")
+        psutil.wait_procs([other], timeout=30)
+        assert not other.is_running()
+    finally:
+        first.kill()
+    steps = load_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"]
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(steps))
 
 
 def test_where_a_process_is_killed_the_other_ends_with_one_line(tmp_path):

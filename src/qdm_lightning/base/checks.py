@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
@@ -43,6 +44,16 @@ def positive(name: str, value: float) -> None:
     """Raise ValueError unless `0 < value < inf` (NaN fails)."""
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}={value} is not allowed: it must be a positive number")
+
+
+def writable(name: str, folder: Path) -> None:
+    """Make a folder, and raise UserError where no file can be written in it. `name` is the setting that says where it is."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise UserError(f"{name}={folder} cannot be written ({error.strerror}): give another folder") from error
 
 
 def folder(name: str, value: str) -> None:

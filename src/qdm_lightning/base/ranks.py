@@ -29,3 +29,8 @@ def started_apart() -> bool:
     """True where srun or torchrun started this process as one of several."""
     several = (("SLURM_PROCID", "SLURM_NTASKS"), ("RANK", "WORLD_SIZE"))
     return any(number in os.environ and int(os.environ.get(count, "1")) > 1 for number, count in several)
+
+
+def child_rank() -> bool:
+    """True in a rank that Lightning started from the first one: that one's exit status is the job's."""
+    return int(os.environ.get("LOCAL_RANK") or 0) > 0 and not started_apart()

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,16 +23,21 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from qdm_lightning import __version__
+from qdm_lightning.base import signals
 from qdm_lightning.base.checks import UserError, one_line
 from qdm_lightning.base.checks import folder as check_folder
+from qdm_lightning.base.checksums import checksum_file
+from qdm_lightning.base.ranks import rank
 from qdm_lightning.cli.compose import VERSION_BASE, composed, explained, parse, parsed, without_hydra
 from qdm_lightning.cli.help import help_text
+from qdm_lightning.cli.messages import about_a_file, is_about_a_file
 from qdm_lightning.cli.schema import CONF_DIR
 from qdm_lightning.cli.validate import refuse_unknown
-from qdm_lightning.runs.folder import CONFIG, LOCK
+from qdm_lightning.runs.folder import CONFIG, LOCK, held
 
-BAD_INPUT, INTERRUPTED = 2, 130
-"""Exit statuses; 1 is left to faults of ours, which come with a traceback, and to sweeps with jobs that failed."""
+BAD_INPUT, FAILED = 2, 1
+"""Exit statuses; 1 is of faults of ours, which come with a traceback, and, after one line, of files that cannot be written any
+more, and of sweeps with jobs that failed."""
 
 
 class Command:
@@ -59,24 +66,35 @@ class Command:
         """Do a job, from what `check` returned and the folder that Hydra made. Raises UserError at bad input."""
         raise NotImplementedError
 
+    def again(self, words: Sequence[str], folder: Path | None) -> str:
+        """The command that goes on with an interrupted one, for a shell.
+
+        Args:
+            words: what was typed.
+            folder: Hydra's; None where the job had not begun.
+        """
+        return shlex.join(["python", "-m", f"qdm_lightning.{self.name}", *words])
+
     def main(self) -> None:
         """Run the command as it was typed, `sys.argv`.
 
         Raises:
-            SystemExit: 1 where jobs of a sweep failed, 2 after one line on stderr at bad input, 130 at Ctrl-C; any other
-                error passes through.
+            SystemExit: 1 where jobs of a sweep failed, 2 after one line on stderr at bad input, 128 + its number at a signal,
+                such as 130 at Ctrl-C and 143 at SIGTERM, 1 after one line where the work had begun and a file could not be
+                written or read any more; any other error passes through.
         """
         job = Job(self)
-        try:
-            _main(job, sys.argv[1:])
-        except KeyboardInterrupt:
-            job.interrupted()
-        except SystemExit as end:
-            if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
-                job.interrupted()
-            raise
-        except UserError as error:
-            fail(error)
+        with signals.handled():
+            try:
+                _main(job, sys.argv[1:])
+            except KeyboardInterrupt as error:
+                job.interrupted(error)
+            except SystemExit as end:
+                if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
+                    job.interrupted(end.__context__)
+                raise
+            except UserError as error:
+                fail(error)
 
 
 def fail(error: object) -> NoReturn:
@@ -172,32 +190,47 @@ class Job:
         except UserError as error:
             if not alone:
                 raise  # the launcher goes on with the other jobs, then reports it
-            if self.new_folder:
+            if self.new_folder and not rank():
                 _discard(self.folder)
             fail(error)
+        except OSError as error:
+            if not (alone and is_about_a_file(error)):
+                raise
+            self.cut_short(error)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "built": {}}  # a launcher's other process builds its own
 
-    def interrupted(self) -> NoReturn:
+    def cut_short(self, error: OSError) -> NoReturn:
+        """Say which file could not be written, and how to go on, and end."""
+        print(
+            f"error: {one_line(about_a_file(error))}; to go on: {self.command.again(sys.argv[1:], self.folder)}",
+            file=sys.stderr,
+        )
+        raise SystemExit(FAILED) from None
+
+    def interrupted(self, error: KeyboardInterrupt) -> NoReturn:
         """Say how to go on, and end."""
-        resumable = self.folder is not None and (self.folder / CONFIG).is_file()
-        hint = f"; to go on: python -m qdm_lightning.{self.command.name} run={self.folder}" if resumable else ""
-        print(f"interrupted{hint}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+        number = error.number if isinstance(error, signals.Interrupted) else signal.SIGINT
+        if not rank():
+            print(f"interrupted; to go on: {self.command.again(sys.argv[1:], self.folder)}", file=sys.stderr)
+        signals.requeue(number)
+        raise SystemExit(signals.status(number)) from None
 
 
 def _discard(folder: Path) -> None:
     """Remove what Hydra and we wrote for a job that never began, and its folder, and the one above, if they are empty then.
 
-    A folder that holds anything else, such as checkpoints, stays as it is: that run can go on.
+    A folder that holds anything else, such as checkpoints, stays as it is: that run can go on. So does one in which another
+    process trains.
     """
-    hydra_folder = folder / ".hydra"
-    written = [*hydra_folder.glob("*.yaml"), *folder.glob("*.log"), folder / CONFIG, folder / LOCK]
-    if {*folder.iterdir()} - {*written, hydra_folder}:
-        return
-    for file in written:
-        file.unlink(missing_ok=True)
-    for empty in (hydra_folder, folder, folder.parent):
-        with suppress(OSError):  # it holds something else, which stays
-            empty.rmdir()
+    with suppress(UserError), held(folder):
+        config = folder / CONFIG
+        written = [*folder.glob("*.log"), config, checksum_file(config), folder / LOCK]
+        if {*folder.iterdir()} - {*written}:
+            return
+        for file in written:
+            file.unlink(missing_ok=True)
+        for empty in (folder, folder.parent):
+            with suppress(OSError):  # it holds something else, which stays
+                empty.rmdir()

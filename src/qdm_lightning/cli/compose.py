@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +65,21 @@ def quoted(value: object) -> str:
     """A path or name as a value in Hydra's grammar."""
     text = str(value).replace("\\", "\\\\").replace("'", "\\'")
     return f"'{text}'"
+
+
+def for_shell(name: str, value: object) -> str:
+    """`name=value`, quoted for Hydra and for the shell where need be."""
+    plain = re.fullmatch(r"[\w.=/+-]+", str(value))
+    return f"{name}={value}" if plain else shlex.quote(f"{name}={quoted(value)}")
+
+
+def given_beside_run(overrides: Sequence[str]) -> list[str]:
+    """Of what was typed for a run that which `run=` takes too: the user's own `_target_`s, which need trust, and the logger."""
+    return [
+        word
+        for word in overrides
+        if word.partition("=")[0].endswith("_target_") or word.lstrip("+~").startswith(("logger=", "logger."))
+    ]
 
 
 @contextmanager

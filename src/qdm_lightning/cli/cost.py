@@ -108,7 +108,7 @@ class Cost(Command):
         if cfg.json is not None:
             file = Path(cfg.json).expanduser()
             try:
-                write_json(file, report.as_dict() | settings_of(cfg, ("model", "quant", "taq", "image_shape")))
+                write_json(file, report.as_dict() | settings_of(cfg, ("model", "quant", "taq", "image_shape")), checksum=False)
             except OSError as error:
                 raise UserError(f"json={cfg.json} cannot be written: {error.strerror}") from error
             print(f"written: {file}")

@@ -7,7 +7,6 @@ such a command offers (`sampler`, `metrics`) have an option `stored`: what the r
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,6 +23,7 @@ from qdm_lightning.cli.compose import before_it_began, composed, parsed, quoted,
 from qdm_lightning.cli.schema import TrainConfig, plain
 from qdm_lightning.cli.validate import refuse_unknown
 from qdm_lightning.diffusion.spec import SamplerConfig
+from qdm_lightning.runs.folder import check_there
 from qdm_lightning.training.spec import PathsConfig
 
 if TYPE_CHECKING:
@@ -180,16 +180,15 @@ class RunCommand(Command):
         from qdm_lightning.display.progress import Progress
 
         progress = progress or Progress()
+        assert self.base is not None
         with before_it_began(progress):
-            return self.do(*checked, progress)
+            result = self.do(*checked, progress)
+        check_there(Path(self.base.run))
+        return result
 
     def work(self, checked: tuple[Any, Any], folder: Path) -> None:
-        """Do the job and show what it came to."""
-        try:
-            self.show(self._done(checked), checked[1])
-        except KeyboardInterrupt:
-            print("what is done is kept: the same command goes on", file=sys.stderr)
-            raise
+        """Do the job and show what it came to. What an interrupted one has done is kept."""
+        self.show(self._done(checked), checked[1])
 
 
 def _of_training(typed: Iterable[Override], own: set[str]) -> dict[str, str]:

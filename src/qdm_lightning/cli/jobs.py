@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,13 @@ from omegaconf import DictConfig
 
 from qdm_lightning.base.checks import one_line
 from qdm_lightning.base.ranks import RENDEZVOUS, rank
-from qdm_lightning.cli.compose import quoted
+from qdm_lightning.cli.compose import given_beside_run, quoted
 from qdm_lightning.cli.schema import cores, plain
 from qdm_lightning.display.progress import duration
 from qdm_lightning.runs.folder import CONFIG, LOCK, is_finished, read_config, write_config
+
+GRACE = 60.0
+"""Seconds that a job has for its checkpoint when the sweep is ended."""
 
 OUTPUT_FILE = "output.log"
 """What a job printed, where jobs run at once."""
@@ -98,13 +101,9 @@ def _threads(settings: Any, count: int, devices: int | str) -> int:
 
 
 def _arguments(folder: Path, config_dir: str | None, settings: Any) -> list[str]:
-    """`run=` and what may be given beside it: the user's own `_target_`s, which need trust, and the logger."""
-    given = [
-        word
-        for word in settings.overrides.task
-        if word.partition("=")[0].endswith("_target_") or word.lstrip("+~").startswith(("logger=", "logger."))
-    ]
+    """`run=` and what may be given beside it."""
     flags = ["--config-dir", config_dir] if config_dir else []
+    given = given_beside_run(settings.overrides.task)
     return [sys.executable, "-m", "qdm_lightning.train", *flags, *given, f"run={quoted(folder)}"]
 
 
@@ -116,19 +115,56 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 def _run(command: list[str], environment: dict[str, str], log: Path | None) -> int:
-    """Run a job's process to its end, and return its status; what ends this process early ends that one first."""
+    """Run a job's process to its end, and return its status; what ends this process early ends that one first, which writes
+    its checkpoint."""
     with _slurm_signals_kept(), log.open("ab") if log else nullcontext() as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT if log else None)
     try:
         return process.wait()
     except BaseException:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT if "SLURM_JOB_ID" in os.environ else signal.SIGTERM)  # see `_slurm_signals_kept`
         try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        finally:  # a second Ctrl-C, or it took too long
             process.kill()
             process.wait()
         raise
+
+
+def end_jobs(number: int) -> None:
+    """End the jobs that run below this process, and wait until each has written its checkpoint.
+
+    A launcher may keep jobs in processes of its own, which it kills with all that is below them. Those wait meanwhile, or they
+    would start the next job, and are killed.
+    """
+    try:
+        import psutil  # type: ignore[import-untyped]  # of the extra `sweeps`, as the launchers are
+    except ModuleNotFoundError:
+        return  # jobs go on from their last checkpoints
+
+    below = psutil.Process().children(recursive=True)
+    jobs = [process for process in below if "qdm_lightning.train" in _asked(process, "cmdline", ())]
+    keepers = {above for job in jobs for above in _asked(job, "parents", ()) if above in below and above not in jobs}
+    for keeper in keepers:
+        _asked(keeper, "suspend")
+    for job in jobs:
+        _asked(job, "terminate")
+    end = time.monotonic() + GRACE
+    while time.monotonic() < end and any(_asked(job, "status", "zombie") != "zombie" for job in jobs):
+        time.sleep(0.1)
+    for process in [*jobs, *keepers]:
+        _asked(process, "kill")
+
+
+def _asked(process: Any, method: str, otherwise: Any = None) -> Any:
+    """What a method of a process returns; `otherwise` where it has ended."""
+    import psutil
+
+    try:
+        return getattr(process, method)()
+    except psutil.Error:
+        return otherwise
 
 
 @contextmanager

@@ -35,7 +35,12 @@ def is_bad_input(error: BaseException) -> bool:
     """True for errors that composing, checking and building raise at bad input; everything else is a fault of ours."""
     if isinstance(error, InstantiationException):
         return _instantiation_cause(error) is not None
-    return isinstance(error, ValueError | FileNotFoundError | HydraException | OmegaConfBaseException)
+    return is_about_a_file(error) or isinstance(error, ValueError | FileNotFoundError | HydraException | OmegaConfBaseException)
+
+
+def is_about_a_file(error: BaseException) -> bool:
+    """True for an error of the system that names a file or folder: no permission, a full disk, another kind of file."""
+    return isinstance(error, OSError) and error.errno is not None and error.filename is not None
 
 
 def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
@@ -56,9 +61,16 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
         return _composition(error)
     if isinstance(error, OmegaConfBaseException):
         return _omegaconf(error, "")
+    if is_about_a_file(error):
+        return about_a_file(error)
     if "Config group override must be a string" in str(error):
         return _not_an_option(error, overrides)
     return one_line(error)
+
+
+def about_a_file(error: Any) -> str:
+    """One line about an error for which `is_about_a_file` holds."""
+    return f"{error.filename}: {error.strerror}"
 
 
 def unknown_setting(key: str, known: Iterable[str]) -> str:

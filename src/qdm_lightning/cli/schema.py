@@ -231,7 +231,6 @@ def register() -> None:
         "run_name": lambda _root_: run_name(_root_),
         "job_name": lambda _root_: job_name(_root_),
         "new_run": lambda new, _root_: str(Path(_root_.run or new).expanduser().absolute()),
-        "unless_run": lambda value, _root_: None if _root_.run else value,
         "unless_float": lambda value, other, _root_: other if naming.is_teacher(settings_of(_root_, ["quant"])) else value,
         "cores": cores,
         "scratch": scratch,

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
@@ -27,16 +25,14 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qdm_lightning.base import signals
 from qdm_lightning.base.checks import UserError, one_line
 from qdm_lightning.base.checks import folder as check_folder
-from qdm_lightning.cli.app import INTERRUPTED, Job
-from qdm_lightning.cli.compose import explained, quoted, settings, without_hydra
-from qdm_lightning.cli.jobs import launched, run_job
+from qdm_lightning.cli.app import FAILED, Job
+from qdm_lightning.cli.compose import explained, for_shell, settings, without_hydra
+from qdm_lightning.cli.jobs import end_jobs, launched, run_job
 from qdm_lightning.cli.schema import job_name
 from qdm_lightning.runs.folder import CONFIG, is_finished, read_config
-
-FAILED = 1
-"""Exit status."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ def sweep(job: Job, loader: ConfigLoader, launcher: Any, master: DictConfig, arg
 
     Raises:
         UserError: a bad job; nothing was started.
-        SystemExit: 1 if a training run is not finished at the end, 130 at Ctrl-C or SIGTERM.
+        SystemExit: 1 if a training run is not finished at the end, 128 + its number at a signal.
     """
     check_folder("hydra.sweep.dir", master.hydra.sweep.dir)
     plans = [_checked(job, number, words, loader, master) for number, words in enumerate(_jobs(loader, master, arguments))]
@@ -142,21 +138,19 @@ def _train(job: Job, plans: Sequence[Plan], launcher: Any, master: DictConfig) -
             print(f"skipped, it is there: {plan.folder.name}")
     root = Path(_resolved(master, "hydra.sweep.dir")).absolute()
     words = [word for word in sys.argv[1:] if not word.startswith("hydra.sweep.dir=")]
-    where = _shown(root) if re.fullmatch(r"[\w.=/+-]+", _shown(root)) else quoted(_shown(root))
-    same = f"python -m qdm_lightning.{job.command.name} {shlex.join([*words, f'hydra.sweep.dir={where}'])}"
+    same = f"python -m qdm_lightning.{job.command.name} {shlex.join(words)} {for_shell('hydra.sweep.dir', _shown(root))}"
     reasons: dict[Path, str] = {}
     if missing:
         root.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(master, root / "multirun.yaml")
-        interrupted = False
+        ended_by: int | None = None
         try:
-            with _sigterm_interrupts():
-                _launch(missing, len(plans), job.args.config_dir, launcher, master, reasons)
-        except KeyboardInterrupt:
-            interrupted = True
-        if interrupted:
+            _launch(missing, len(plans), job.args.config_dir, launcher, master, reasons)
+        except KeyboardInterrupt as error:
+            ended_by = error.number if isinstance(error, signals.Interrupted) else signal.SIGINT
+        if ended_by is not None:  # outside of the except block, or `Command.main` would speak too
             print(f"interrupted; to go on: {same}", file=sys.stderr)
-            raise SystemExit(INTERRUPTED)
+            raise SystemExit(signals.status(ended_by))
     failed = [plan for plan in plans if not is_finished(plan.folder)]
     print(f"{len(plans) - len(failed)} of {len(plans)} jobs are done: {root}", flush=True)
     for plan in failed:
@@ -181,7 +175,8 @@ def _launch(
     for first in range(0, len(missing), size):
         batch = missing[first : first + size]
         try:
-            ended = chosen.launch([plan.overrides for plan in batch], initial_job_idx=first)
+            with signals.before_the_end(end_jobs):
+                ended = chosen.launch([plan.overrides for plan in batch], initial_job_idx=first)
         except Exception as error:  # noqa: BLE001 each launcher has its own, for a process that it lost
             print(f"{type(error).__name__}: {one_line(error)}", file=sys.stderr)
             continue
@@ -197,17 +192,3 @@ def _reason(result: JobReturn) -> str:
 
 def _shown(folder: Path) -> str:
     return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends a sweep as Ctrl-C does, its jobs with it."""
-
-    def interrupt(*_: Any) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

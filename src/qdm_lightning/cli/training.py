@@ -6,6 +6,8 @@ compose -> validate -> build -> write config.yaml -> run(folder)
 from __future__ import annotations
 
 import argparse
+import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +17,11 @@ from omegaconf import DictConfig
 from qdm_lightning.base.checks import UserError
 from qdm_lightning.cli.app import Command
 from qdm_lightning.cli.build import build, check_one_folder
-from qdm_lightning.cli.compose import before_it_began, parsed, stored, trusted
+from qdm_lightning.cli.compose import before_it_began, for_shell, given_beside_run, parse, parsed, stored, trusted
 from qdm_lightning.cli.schema import plain
 from qdm_lightning.cli.validate import refuse_unknown
 from qdm_lightning.diffusion.spec import SCHEDULES
-from qdm_lightning.runs.folder import CONFIG, check_same, opened, run_folder
+from qdm_lightning.runs.folder import CONFIG, check_free, check_same, opened, run_folder
 
 if TYPE_CHECKING:
     from qdm_lightning.display.progress import Progress
@@ -107,10 +109,21 @@ class Training(Command):
         experiment = build(cfg)
         if self.stored is None and not self.schedule_typed:
             _check_schedule_found(experiment)
-        folder = None if self.folder is None else Path(self.folder).expanduser().absolute()
+        typed = self.folder or (cfg.run if self.stored is not None else None)
+        folder = None if typed is None else Path(typed).expanduser().absolute()
         if folder is not None and (folder / CONFIG).is_file():
             check_same(folder, plain(cfg))
+            check_free(folder)
         return experiment
+
+    def again(self, words: Sequence[str], folder: Path | None) -> str:
+        """`run=` where the run has begun."""
+        if folder is None or not (folder / CONFIG).is_file():
+            return super().again(words, folder)
+        args = parse(words)
+        flags = ["--config-dir", args.config_dir] if args.config_dir else []
+        beside = [*flags, *given_beside_run(args.overrides)]
+        return " ".join(["python -m qdm_lightning.train", *map(shlex.quote, beside), for_shell("run", folder)])
 
     def work(self, experiment: Experiment, folder: Path) -> None:
         """Train in the folder that Hydra made."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from qdm_lightning.base.checks import UserError, at_least, one_of
+from qdm_lightning.base.files import read_json
 from qdm_lightning.cli.messages import unknown_setting
 from qdm_lightning.cli.schema import SCHEMAS, TrainConfig, plain, schema_of
 from qdm_lightning.data.spec import DigitsConfig, ImagesConfig
@@ -130,7 +130,7 @@ def _network_shape(model: Any) -> tuple[int, int] | None:
     folder = Path(model.path).expanduser()
     for file in (folder / "unet" / "config.json", folder / "config.json"):
         if file.is_file():
-            stored = json.loads(file.read_text("utf-8"))
+            stored: Any = read_json(file)
             return stored.get("sample_size"), stored.get("in_channels")
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model.path):
         raise FileNotFoundError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from qdm_lightning.base.checksums import remove_checked
 from qdm_lightning.base.files import atomic_path, reading, remove_leftovers, sha256
 
 log = logging.getLogger(__name__)
@@ -36,22 +37,25 @@ def listing_key(files: Iterable[tuple[str, Path]], **settings: object) -> str:
     return sha256([json.dumps({"format": FORMAT, "pillow": PIL.__version__, **settings}, sort_keys=True), *listing])
 
 
-def _fill(array: np.ndarray, blocks: Iterable[np.ndarray]) -> None:
-    """Write `blocks` one after another. Raises ValueError unless they fill `array` exactly."""
+def _checked(blocks: Iterable[np.ndarray], shape: tuple[int, int, int, int]) -> Iterator[np.ndarray]:
+    """The `blocks` one after another. Raises ValueError unless they make an array of `shape`."""
     done = 0
     for block in blocks:
-        if done + len(block) > len(array):
-            raise ValueError(f"more than the {len(array)} images announced")
-        array[done : done + len(block)] = block
         done += len(block)
-    if done != len(array):
-        raise ValueError(f"{done} images where {len(array)} were announced")
+        if done > shape[0]:
+            raise ValueError(f"more than the {shape[0]} images announced")
+        if block.shape[1:] != shape[1:] or block.dtype != np.uint8:
+            raise ValueError(f"images {block.dtype} {block.shape[1:]} where uint8 {shape[1:]} were announced")
+        yield block
+    if done != shape[0]:
+        raise ValueError(f"{done} images where {shape[0]} were announced")
 
 
 def cached(folder: str | None, key: str, shape: tuple[int, int, int, int], blocks: Iterable[np.ndarray]) -> Tensor:
-    """The array under `key`, decoded by `blocks` if it is not there yet; of several processes one decodes, the others wait.
+    """The array under `key`, decoded by `blocks` if it is not there yet, or damaged.
 
-    The file gets its name when it is complete: an interrupted decoding leaves no array.
+    Of several processes one decodes, the others wait. The file gets its name when it is complete: an interrupted decoding
+    leaves no array.
 
     Args:
         folder: cache directory; None decodes into memory and keeps nothing.
@@ -63,23 +67,35 @@ def cached(folder: str | None, key: str, shape: tuple[int, int, int, int], block
         uint8 (N, C, H, W), memory-mapped copy-on-write: writing to it changes no file.
 
     Raises:
-        ValueError: `blocks` yields another number of images, or the stored array is damaged.
+        ValueError: `blocks` yields other images than `shape` says.
     """
     if not folder:
-        memory = np.empty(shape, dtype=np.uint8)
-        _fill(memory, blocks)
+        memory, done = np.empty(shape, dtype=np.uint8), 0
+        for block in _checked(blocks, shape):
+            memory[done : done + len(block)] = block
+            done += len(block)
         return torch.from_numpy(memory)
     path = Path(folder).expanduser() / f"{key[:32]}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        if not path.exists():
-            log.info("decoding %d images into %s (once)", shape[0], path)
-            remove_leftovers(path)
-            with atomic_path(path) as temporary:
-                array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-                _fill(array, blocks)
-                array.flush()
-    with reading(path, "delete that file, it will be made again"):
+        if path.exists():
+            try:
+                return _stored(path, shape)
+            except ValueError as error:
+                log.warning("%s; it is made again", error)
+                remove_checked(path)
+        log.info("decoding %d images into %s (once)", shape[0], path)
+        remove_leftovers(path)
+        with atomic_path(path) as temporary, temporary.open("wb") as stream:
+            np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for block in _checked(blocks, shape):
+                stream.write(np.ascontiguousarray(block).data)
+    return _stored(path, shape)
+
+
+def _stored(path: Path, shape: tuple[int, int, int, int]) -> Tensor:
+    """The array of a file. Raises ValueError where it is damaged, or another one."""
+    with reading(path):
         stored = np.load(path, mmap_mode="c", allow_pickle=False)
         if stored.shape != shape or stored.dtype != np.uint8:
             raise ValueError(f"it holds {stored.dtype} {stored.shape}, not uint8 {shape}")

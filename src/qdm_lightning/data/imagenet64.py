@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from qdm_lightning.base.archives import array_headers
 from qdm_lightning.base.files import reading
 from qdm_lightning.data.cache import cached, listing_key
 from qdm_lightning.data.downloads import OTHER_FILES, require
@@ -53,25 +54,29 @@ class ImageNet64Data(ImageDataModule):
         return cached(config.cache, key, (count, 3, size, size), blocks)
 
 
-def _array(path: Path, name: str) -> np.ndarray:
-    """Array `name` of an .npz, its CRC checked by zipfile. Raises ValueError if it is damaged or not there."""
-    with reading(path, GET) as stream, np.load(stream, allow_pickle=False) as archive:
-        array: np.ndarray = archive[name]
-    return array
-
-
 def count_images(path: Path) -> int:
-    """Number of images of one batch, from its `labels`; the images are not read. Raises ValueError if it is damaged."""
-    return len(_array(path, "labels"))
+    """Number of images of one batch, from the headers of its arrays: no image is read, and no memory is taken.
+
+    Raises:
+        ValueError: damaged, or not uint8 (N, 12288) `data` with N `labels`, or more images than ImageNet has.
+    """
+    with reading(path, GET) as stream:
+        headers = array_headers(stream)
+        labels, data = headers["labels"], headers["data"]
+        if data.kind != "u1" or len(data.shape) != 2 or data.shape[1] != 3 * 64 * 64 or data.shape[:1] != labels.shape:
+            raise ValueError(f"it holds `data` {data.kind} {data.shape}, not uint8 (N, 12288) with N labels")
+        if data.shape[0] > TRAIN_IMAGES:
+            raise ValueError(f"it says that it holds {data.shape[0]} images, and all of ImageNet are {TRAIN_IMAGES}")
+    return data.shape[0]
 
 
 def read_batch(path: Path) -> np.ndarray:
     """Images (N, 3, 64, 64) uint8 of one batch, whose `data` is (N, 12288) uint8, channel by channel, row by row.
 
     Raises:
-        ValueError: damaged, or no such array, or not as many images as labels.
+        ValueError: as `count_images`.
     """
-    data = _array(path, "data")
-    if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * 64 * 64 or len(data) != count_images(path):
-        raise ValueError(f"{path} holds `data` {data.dtype} {data.shape}, not uint8 (N, 12288) with N labels: {GET}")
+    count_images(path)
+    with reading(path, GET) as stream, np.load(stream, allow_pickle=False) as archive:
+        data: np.ndarray = archive["data"]
     return data.reshape(-1, 3, 64, 64)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from qdm_lightning.base.files import write_whole
+from qdm_lightning.base.files import reading, write_whole
 
 if TYPE_CHECKING:  # the report reads pictures and waits for no torch
     from torch import Tensor
@@ -56,7 +57,7 @@ def save_grid(path: Path, rows: Sequence[Tensor], labels: Sequence[str], columns
         for start in range(0, shape[0], columns)
         for row, label in zip(rows, labels, strict=True)
     ]
-    write_whole(path, png(Image.fromarray(np.concatenate(strips))))
+    write_whole(path, png(Image.fromarray(np.concatenate(strips))), checksum=False)
 
 
 def _strip(images: Tensor, label: str, factor: int, columns: int) -> np.ndarray:
@@ -85,12 +86,29 @@ def read_rows(path: Path, count: int) -> list[Image.Image]:
         count: rows that it holds, such as 2 for teacher above student.
 
     Raises:
-        OSError: no file, or none that can be read as a picture.
-        ValueError: its height does not divide into `count` rows.
+        FileNotFoundError: no file.
+        ValueError: it is damaged or no picture, or its height does not divide into `count` rows.
     """
-    with Image.open(path) as opened:
-        grid = opened.convert("RGB")
+    with reading(path) as stream:
+        check_png(stream)
+        grid = Image.open(stream).convert("RGB")
     height, rest = divmod(grid.height, count)
     if rest or height <= MARGIN + GAP:
         raise ValueError(f"{path} is no grid of {count} rows: it is {grid.height} pixels high")
     return [grid.crop((0, k * height + MARGIN, grid.width, (k + 1) * height - GAP)) for k in range(count)]
+
+
+def check_png(stream: BinaryIO) -> None:
+    """Compare the checksums of a PNG's chunks, which Pillow does not for the pixels. The stream is at its beginning afterwards.
+
+    Raises:
+        ValueError: a byte is not what was written, or the file does not end where it should.
+    """
+    kind, whole = b"", stream.read(8) == b"\x89PNG\r\n\x1a\n"
+    while whole and kind != b"IEND":
+        length = stream.read(4)
+        chunk = stream.read(int.from_bytes(length, "big") + 4)
+        kind, whole = chunk[:4], len(length) == 4 and zlib.crc32(chunk) == int.from_bytes(stream.read(4), "big")
+    if not whole or stream.read(1):
+        raise ValueError("it is no PNG, or its checksums are wrong")
+    stream.seek(0)

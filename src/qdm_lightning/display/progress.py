@@ -13,7 +13,7 @@ from rich import progress as bars
 from rich.console import Console
 from rich.table import Column, Table
 
-from qdm_lightning.base import checks
+from qdm_lightning.base import checks, signals
 from qdm_lightning.base.ranks import rank
 
 PLAIN_LINES = 10
@@ -46,7 +46,8 @@ class Stage:
         self._done, self._before, self._printed, self._fields = 0, 0, -1, dict[str, Any]()
 
     def advance(self, n: int = 1, **fields: Any) -> None:
-        """`n` more units are done; `fields`, such as `loss`, are shown from now on."""
+        """`n` more units are done; `fields`, such as `loss`, are shown from now on. A signal that came ends the work here."""
+        signals.check()
         self._done += n
         self._fields |= fields
         self._show(self._done - n)

@@ -6,7 +6,6 @@ A chunk is known by its seeds, not by its position, so that any evaluation that 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from qdm_lightning.base.files import atomic_path, reading, sha256
-
-STALE = 3600.0
-"""Seconds after which a half-written file is that of a killed process."""
+from qdm_lightning.base.files import atomic_path, reading, remove_leftovers, sha256
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ class ChunkFolder:
             ValueError: the file cannot be read, its checksum is wrong, or it is of another kind.
         """
         path = self.file(seeds)
-        if not path.is_file():
+        if not path.exists():
             return None
         with reading(path) as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
@@ -72,10 +68,8 @@ class ChunkFolder:
         return Chunk(arrays, meta)
 
     def sweep(self) -> None:
-        """Remove what killed processes left half-written, long ago."""
-        for file in self.path.glob(".*.tmp"):
-            if time.time() - file.stat().st_mtime > STALE:
-                file.unlink(missing_ok=True)
+        """Remove what killed processes left half-written."""
+        remove_leftovers(self.path / "*", locked=False)
 
 
 def seeds_hash(seeds: Sequence[int]) -> str:

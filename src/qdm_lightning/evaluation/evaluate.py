@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from qdm_lightning.base.files import data_hash, sha256, write_json
+from qdm_lightning.base.checks import writable
+from qdm_lightning.base.files import data_hash, remove_leftovers, sha256, write_json
 from qdm_lightning.data.module import content_hash
 from qdm_lightning.diffusion.sampling import image_seeds, timesteps
 from qdm_lightning.display.progress import Progress
@@ -108,8 +109,12 @@ class Evaluator:
         folder = self.folder if config.out else self.folder / _folder_name(record)
         against = (protocol.comparable(path, record["protocol"], config.force) for path in listed(config.against))
         others = [*_others(run_dir, record), *(other for records in against for other in records)]
+        for place in (folder, run_dir):
+            remove_leftovers(place / protocol.RESULT, locked=False)
         result = _earlier(folder, record)
         if result is None:
+            writable("out" if config.out else "run", folder)
+            writable("paths.cache", Path(self.experiment.paths.cache).expanduser())
             if not config.merge:
                 self._fill(self.chunks)
             chunks = self.cache.read(self.chunks)
@@ -125,6 +130,8 @@ class Evaluator:
 
     def _fill(self, chunks: Chunks) -> None:
         """Make what is missing of `chunks`, in several processes where there are devices for them."""
+        for kind in filter(None, (self.cache.images, self.cache.features)):
+            kind.sweep()
         missing = self.cache.missing(chunks, self.progress.say)
         if not missing:
             return
@@ -204,7 +211,6 @@ class Evaluator:
         for line in warnings:
             self.progress.say(f"warning: {line}")
         seconds = {name: round(sum(chunk.meta["seconds"][name] for chunk in chunks), 3) for name in ("sampling", "features")}
-        self.cache.features.sweep()
         here = environment(self.subject.image_sampler.device)
         return {
             **record,

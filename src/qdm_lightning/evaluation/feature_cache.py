@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from qdm_lightning.base.checksums import remove_checked
 from qdm_lightning.base.files import sha256
 from qdm_lightning.diffusion.images import to_uint8
 from qdm_lightning.evaluation.chunks import Chunk, ChunkFolder
@@ -103,4 +104,5 @@ def _read(folder: ChunkFolder, seeds: Sequence[int], say: Callable[[str], None])
         return folder.read(seeds)
     except ValueError as error:
         say(f"{error}; it is made again")
+        remove_checked(folder.file(seeds))
         return None

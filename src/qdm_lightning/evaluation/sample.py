@@ -13,9 +13,10 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from qdm_lightning.base.files import atomic_path, data_hash, reading
+from qdm_lightning.base.checks import writable
+from qdm_lightning.base.files import atomic_path, data_hash, reading, remove_leftovers
 from qdm_lightning.diffusion.images import to_uint8
-from qdm_lightning.display.image_grids import save_grid
+from qdm_lightning.display.image_grids import check_png, save_grid
 from qdm_lightning.evaluation.protocol import sampler_name
 from qdm_lightning.evaluation.spec import SampleConfig, parse_seeds, parse_shard
 from qdm_lightning.evaluation.subject import Subject
@@ -55,6 +56,8 @@ def draw_pictures(experiment: Experiment, config: SampleConfig, progress: Any) -
     share = seeds[parse_shard(config.shard)]
     missing = [seed for seed in share if not _is_drawn(folder / f"{seed}.png", identity)]
     grid = folder / "grid.png" if config.shard is None else None
+    writable("out" if config.out else "run", folder)
+    remove_leftovers(folder / "*", locked=False)
     if missing:
         _draw(subject, missing, folder, progress)
     if grid is not None:
@@ -68,7 +71,7 @@ def draw_pictures(experiment: Experiment, config: SampleConfig, progress: Any) -
 
 def _is_drawn(path: Path, identity: str) -> bool:
     """True where the picture is there. Raises ValueError where another one is."""
-    if not path.is_file():
+    if not path.exists():
         return False
     provenance = read_picture(path)[1]
     if provenance["identity"] != identity:
@@ -99,7 +102,7 @@ def save_picture(path: Path, image: Tensor, provenance: Mapping[str, Any]) -> No
     """Write an image (C, H, W) uint8, C 1 or 3, as PNG, whole or not at all, with its provenance in the text field `FIELD`."""
     text = PngImagePlugin.PngInfo()
     text.add_text(FIELD, json.dumps(provenance))
-    with atomic_path(path) as part:
+    with atomic_path(path, checksum=False) as part:
         Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(part, format="PNG", pnginfo=text)
 
 
@@ -110,7 +113,9 @@ def read_picture(path: Path) -> tuple[Tensor, dict[str, Any]]:
         ValueError: damaged, or not one of ours.
     """
     advice = "was it not made by qdm_lightning? remove it, or type out=<another folder>"
-    with reading(path, advice) as stream, Image.open(stream) as picture:
+    with reading(path, advice) as stream:
+        check_png(stream)
+        picture = Image.open(stream)
         pixels = np.atleast_3d(np.array(picture))
         return torch.from_numpy(pixels).permute(2, 0, 1), json.loads(picture.info[FIELD])
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from qdm_lightning.base.files import write_whole
+from qdm_lightning.base.files import read_text, write_whole
 from qdm_lightning.loggers.tensorboard import TensorBoardRun
 from qdm_lightning.loggers.wandb_run import AXES, WandbRun, logged_in, start_run, sweep_name
 from qdm_lightning.runs.naming import labels
@@ -48,11 +48,14 @@ def wandb_logger(
         tags, run_tags: joined.
 
     Raises:
-        ValueError: W&B refuses the run, or does not answer with `mode="online"`.
+        ValueError: W&B refuses the run, or does not answer with `mode="online"`; or the file of the id is damaged.
     """
     asked = mode or os.environ.get("WANDB_MODE")
     identity = run_dir / "wandb_id"
     cell = labels(config)
+    earlier = read_text(identity, "remove it to begin another W&B run").strip() if identity.exists() else ""
+    known = earlier or secrets.token_hex(4)
+    write_whole(identity, f"{known}\n".encode())  # before the run is there: it may be killed at any time
     described = {key: value for key, value in cell.items() if key != "job"}
     labelled = [*tags, *run_tags, *(f"{key}:{value}" for key, value in described.items())]
     run = start_run(
@@ -63,12 +66,13 @@ def wandb_logger(
         name=name or run_dir.name,
         group=group or sweep_name(run_dir),
         job_type=cell.get("job"),
-        id=identity.read_text("utf-8").strip() if identity.is_file() else secrets.token_hex(4),
+        id=known,
         dir=run_dir,
         tags=list(dict.fromkeys(tag[:64] for tag in labelled if tag)) or None,  # W&B refuses longer ones
         config={**config, "cell": {**cell, "name": " ".join(described.values())}},
     )
-    write_whole(identity, f"{run.id}\n".encode())
+    if run.id != known:  # under `wandb agent`
+        write_whole(identity, f"{run.id}\n".encode())
     for name_or_pattern, axis in AXES.items():
         run.define_metric(name_or_pattern, step_metric=axis)
     return WandbRun(run, artifacts)
@@ -94,12 +98,14 @@ def opened(factories: Sequence[Callable[..., Any]], *, run_dir: Path, config: Ma
     """
     ours = {"run_dir": run_dir, "config": config, "run_tags": config.get("tags", ())}
     loggers: list[Any] = []
+    failed = True
     try:
         for make in factories:
             loggers.append(make(**{name: ours[name] for name in ours if name in inspect.signature(make).parameters}))
         yield loggers
+        failed = False
     finally:
         for logger in loggers:
             logger.finalize("finished")
             if isinstance(logger, WandbLogger):
-                logger.experiment.finish()
+                logger.experiment.finish(exit_code=int(failed))

@@ -131,7 +131,8 @@ def log_files(
     def to_wandb(run: Any, wandb: Any) -> None:
         artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind, metadata=dict(metadata))
         for path in paths:
-            for file in filter(Path.is_file, sorted(path.rglob("*"))) if path.is_dir() else [path]:
+            inside = (file for file in sorted(path.rglob("[!.]*")) if file.is_file())  # W&B has checksums of its own
+            for file in inside if path.is_dir() else [path]:
                 name = file.relative_to(path).as_posix() if path.is_dir() else file.name
                 artifact.add_file(str(file), name=name, skip_cache=True, policy="immutable")
         for path in references:

@@ -109,7 +109,7 @@ def load_moments(path: Path, dim: int | None = None) -> Moments:
         ValueError: damaged, without the two arrays, or of another width.
     """
     path = path.expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; {WANTED}")
     with reading(path, WANTED) as stream, np.load(stream, allow_pickle=False) as archive:
         mu, sigma = archive["mu"].astype(np.float64), archive["sigma"].astype(np.float64)

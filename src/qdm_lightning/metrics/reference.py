@@ -11,6 +11,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+from qdm_lightning.base.checksums import remove_checked
 from qdm_lightning.base.files import data_hash, reading, remove_leftovers, sha256
 from qdm_lightning.metrics.frechet import batch_size_of, check_network, feature_batches
 from qdm_lightning.metrics.moments import Moments, load_moments, save_moments
@@ -112,13 +113,14 @@ def _computed(batches: Iterable[Tensor], keep: bool) -> tuple[Moments, Tensor | 
 
 def _stored(file: Path, dim: int, keep: bool, say: Callable[[str], None]) -> tuple[Moments, Tensor | None] | None:
     """What the cache has; None where anything is missing or damaged."""
-    if not file.is_file():
+    if not file.exists():
         return None
     try:
         moments = load_moments(file, dim)
         features = _load_features(file, moments) if keep else None
     except ValueError as error:
         say(f"{error}; it is made again")
+        remove_checked(file)
         return None
     return None if keep and features is None else (moments, features)
 

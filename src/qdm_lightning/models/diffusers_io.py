@@ -12,7 +12,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors import SafetensorError
 
 from qdm_lightning.base.checks import one_line
-from qdm_lightning.base.files import atomic_folder, read_json
+from qdm_lightning.base.files import atomic_folder, read_json, verify
 from qdm_lightning.diffusion.process import noise_scheduler
 from qdm_lightning.diffusion.spec import SCHEDULES, DiffusionConfig
 
@@ -49,28 +49,33 @@ UNET_SETTINGS: dict[str, tuple[Any, ...]] = {
 """What a scheduler's and a U-Net's config.json may say, where they say it."""
 
 
-def load_unet(path: str | Path) -> UNet2DModel:
+def load_unet(path: str | Path, advice: str = "") -> UNet2DModel:
     """Load an unconditional noise-estimating U-Net, in eval mode and float32.
 
     Args:
         path: a diffusers folder (with `unet/`, or the U-Net's own), or a hub id `owner/name`. Weights are safetensors, or a
-            `.bin` that holds nothing but tensors.
+            `.bin` that holds nothing but tensors. Files with a checksum are compared with it.
+        advice: what to do about a damaged file, for the error.
 
     Raises:
         FileNotFoundError: nothing there, or no U-Net in it.
         ValueError: not an unconditional `UNet2DModel`, damaged or incomplete files, a learned variance, weights that are
             not finite, or a network of another process, by its own config.json or the pipeline and the scheduler beside it.
     """
-    folder = _checked(path)
-    safetensors = any((folder / name).is_file() for name in _WEIGHTS)
+    folder = _checked(path, advice)
+    safetensors = any((folder / name).exists() for name in _WEIGHTS)
     if not safetensors and not (folder / _PICKLED_WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} has a config.json but no weights: expected {_WEIGHTS[0]}")
+    for file in (
+        [*folder.glob("*.safetensors"), *folder.glob(f"*{_WEIGHTS[1]}")] if safetensors else [folder / _PICKLED_WEIGHTS]
+    ):
+        verify(file, advice)
     try:
         unet, info = UNet2DModel.from_pretrained(
             str(folder), use_safetensors=safetensors, low_cpu_mem_usage=False, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be read as a U-Net: {one_line(error)}") from error
+        raise ValueError(f"{folder} cannot be read as a U-Net: {_without_advice(error)}{advice and f'; {advice}'}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := info[what]:
             names = ", ".join(map(str, keys[:3]))
@@ -79,6 +84,12 @@ def load_unet(path: str | Path) -> UNet2DModel:
         if not value.isfinite().all():
             raise ValueError(f"{folder}: the weight {name} is not finite: the network has diverged, or its file is damaged")
     return unet.float().eval()
+
+
+def _without_advice(error: Exception) -> str:
+    """One line about what diffusers raised. Of a pickle torch says how it could be run: that is left out."""
+    text = one_line(error)
+    return "its weights are not tensors alone" if "weights_only" in text or "Weights only" in text else text[:300]
 
 
 def load_diffusion(path: str | Path) -> dict[str, Any] | None:
@@ -170,13 +181,13 @@ def _download(name: str) -> Path:
     return folder
 
 
-def _checked(path: str | Path) -> Path:
+def _checked(path: str | Path, advice: str = "") -> Path:
     """The U-Net's folder. Raises FileNotFoundError where there is none, and ValueError where it is of another process.
 
     All that says what the network estimates is looked at before anything is told, so that no advice leads past a refusal.
     """
     folder = _unet_folder(path)
-    _check_unet(folder / "config.json")
+    _check_unet(folder / "config.json", advice)
     _check_pipeline(folder)
     _scheduler(folder)
     return folder
@@ -222,9 +233,9 @@ def _check_pipeline(folder: Path) -> None:
             raise ValueError(f"{place / _INDEX} is of another process: {what}; {SUPPORTED}")
 
 
-def _check_unet(file: Path) -> None:
+def _check_unet(file: Path, advice: str = "") -> None:
     """Raise ValueError where a U-Net's config.json is of a network that estimates something else."""
-    config = read_json(file)
+    config = read_json(file, advice)
     kind = config.get("_class_name")
     if kind != "UNet2DModel":
         raise ValueError(f"{file} is of a {kind}: {SUPPORTED}")

@@ -69,7 +69,7 @@ def read_evaluation(file: Path) -> dict[str, Any]:
 def read_curves(folder: Path) -> dict[str, tuple[list[float], list[float]]]:
     """Columns of a run's metrics.csv as (steps, values); empty without that file. Raises ValueError where it is damaged."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    if (folder / CURVES).is_file():
+    if (folder / CURVES).exists():
         with reading(folder / CURVES) as stream:
             for row in csv.DictReader(line.decode() for line in stream):
                 for name, text in row.items():

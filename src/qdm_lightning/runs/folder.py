@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +11,19 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from qdm_lightning.base.checks import UserError, one_line
-from qdm_lightning.base.files import write_whole
+from qdm_lightning.base.checks import UserError
+from qdm_lightning.base.files import reading, remove_leftovers, write_whole
 from qdm_lightning.base.ranks import rank
 from qdm_lightning.runs.formats import upgraded
 
 CONFIG, METRICS, LOCK = "config.yaml", "metrics.json", ".lock"
 """The resolved configuration, the results (a run's last file), and what is held while a process trains in the folder."""
+
+WRITTEN = (
+    *(CONFIG, METRICS, "metrics.csv", "quantization.txt", "samples.png", "wandb_id", "teacher", "student"),
+    *("teacher/*", "checkpoints/*", "samples/*"),
+)
+"""What a process that trains writes: whoever holds the lock removes what a killed one left of it, half-written."""
 
 MAY_CHANGE = ("run", "logger", "paths")
 """Settings that make no other run: where it lies, and who is told of it."""
@@ -64,10 +71,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: the file is damaged, or no configuration.
     """
     file = folder / CONFIG
-    try:
-        plain = plain_yaml(file.read_text("utf-8"))
-    except (yaml.YAMLError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged: {one_line(error)}") from error
+    with reading(file) as stream:
+        plain = plain_yaml(stream.read().decode())
     if not isinstance(plain, dict) or not all(isinstance(name, str) for name in plain):
         raise ValueError(f"{file} is not the configuration of a run")
     return plain
@@ -120,7 +125,9 @@ def opened(folder: Path, config: Mapping[str, Any]) -> Iterator[bool]:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder, which is made if need be; ranks but the first hold nothing.
+    """Hold the lock of a run's folder, which is made if need be, and remove what killed processes left half-written there.
+
+    Ranks but the first hold nothing.
 
     Raises:
         UserError: another process holds it.
@@ -135,6 +142,22 @@ def held(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise UserError(f"{folder} is being trained by another process: wait for it, or end it") from error
     try:
+        for name in WRITTEN:
+            remove_leftovers(folder / name)
         yield
     finally:
         lock.release()
+
+
+def check_there(folder: Path) -> None:
+    """Raise FileNotFoundError where a run's folder is gone: who writes on would leave half a run in a new one."""
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(errno.ENOENT, "the run's folder was removed or moved while it was in use", str(folder))
+
+
+def check_free(folder: Path) -> None:
+    """Raise UserError where another process trains in a run's folder; nothing is written. For the first rank: the others
+    find that one."""
+    if not rank() and (folder / LOCK).is_file():
+        with held(folder):
+            pass

@@ -1,8 +1,9 @@
-"""Checkpoints that are whole or absent, and read as data alone."""
+"""Checkpoints that are whole or absent, checked against their checksum, and read as data alone."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from qdm_lightning.base.checks import one_line
+from qdm_lightning.base.checksums import remove_checked
 from qdm_lightning.base.files import atomic_path, reading
 from qdm_lightning.quantization.packing import load_packed
 from qdm_lightning.training.network_settings import KEY, check_settings
@@ -23,11 +25,17 @@ PREFIXES = {"ema": "ema.module.unet.", "raw": "student.unet."}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning checkpoints written whole or not at all."""
+    """Lightning checkpoints written whole or not at all, with a checksum that is compared."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with atomic_path(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
+        with atomic_path(Path(path)) as temporary, temporary.open("wb") as stream:  # torch's own does not say a full disk
+            torch.save(checkpoint, stream)
+
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        return load_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        remove_checked(Path(path))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -35,12 +43,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, or holds more than data.
+        ValueError: the file is damaged, holds more than data, or is no checkpoint of a run.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path} is not a file: give a checkpoint, such as <run>/checkpoints/last.ckpt")
-    with reading(path, "it cannot be read as a checkpoint") as stream:
-        return dict(torch.load(stream, map_location="cpu", weights_only=True))
+    with reading(path, "it cannot be read as a checkpoint") as stream, warnings.catch_warnings(action="ignore"):
+        content = torch.load(stream, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no checkpoint of a run: it holds a {type(content).__name__}")
+    for name, kind in (("state_dict", dict), ("global_step", int)):
+        if not isinstance(content.get(name), kind):
+            raise ValueError(f"{path} is no checkpoint of a run: it has no {name}")
+    return content
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -76,7 +90,8 @@ def fill_from_checkpoint(
     """
     checkpoint, prefix = load_checkpoint(path), PREFIXES[weights]
     warning = check_settings(checkpoint.get(KEY), settings, path)
-    state = {n.removeprefix(prefix): value for n, value in checkpoint.get("state_dict", {}).items() if n.startswith(prefix)}
+    named = {str(name): value for name, value in checkpoint["state_dict"].items()}
+    state = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
     fill(unet, state, path)
     return int(checkpoint["global_step"]), {"warning": warning} if warning else {}
 

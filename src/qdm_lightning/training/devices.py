@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -81,7 +82,12 @@ def share(work: Work, accelerator: str, devices: int) -> None:
             fabric = Fabric(accelerator=accelerator, devices=devices, strategy="ddp_spawn")
     except Exception as error:  # Lightning's MisconfigurationException is a bare Exception
         raise ValueError(f"devices={devices}: {first_line(error)}") from error
-    fabric.launch(_call, work)  # type: ignore[arg-type]
+    try:
+        fabric.launch(_call, work)  # type: ignore[arg-type]
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():  # they would be waited for
+            process.terminate()
+        raise
 
 
 def _call(fabric: Any, work: Work) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
@@ -48,6 +48,9 @@ class DiffusionModule(LightningModule):
         flip: mirror images at random.
         prefix: prefix of the logged names, such as `teacher/`.
         teacher_bf16: run the teacher in bfloat16 in training steps; its noise estimate is float32 again before the loss.
+
+    Attributes:
+        between_steps: what the trainer does before each step.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class DiffusionModule(LightningModule):
         self.ema = AveragedModel(self.student, multi_avg_fn=partial(average, optimizer.ema_decay)).requires_grad_(False).eval()
         self.scheduler = noise_scheduler(diffusion)
         self.buffer = TrajectoryBuffer(nem, diffusion, seed) if nem.on_policy_fraction else None
+        self.between_steps: Callable[[], None] | None = None
         self._norms: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -91,6 +95,13 @@ class DiffusionModule(LightningModule):
         if self.teacher is not None:
             self.teacher.eval()
         return self
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Call `between_steps`: of Lightning's hooks the one at which the step before is complete and counted, and the
+        next one not begun."""
+        if self.trainer.training and self.between_steps is not None:
+            self.between_steps()
+        return batch
 
     def on_train_start(self) -> None:
         self.train()

@@ -82,8 +82,12 @@ def log_scales(trainer: Trainer, module: LightningModule) -> None:
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of `floor`, `teacher` and `student` in `metrics` (as in metrics.json) by name: `student/fd_digits`."""
-    return {name: value for who in ("floor", "teacher", "student") for name, value in _flat(who, metrics.get(who, {}))}
+    """The numbers of `floor`, `teacher` and `student` in `metrics` (as in metrics.json) by name: `student/fd_digits`.
+
+    How the student was made, in one go or in several, and how fast, is no result.
+    """
+    named = {name: value for who in ("floor", "teacher", "student") for name, value in _flat(who, metrics.get(who, {}))}
+    return {name: value for name, value in named.items() if name not in ("student/resumed_from", "student/step_seconds")}
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, float]]:

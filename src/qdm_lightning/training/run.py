@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 
+from qdm_lightning.base.checks import writable
 from qdm_lightning.base.files import write_json, write_whole
 from qdm_lightning.base.ranks import rank
 from qdm_lightning.diffusion.images import to_uint8
@@ -28,17 +28,20 @@ from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.models.image_sampler import ImageSampler
 from qdm_lightning.quantization import compiled
 from qdm_lightning.quantization.cost import cost as count_cost
+from qdm_lightning.runs.folder import METRICS, check_there
 from qdm_lightning.runs.provenance import git_commit, hardware, peak_memory, versions
+from qdm_lightning.training.checkpoints import LAST
 from qdm_lightning.training.devices import deterministic_or_one_line, measuring_device, set_up
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.module import DiffusionModule
 from qdm_lightning.training.publishing import log_layers, log_results, log_scales
 from qdm_lightning.training.restore import check_checkpoints
+from qdm_lightning.training.resume import resume_point
 from qdm_lightning.training.student import calibrate_student, prepare_student, student_settings
 from qdm_lightning.training.student_files import save_student
 from qdm_lightning.training.teacher import check_schedule, obtain_teacher
 from qdm_lightning.training.teacher_images import teacher_images
-from qdm_lightning.training.trainer import fit, last_step
+from qdm_lightning.training.trainer import fit
 from qdm_lightning.training.validation_set import ValidationSet, nem_error
 
 CHECKPOINTS = "checkpoints"
@@ -67,14 +70,19 @@ def run(experiment: Experiment, progress: Any) -> Result:
     experiment.data.setup()
     check_schedule(experiment)
     features(experiment.feature_network, experiment.data.train_images[:1])  # it takes such images, or says so now
+    writable("paths.cache", Path(experiment.paths.cache).expanduser())
     if experiment.resume:
+        resume_point(experiment.run_dir / CHECKPOINTS)  # damaged checkpoints are told now
         check_checkpoints(experiment)
-    step = (last_step(experiment.run_dir / CHECKPOINTS) or 0) if experiment.resume else None
-    csv = partial(CSVMetrics, experiment.run_dir / "metrics.csv", step)
+    csv = partial(CSVMetrics, experiment.run_dir / "metrics.csv", experiment.resume)
     with opened(
         [csv, *([] if rank() else experiment.loggers)], run_dir=experiment.run_dir, config=experiment.resolved
     ) as loggers:
-        return Run(experiment, progress, loggers).result()
+        result = Run(experiment, progress, loggers).result()
+    if not rank():
+        check_there(experiment.run_dir)
+        write_json(experiment.run_dir / METRICS, result.metrics)  # the last file: who finds it finds all others
+    return result
 
 
 class Run:
@@ -118,7 +126,10 @@ class Run:
         """The quantized student, calibrated and trained; the module has its best checkpoint loaded."""
         e, checkpoints = self.experiment, self.folder / CHECKPOINTS
         unet, cost = self.quantized(teacher.unet)
-        if last_step(checkpoints) is None:
+        if not (checkpoints / LAST).exists():
+            for logger in self.loggers:
+                if isinstance(logger, CSVMetrics):
+                    logger.go_back(of_teacher=False, step=0)
             with self.timed("calibration"):
                 calibrate_student(unet, e, self.progress)
         module = DiffusionModule(
@@ -145,7 +156,7 @@ class Run:
         """The student's U-Net, not calibrated, and its cost; says and writes what got how many bits."""
         e, size = self.experiment, int(self.experiment.data.image_size or 0)
         student, report = prepare_student(teacher, e)
-        write_whole(self.folder / "quantization.txt", f"{report.table()}\n".encode())
+        write_whole(self.folder / "quantization.txt", f"{report.table()}\n".encode(), checksum=False)
         self.progress.say(report.summary())
         student = student.to(self.device).to(memory_format=torch.channels_last)
         image = torch.zeros(1, e.data.channels, size, size)
@@ -156,7 +167,8 @@ class Run:
     def fit(self, module: DiffusionModule, checkpoints: Path) -> dict[str, Any]:
         """Train a module, teacher or student, under a stage of its own; returns what `trainer.fit` returns."""
         e, name = self.experiment, module.prefix.rstrip("/") or "student"
-        scales, samples = LambdaCallback(on_validation_end=log_scales), LambdaCallback(on_train_batch_end=self.sample)
+        there = LambdaCallback(on_validation_end=lambda *_: check_there(self.folder))
+        scales, student = LambdaCallback(on_validation_end=log_scales), module.teacher is not None
         with self.progress.stage(name, module.max_steps, "steps") as stage:
             fitted = fit(
                 module,
@@ -166,17 +178,18 @@ class Run:
                 folder=checkpoints,
                 stage=stage,
                 loggers=self.loggers,
-                callbacks=[] if module.teacher is None else [scales, *e.callbacks, samples],
+                callbacks=[there, scales, *e.callbacks] if student else [there],
+                between_steps=partial(self.sample, module) if student else None,
             )
         for warning in module.warnings:
             self.progress.say(f"warning: {warning}")
         self.metrics["warnings"] += module.warnings
         return fitted
 
-    def sample(self, trainer: Trainer, module: Any, *batch: Any) -> None:
-        """At each `trainer.sample_every`th step but the last: a grid of the student's images, and their distance."""
-        step, every = trainer.global_step, self.experiment.trainer.sample_every
-        if not every or step % every or step >= module.max_steps or not trainer.is_global_zero:
+    def sample(self, module: DiffusionModule, step: int) -> None:
+        """After each `trainer.sample_every`th step but the last: a grid of the student's images, and their distance."""
+        every = self.experiment.trainer.sample_every
+        if not every or not step or step % every or step >= module.max_steps:
             return
         images = self.draw(self.image_sampler(module.ema_student), f"sampling at step {step}")
         path = self.folder / "samples" / f"step_{step:07d}.png"
@@ -211,7 +224,7 @@ class Run:
         return teacher_images(image_sampler, self.seeds, e.resolved["model"], cache, draw, self.progress.say)
 
     def write(self, student: Denoiser | None) -> None:
-        """metrics.json, with what the results must carry, and everything to the loggers."""
+        """What the results must carry, and everything to the loggers."""
         self.metrics |= {
             "num_samples": self.experiment.num_samples,
             "kernels": compiled.provenance(),
@@ -221,7 +234,6 @@ class Run:
             "git": git_commit(),
             **({"trial": True} if self.experiment.resolved.get("trial", False) else {}),
         }
-        write_json(self.folder / "metrics.json", self.metrics)
         log_results(self.loggers, self.experiment, self.metrics, student, self.validation_set)
 
     def image_sampler(self, network: Denoiser) -> ImageSampler:

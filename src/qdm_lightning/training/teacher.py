@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -14,7 +13,9 @@ import torch
 from diffusers import UNet2DModel
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from qdm_lightning.base.files import atomic_folder, data_hash, read_json, write_json, write_whole
+from qdm_lightning.base.checks import one_line
+from qdm_lightning.base.checksums import remove_checked
+from qdm_lightning.base.files import atomic_folder, data_hash, read_json, remove_leftovers, sha256, write_json, write_whole
 from qdm_lightning.base.ranks import rank
 from qdm_lightning.diffusion.spec import NeMConfig
 from qdm_lightning.models.diffusers_io import load_diffusion, load_unet, save_pipeline
@@ -23,6 +24,7 @@ from qdm_lightning.training.checkpoint_io import fill_from_checkpoint
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.module import DiffusionModule
 from qdm_lightning.training.network_settings import network_settings, unet_config
+from qdm_lightning.training.resume import mend_best, resume_point
 from qdm_lightning.training.spec import TEACHER_OPTIMIZER, OptimizerConfig
 
 FORMAT = 2
@@ -63,8 +65,8 @@ def obtain_teacher(experiment: Experiment, fit: Fit, say: Callable[[str], None])
     """
     own, config = experiment.run_dir / "teacher", experiment.teacher
     if experiment.has_teacher:
-        file = own / "origin.json"
-        return load_unet(own), read_json(file) if file.is_file() else {"source": str(own)}
+        file, again = own / "origin.json", f"remove {own} to take the teacher from its source again"
+        return _nameless(load_unet(own, again)), read_json(file, again) if file.exists() else {"source": str(own)}
     origin: dict[str, Any] = {"source": config.source, "path": str(config.path)}
     if config.source == "auto":
         unet, origin = _auto(experiment, fit, say)
@@ -79,10 +81,17 @@ def obtain_teacher(experiment: Experiment, fit: Fit, say: Callable[[str], None])
         origin["warning"] = f"{without} has no scheduler beside it: its noise schedule was taken to be {taken}"
     if "warning" in origin:
         say(f"warning: {origin['warning']}")
+    _nameless(unet)
     if not rank():  # else a rank would write into the folder that another one replaces
         save_pipeline(unet, experiment.diffusion, own)
         write_json(own / "origin.json", origin)
     return unet.eval(), origin
+
+
+def _nameless(unet: UNet2DModel) -> UNet2DModel:
+    """Without the path that it was loaded from, which diffusers would write into every copy, the student's too."""
+    unet.register_to_config(_name_or_path="")
+    return unet
 
 
 def _auto(experiment: Experiment, fit: Fit, say: Callable[[str], None]) -> tuple[UNet2DModel, dict[str, Any]]:
@@ -91,7 +100,9 @@ def _auto(experiment: Experiment, fit: Fit, say: Callable[[str], None]) -> tuple
     assets = [] if experiment.teacher.retrain else sorted(ASSETS.glob(f"*/{FITTED}"))
     shipped = [file.parent for file in assets if read_json(file)["key"] == key]
     folder, trained = (shipped[0], False) if shipped else _cached(experiment, key, settings, fit, say)
-    origin = {"source": "auto", "key": key, "trained_now": trained, "val_loss": read_json(folder / FITTED)["val_loss"]}
+    fitted = read_json(folder / FITTED)
+    trained |= experiment.resume and fitted.get("trained_by") == _name(experiment)  # before this run was interrupted
+    origin = {"source": "auto", "key": key, "trained_now": trained, "val_loss": fitted["val_loss"]}
     return load_unet(folder), {**origin, "shipped": True} if shipped else origin
 
 
@@ -106,18 +117,53 @@ def _cached(
     if rank():
         _follow(experiment, folder, leader, train)
     with _locked(root / f"{key}.lock", say):
-        missing = not rank() and (retrain or not (folder / FITTED).is_file())
+        if not rank():
+            for written in (folder, leader, work / "checkpoints" / "*"):
+                remove_leftovers(written)
+        missing = not rank() and (retrain or not _is_sound(folder, say))
         if missing:
-            if retrain and not experiment.resume:
-                shutil.rmtree(work, ignore_errors=True)
-            write_whole(leader, str(experiment.run_dir).encode())
+            if (retrain and not experiment.resume) or not _goes_on(work / "checkpoints", say):
+                remove_checked(work)
+            write_whole(leader, str(experiment.run_dir).encode(), checksum=False)
             unet, fitted = train()
             with atomic_folder(folder) as new:
                 save_pipeline(unet, experiment.diffusion, new)
-                write_json(new / FITTED, {"key": key, "settings": settings, **fitted})
-            shutil.rmtree(work)
+                write_json(new / FITTED, {"key": key, "settings": settings, "trained_by": _name(experiment), **fitted})
+            remove_checked(work)
             leader.unlink()
     return folder, missing
+
+
+def _name(experiment: Experiment) -> str:
+    """A name of the run's folder that says nothing of the machine."""
+    return sha256([str(experiment.run_dir)])[:16]
+
+
+def _is_sound(folder: Path, say: Callable[[str], None]) -> bool:
+    """True where a teacher is there and none of its files is damaged; `say` tells of one that is."""
+    if not folder.exists():
+        return False
+    try:
+        load_unet(folder)
+        load_diffusion(folder)
+        float(read_json(folder / FITTED)["val_loss"])
+    except (ValueError, FileNotFoundError, KeyError, TypeError) as error:
+        say(f"the cached teacher {folder} is not whole ({one_line(error)}); it is trained again")
+        return False
+    return True
+
+
+def _goes_on(checkpoints: Path, say: Callable[[str], None]) -> bool:
+    """True unless a half-trained teacher lies there that is too damaged to go on with; `say` tells of that."""
+    try:
+        point = resume_point(checkpoints)
+        mended = mend_best(checkpoints, point) if point else ""
+        if mended:
+            say(mended)
+    except ValueError as error:
+        say(f"{one_line(error)}; the teacher is trained from the start")
+        return False
+    return True
 
 
 def _follow(experiment: Experiment, folder: Path, leader: Path, train: Callable[[], Any]) -> None:
@@ -126,7 +172,7 @@ def _follow(experiment: Experiment, folder: Path, leader: Path, train: Callable[
     The first rank alone holds the lock, and says in the file `leader` which run that is: ranks that were started by
     themselves, as on another node, would else train while their first rank waits, and it would never join them.
     """
-    while experiment.teacher.retrain or not (folder / FITTED).is_file():
+    while experiment.teacher.retrain or not _is_sound(folder, lambda line: None):
         if leader.is_file() and leader.read_text("utf-8") == str(experiment.run_dir):
             train()
             return

@@ -7,11 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qdm_lightning.base.files import atomic_path, data_hash
+from qdm_lightning.base.checksums import remove_checked
+from qdm_lightning.base.files import atomic_path, data_hash, reading, remove_leftovers
 from qdm_lightning.data.module import content_hash
 from qdm_lightning.metrics.weights import state_hash
 from qdm_lightning.models.image_sampler import ImageSampler
@@ -39,13 +40,16 @@ def teacher_images(
         say: prints a line.
     """
     file = cache / "teacher_images" / f"{_key(image_sampler, seeds, model)}.safetensors"
-    if file.is_file():
-        cached = _read(file, (len(seeds), *image_sampler.shape))
-        if cached is not None:
+    if file.exists():
+        try:
+            cached = _read(file, (len(seeds), *image_sampler.shape))
             say(f"the teacher's images come from {file}")
             return cached
-        say(f"{file} is damaged; the teacher's images are drawn again")
+        except ValueError as error:
+            say(f"{error}; the teacher's images are drawn again")
+            remove_checked(file)
     images = draw()
+    remove_leftovers(file, locked=False)
     with atomic_path(file) as temporary:
         save_file({"images": images.contiguous()}, temporary, metadata={"sha256": content_hash(images)})
     return images
@@ -59,11 +63,10 @@ def _key(drawn_by: ImageSampler, seeds: Sequence[int], model: Any) -> str:
     return data_hash([*settings, drawn_by.shape, seeds, where])[:24]
 
 
-def _read(file: Path, shape: tuple[int, ...]) -> Tensor | None:
-    """The images of a file; None where it is damaged."""
-    try:
-        with safe_open(file, "pt") as archive:
-            images, metadata = archive.get_tensor("images"), archive.metadata()
-            return images if images.shape == shape and metadata["sha256"] == content_hash(images) else None
-    except (SafetensorError, KeyError, TypeError, OSError):  # the file is cut, of another kind, or without a checksum
-        return None
+def _read(file: Path, shape: tuple[int, ...]) -> Tensor:
+    """The images of a file. Raises ValueError where it is damaged."""
+    with reading(file), safe_open(file, "pt") as archive:
+        images: Tensor = archive.get_tensor("images")
+        if images.shape != shape or archive.metadata()["sha256"] != content_hash(images):
+            raise ValueError("its checksum, or its shape, is wrong")
+    return images

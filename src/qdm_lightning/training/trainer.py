@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
+import logging
+import signal
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader
 
+from qdm_lightning.base import signals
+from qdm_lightning.base.ranks import rank
 from qdm_lightning.data.module import ImageDataModule
 from qdm_lightning.training.checkpoint_io import AtomicCheckpointIO, load_checkpoint
+from qdm_lightning.training.checkpoints import BEST, Checkpoints, Stopped, best_loss
 from qdm_lightning.training.devices import measuring_device, quiet
 from qdm_lightning.training.finite import FiniteValues
 from qdm_lightning.training.lost_ranks import watched_ranks
 from qdm_lightning.training.module import DiffusionModule
+from qdm_lightning.training.resume import mend_best, resume_point
 from qdm_lightning.training.spec import TrainerConfig
 from qdm_lightning.training.validation_set import ValidationSet
 
-LAST = "last.ckpt"
-
-
-def last_step(checkpoints: Path) -> int | None:
-    """Step of the `last.ckpt` in a folder, where training goes on; None where there is none."""
-    file = checkpoints / LAST
-    return int(load_checkpoint(file)["global_step"]) if file.is_file() else None
+log = logging.getLogger(__name__)
 
 
 class StageProgress(Callback):
@@ -66,44 +65,57 @@ def fit(
     stage: Any,
     loggers: list[Any],
     callbacks: list[Callback],
+    between_steps: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Train to `module.max_steps`, from `<folder>/last.ckpt` where it exists, and load the best checkpoint into the module.
+    """Train to `module.max_steps`, from the `resume_point` in `folder` if there is one, and load the best checkpoint.
+
+    A signal ends it after the step under way, which `last.ckpt` then has.
 
     Args:
         folder: where each validation leaves `last.ckpt`, and `best.ckpt` where `val/loss` is the least so far.
         stage: stage of the terminal, see `StageProgress`; `skip(n)` tells it of steps that were made before.
+        between_steps: called by the first rank with the number of steps made, once each step is complete, and again where
+            training goes on from there. A signal ends it at once.
 
     Returns:
         {"steps": number of steps in all, "best_step": step of the checkpoint that is loaded, "val_loss": its loss,
-        "resumed_from": step or None, "step_seconds": median of the steps made here, or None}.
+        "resumed_from": step or None, "step_seconds": median of the steps made here, or None, and where a checkpoint was damaged
+        "warnings": what was done about it}.
+
+    Raises:
+        signals.Interrupted: a signal ended it.
+        ValueError: damaged checkpoints, before the first step.
     """
-    done = last_step(folder)
+    point = resume_point(folder)
+    done = point.step if point else None
     data.seed, data.start_step = module.seed, done or 0
     stage.skip(data.start_step)
-    best = ModelCheckpoint(folder, "best", f"{module.prefix}val/loss", enable_version_counter=False)
-    last = ModelCheckpoint(folder, "last", enable_version_counter=False)
+    mended = [] if point is None or rank() else [line for line in (point.warning, mend_best(folder, point)) if line]
+    for line in mended:
+        log.warning(line)
+    checkpoints = Checkpoints(folder, f"{module.prefix}val/loss", loggers)
     steps = StageProgress(stage)
     finite = FiniteValues(folder, f"{'teacher' if module.prefix else 'optimizer'}.lr={module.optimizer.lr:g}")
     with _quiet_lightning():
-        trainer = _trainer(config, module.max_steps, [best, last, finite, steps, *callbacks], loggers)
+        trainer = _trainer(config, module.max_steps, folder, [checkpoints, finite, steps, *callbacks], loggers)
         if data.start_step < module.max_steps:
             batches = validation_set.batches(max(data.batch_size, 256))
             loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
-            resume = None if done is None else folder / LAST
-            with watched_ranks(trainer):
+            resume = None if point is None else point.file
+            with watched_ranks(trainer), _between_steps(trainer, module, checkpoints, between_steps):
                 trainer.fit(module, data.train_dataloader(), loader, ckpt_path=resume, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    state = load_checkpoint(folder / "best.ckpt")
+    signals.check()
+    state = load_checkpoint(folder / BEST)
     module.on_load_checkpoint(state)
     module.load_state_dict(state["state_dict"])
     trainer.strategy.barrier()  # the first rank may move the folder once all have read it
     return {
         "steps": module.max_steps,
         "best_step": int(state["global_step"]),
-        "val_loss": float(state["callbacks"][best.state_key]["best_model_score"]),
+        "val_loss": best_loss(state),
         "resumed_from": done,
         "step_seconds": round(statistics.median(steps.seconds), 5) if steps.seconds else None,
+        **({"warnings": mended} if mended else {}),
     }
 
 
@@ -116,8 +128,38 @@ def _precision(config: TrainerConfig) -> dict[str, Any]:
     return {"plugins": plugins, "precision": config.precision}
 
 
-def _trainer(config: TrainerConfig, max_steps: int, callbacks: list[Callback], loggers: list[Any]) -> Trainer:
+@contextmanager
+def _between_steps(
+    trainer: Trainer, module: DiffusionModule, checkpoints: Checkpoints, work: Callable[[int], None] | None
+) -> Iterator[None]:
+    """While the block trains: signals wait for the end of a step, and `work` is done there.
+
+    Lightning's own handlers are left out: that of SIGTERM begins a collective operation in the midst of others.
+    """
+    with ExitStack() as stack:
+        first = True
+
+        def pause() -> None:
+            nonlocal first
+            if first:  # before the first step other ranks may be waited for
+                stack.enter_context(signals.deferred())
+                first = False
+            if work is not None and trainer.is_global_zero:
+                with suppress(signals.Interrupted), signals.deferred(False):
+                    work(trainer.global_step)
+            checkpoints.end_if_asked(trainer)
+
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        module.between_steps = pause
+        try:
+            yield
+        except Stopped:
+            raise signals.Interrupted(signals.received() or signal.SIGTERM) from None
+
+
+def _trainer(config: TrainerConfig, max_steps: int, folder: Path, callbacks: list[Callback], loggers: list[Any]) -> Trainer:
     return Trainer(
+        default_root_dir=folder,  # Lightning takes checkpoints that SLURM's jobs left there for its own
         max_steps=max_steps,
         accelerator=config.accelerator,
         devices=1 if config.devices == "auto" and not torch.cuda.is_available() else config.devices,
@@ -149,6 +191,7 @@ def _quiet_lightning() -> Iterator[None]:
         warnings.filterwarnings(
             "ignore",
             message=".*(does not have many workers|`IterableDataset` has `__len__`|directory.*exists and is not empty"
-            "|in eval mode at the start of training|before `optimizer.step|LeafSpec.*is deprecated)",
+            "|in eval mode at the start of training|before `optimizer.step|LeafSpec.*is deprecated"
+            "|callbacks used to create the checkpoint)",
         )
         yield

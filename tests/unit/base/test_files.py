@@ -38,10 +38,10 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path):
     (writing.__enter__() / "new").touch()
     with pytest.raises(RuntimeError):
         writing.gen.throw(RuntimeError())
-    assert [p.name for p in path.iterdir()] == ["old"]
+    assert sorted(p.name for p in path.iterdir()) == [".old.sha256", "old"]
     with atomic_folder(path) as folder:
         (folder / "new").touch()
-    assert [p.name for p in path.iterdir()] == ["new"]
+    assert sorted(p.name for p in path.iterdir()) == [".new.sha256", "new"]
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
@@ -52,8 +52,10 @@ def test_content_is_on_the_disk_before_the_rename_and_the_name_after_it(tmp_path
         files.os, "fsync", lambda handle: events.append((os.readlink(f"/proc/self/fd/{handle}"), path.exists()))
     )
     with writer(path) as temporary:
-        (temporary if writer is atomic_path else temporary / "b").write_text("x")
-    assert events[0] == (str(temporary if writer is atomic_path else temporary / "b"), False)
+        file = temporary if writer is atomic_path else temporary / "b"
+        file.write_text("x")
+    assert (str(file), False) in events
+    assert [before for name, before in events if ".sha256" in name] == [False]
     assert events[-1] == (str(path.parent), True)
 
 

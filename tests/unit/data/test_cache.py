@@ -45,7 +45,7 @@ def test_an_interrupted_decoding_leaves_nothing(tmp_path):
 def test_what_killed_processes_left_is_removed(tmp_path):
     (tmp_path / ".key.npy.7.tmp").touch()
     cached(str(tmp_path), "key", SHAPE, blocks())
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".lock", ".npy"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".key.npy.sha256", "key.npy", "key.npy.lock"]
 
 
 @pytest.mark.parametrize("wrong", [[PIXELS[:3]], [PIXELS, PIXELS[:1]]])
@@ -56,17 +56,23 @@ def test_another_number_of_images_is_an_error(tmp_path, wrong, folder):
     assert not list(tmp_path.glob("*.npy"))
 
 
-def test_a_damaged_cache_says_what_to_delete(tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "bit", "empty", "folder", "bare cut", "bare other"])
+def test_a_damaged_cache_is_made_again_with_a_word(tmp_path, caplog, damage):
     cached(str(tmp_path), "key", SHAPE, blocks())
     (file,) = tmp_path.glob("*.npy")
     whole = file.read_bytes()
-    for damaged in (whole[:-1], whole[:20], b""):
-        file.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"key\.npy is damaged: .* delete that file"):
-            cached(str(tmp_path), "key", SHAPE, never())
-    np.save(file, PIXELS[:2])
-    with pytest.raises(ValueError, match=r"is damaged: it holds uint8 \(2, 1, 2, 2\)"):
-        cached(str(tmp_path), "key", SHAPE, never())
+    file.write_bytes({"cut": whole[:-1], "bare cut": whole[:-1], "bit": whole[:-1] + b"x"}.get(damage, b""))
+    if damage == "folder":
+        file.unlink()
+        file.mkdir()
+    elif damage.startswith("bare"):
+        (tmp_path / ".key.npy.sha256").unlink()
+    if damage == "bare other":
+        np.save(file, PIXELS[:2])
+    assert torch.equal(cached(str(tmp_path), "key", SHAPE, blocks()), torch.from_numpy(PIXELS))
+    assert f"{file} is damaged" in caplog.text
+    assert caplog.text.count("made again") == 1
+    assert torch.equal(cached(str(tmp_path), "key", SHAPE, never()), torch.from_numpy(PIXELS))
 
 
 def test_key_follows_names_sizes_times_and_settings(tmp_path):

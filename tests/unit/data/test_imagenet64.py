@@ -1,3 +1,5 @@
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -86,6 +88,35 @@ def test_another_format_is_refused(root, arrays):
     np.savez(root / "val_data.npz", **arrays)
     with pytest.raises(ValueError, match=r"val_data\.npz"):
         load(root)
+
+
+def bomb(path, labels, shape, size=0):
+    """An .npz whose `data` has a header of `shape`, and `size` zeros behind it."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, kind, announced, content in (
+            ("labels", "<i8", (labels,), bytes(8 * labels)),
+            ("data", "|u1", shape, bytes(size)),
+        ):
+            with archive.open(f"{name}.npy", "w") as stream:
+                np.lib.format.write_array_header_1_0(stream, {"descr": kind, "fortran_order": False, "shape": announced})
+                stream.write(content)
+
+
+@pytest.mark.parametrize(
+    ("bombs", "message"),
+    [
+        ({"labels": 4, "shape": (2**29, 12288)}, r"promises 6,597,069,766,656 bytes"),  # 6.6 TB in 200 bytes
+        ({"labels": 4, "shape": (3000, 12288), "size": 3000 * 12288}, r"not uint8 \(N, 12288\) with N labels"),
+        ({"labels": 8, "shape": (8, 12288), "size": 8 * 12288}, r"it says that it holds 8 images, and all of ImageNet are 7"),
+        ({"labels": 4, "shape": (4, 2**40, 0)}, r"not uint8 \(N, 12288\)"),
+    ],
+)
+def test_a_bomb_is_refused_before_memory_is_taken(root, monkeypatch, bombs, message):
+    monkeypatch.setattr(imagenet64, "TRAIN_IMAGES", 7)
+    monkeypatch.setattr(imagenet64.np, "load", lambda *_, **__: pytest.fail("it was read"))
+    bomb(root / "val_data.npz", **bombs)
+    with pytest.raises(ValueError, match=rf"val_data\.npz is damaged: .*{message}"):
+        imagenet64.read_batch(root / "val_data.npz")
 
 
 def test_download_says_where_to_log_in(root):

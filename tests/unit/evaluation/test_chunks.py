@@ -1,6 +1,11 @@
+import os
+import subprocess
+
 import numpy as np
 import pytest
 
+from qdm_lightning.base import files
+from qdm_lightning.base.checksums import checksum_file
 from qdm_lightning.evaluation import chunks
 from qdm_lightning.evaluation.chunks import ChunkFolder
 
@@ -20,11 +25,12 @@ def test_what_was_written_is_read(folder):
     assert chunk.arrays["features"].dtype == np.float32
     assert chunk.meta["seconds"] == 1.5
     assert folder.read([3, 4, 5]) is None
-    assert [file.name for file in folder.path.iterdir()] == [folder.file(SEEDS).name]
+    assert [file.name for file in folder.path.glob("[!.]*")] == [folder.file(SEEDS).name]
 
 
-def test_every_damaged_byte_and_every_cut_is_found(folder):
+def test_every_damaged_byte_and_every_cut_is_found_without_the_checksum_beside_it(folder):
     file = folder.file(SEEDS)
+    checksum_file(file).unlink()
     whole = file.read_bytes()
     array = np.arange(6, dtype=np.float32).tobytes()
     start = whole.index(array)
@@ -45,6 +51,7 @@ def test_every_damaged_byte_and_every_cut_is_found(folder):
 
 def test_contents_with_a_valid_zip_but_another_checksum_key_or_seeds(folder):
     file = folder.file(SEEDS)
+    checksum_file(file).unlink()
     with np.load(file) as archive:
         arrays = {name: archive[name] for name in archive.files}
     for other in ({"features": arrays["features"] + 1}, {"meta": np.array('{"key": "key", "seconds": 9}')}):
@@ -68,15 +75,22 @@ def test_a_write_that_fails_leaves_nothing(folder, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         folder.write([8, 9], {"features": np.zeros((2, 2))}, {})
     assert folder.read([8, 9]) is None
-    assert len(list(folder.path.iterdir())) == 1
+    assert len(list(folder.path.iterdir())) == 2  # that of the fixture, and its checksum
     with pytest.raises(ValueError, match="has 2 rows"):
         folder.write(SEEDS, {"features": np.zeros((2, 2))}, {})
 
 
-def test_only_old_remains_are_swept(folder, monkeypatch):
-    (folder.path / ".a.npz.1.tmp").write_bytes(b"half")
+def test_remains_of_processes_that_are_gone_are_swept(folder, monkeypatch):
+    """A process of this machine is looked for; one of another has an hour."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for process in (gone.pid, os.getpid()):
+        (folder.path / f".a.npz.{files._host()}.{process}.tmp").write_bytes(b"half")
+    (folder.path / f".a.npz.elsewhere.{gone.pid}.tmp").write_bytes(b"half")
     folder.sweep()
-    assert (folder.path / ".a.npz.1.tmp").exists()
-    monkeypatch.setattr(chunks, "STALE", -1.0)
+    left = {file.name.removeprefix(".a.npz.") for file in folder.path.glob(".*.tmp")}
+    assert left == {f"{files._host()}.{os.getpid()}.tmp", f"elsewhere.{gone.pid}.tmp"}
+    monkeypatch.setattr(files, "STALE", -1.0)
+    monkeypatch.setattr(files.os, "kill", lambda process, number: (_ for _ in ()).throw(ProcessLookupError))
     folder.sweep()
-    assert [file.name for file in folder.path.iterdir()] == [folder.file(SEEDS).name]
+    assert not list(folder.path.glob(".*.tmp"))

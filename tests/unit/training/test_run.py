@@ -240,7 +240,7 @@ def test_the_teacher_that_is_to_be_shipped(first, tmp_path, monkeypatch):
     script = runpy.run_path(str(CONF_DIR.parent / "experiments" / "embedded" / "teacher.py"))
     monkeypatch.setattr(script["subprocess"], "run", in_this_process)
     script["main"](tmp_path / "made", TINY)
-    files = [file.relative_to(tmp_path / "made").as_posix() for file in sorted((tmp_path / "made").rglob("*.*"))]
+    files = [file.relative_to(tmp_path / "made").as_posix() for file in sorted((tmp_path / "made").rglob("[!.]*.*"))]
     assert files == [
         "model_index.json",
         "scheduler/scheduler_config.json",
@@ -286,7 +286,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(first, monke
     with pytest.raises(UserError, match=f"^(in|after) step 4 {name} is (nan|inf).*: training diverged"):
         run(first[0], "seed=5", name=f"diverged_{method}")
     (folder,) = (first[0] / f"diverged_{method}").iterdir()
-    assert {file.name: load_checkpoint(file)["global_step"] for file in (folder / "checkpoints").iterdir()} == {
+    assert {file.name: load_checkpoint(file)["global_step"] for file in (folder / "checkpoints").glob("[!.]*")} == {
         "last.ckpt": 2,
         "best.ckpt": 2,
         "diverged.ckpt": 3 if method == "training_step" else 4,

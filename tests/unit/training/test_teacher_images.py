@@ -59,7 +59,7 @@ def drawn(composed, tmp_path):
 
 
 def files(folder: Path) -> list[Path]:
-    return sorted((folder / "teacher_images").iterdir())
+    return sorted((folder / "teacher_images").glob("[!.]*.safetensors"))
 
 
 def test_drawn_once(drawn, tmp_path):
