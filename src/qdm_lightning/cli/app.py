@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -26,10 +27,11 @@ from qdm_lightning.base.checks import folder as check_folder
 from qdm_lightning.cli.compose import VERSION_BASE, composed, explained, parse, parsed, without_hydra
 from qdm_lightning.cli.help import help_text
 from qdm_lightning.cli.schema import CONF_DIR
+from qdm_lightning.cli.typed import as_text, refuse_lists_of_options
 from qdm_lightning.cli.validate import refuse_unknown
-from qdm_lightning.runs.folder import CONFIG, LOCK
+from qdm_lightning.runs.folder import CONFIG
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 """Exit statuses; 1 is left to faults of ours, which come with a traceback, and to sweeps with jobs that failed."""
 
 
@@ -69,6 +71,9 @@ class Command:
         job = Job(self)
         try:
             _main(job, sys.argv[1:])
+            sys.stdout.flush()
+        except BrokenPipeError:
+            reader_left()
         except KeyboardInterrupt:
             job.interrupted()
         except SystemExit as end:
@@ -77,6 +82,12 @@ class Command:
             raise
         except UserError as error:
             fail(error)
+
+
+def reader_left() -> NoReturn:
+    """End quietly: whoever reads what is printed, such as `head`, has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
+    raise SystemExit(BROKEN_PIPE) from None
 
 
 def fail(error: object) -> NoReturn:
@@ -114,7 +125,7 @@ def _as_hydra_reads_it(words: Sequence[str], overrides: Sequence[str]) -> None:
     Hydra's grammar has not, and flags between the overrides."""
     rest = list(overrides)
     flags = [word for word in words if not (rest and word == rest[0] and rest.pop(0))]
-    readable = [_home(word) for word in overrides]
+    readable = [as_text(_home(word)) for word in overrides]
     apart = not any(list(words[k : k + len(overrides)]) == list(overrides) for k in range(len(words) + 1))
     if apart or readable != overrides:
         before = sys.orig_argv[: len(sys.orig_argv) - len(words)]
@@ -141,6 +152,7 @@ class Job:
         """Compose and check the one job that was typed; a sweep's jobs are checked by the sweep."""
         args, command = self.args, self.command
         overrides = parsed(args.overrides)
+        refuse_lists_of_options(overrides, config_name)
         command.adopt(args)
         if args.multirun or any(o.key_or_group == "hydra.mode" and o.value() == "MULTIRUN" for o in overrides):
             return
@@ -188,16 +200,12 @@ class Job:
 
 
 def _discard(folder: Path) -> None:
-    """Remove what Hydra and we wrote for a job that never began, and its folder, and the one above, if they are empty then.
+    """Remove the folder of a job that never began, which was made for it, and the one above if it is empty then.
 
-    A folder that holds anything else, such as checkpoints, stays as it is: that run can go on.
+    With checkpoints in it the folder stays as it is: that run can go on.
     """
-    hydra_folder = folder / ".hydra"
-    written = [*hydra_folder.glob("*.yaml"), *folder.glob("*.log"), folder / CONFIG, folder / LOCK]
-    if {*folder.iterdir()} - {*written, hydra_folder}:
+    if any(folder.glob("checkpoints/*")):
         return
-    for file in written:
-        file.unlink(missing_ok=True)
-    for empty in (hydra_folder, folder, folder.parent):
-        with suppress(OSError):  # it holds something else, which stays
-            empty.rmdir()
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # it holds something else, which stays
+        folder.parent.rmdir()

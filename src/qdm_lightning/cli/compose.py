@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,8 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from qdm_lightning.base.checks import UserError, one_line
 from qdm_lightning.base.trust import check_targets, targets
-from qdm_lightning.cli.messages import explain, is_bad_input
+from qdm_lightning.cli.messages import explain, is_bad_input, quoted
+from qdm_lightning.cli.outside import keep_within
 from qdm_lightning.cli.schema import CONF_DIR, TrainConfig
+from qdm_lightning.cli.typed import as_text
 from qdm_lightning.runs.folder import read_config, run_folder
 
 VERSION_BASE = "1.3"
@@ -57,12 +59,6 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if args.experimental_rerun is not None:
         raise UserError("--experimental-rerun is not supported: type run=<folder of the run>")
     return args
-
-
-def quoted(value: object) -> str:
-    """A path or name as a value in Hydra's grammar."""
-    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"
 
 
 @contextmanager
@@ -105,14 +101,14 @@ def _check_launcher(missing: str) -> None:
 
 def parsed(overrides: Sequence[str]) -> list[Override]:
     """Overrides as Hydra understands them."""
-    return OverridesParser.create().parse_overrides(list(overrides))
+    return OverridesParser.create().parse_overrides([*map(as_text, overrides)])
 
 
 def composed(config_name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> DictConfig:
     """The configuration of one job, Hydra's own node in it, from our folder and the user's `config_dir`."""
     search = [] if config_dir is None else [f"hydra.searchpath=[{quoted(f'file://{Path(config_dir).resolve()}')}]"]
     with initialize_config_dir(str(CONF_DIR), version_base=VERSION_BASE):
-        return compose(config_name, [*overrides, *search], return_hydra_config=True)
+        return compose(config_name, [*map(as_text, overrides), *search], return_hydra_config=True)
 
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
@@ -132,12 +128,16 @@ def trusted(overrides: Sequence[Override], config_dir: str | None) -> set[str]:
     return named | {str(target) for content in contents for _, target in targets(content)}
 
 
-def stored(run: str | Path, trust: Collection[str] = ()) -> DictConfig:
+def stored(
+    run: str | Path, trust: Collection[str] = (), typed: Collection[str] = (), say: Callable[[str], None] | None = None
+) -> DictConfig:
     """The resolved configuration that a run left in its folder, with `run` set to that folder: `train` goes on with it.
 
     Args:
         run: folder of a run.
         trust: `_target_`s outside this package that it may name (see `trust.check_targets`).
+        typed: dotted names of settings that the user gives beside it.
+        say: told what it names outside its folder, and what of that is not taken (see `outside.keep_within`).
 
     Raises:
         FileNotFoundError: no such folder, or no configuration in it.
@@ -146,6 +146,9 @@ def stored(run: str | Path, trust: Collection[str] = ()) -> DictConfig:
     folder = run_folder(run)
     values = read_config(folder)
     check_targets(values, trust)
+    for line in keep_within(values, typed):
+        if say is not None:
+            say(line)
     cfg = settings(values)
     cfg.run = str(folder)
     return cfg

@@ -30,8 +30,9 @@ from omegaconf.errors import OmegaConfBaseException
 from qdm_lightning.base.checks import UserError, one_line
 from qdm_lightning.base.checks import folder as check_folder
 from qdm_lightning.cli.app import INTERRUPTED, Job
-from qdm_lightning.cli.compose import explained, quoted, settings, without_hydra
+from qdm_lightning.cli.compose import explained, settings, without_hydra
 from qdm_lightning.cli.jobs import launched, run_job
+from qdm_lightning.cli.messages import quoted
 from qdm_lightning.cli.schema import job_name
 from qdm_lightning.runs.folder import CONFIG, is_finished, read_config
 

@@ -10,8 +10,9 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from qdm_lightning.base.checks import at_least, between, one_of
+from qdm_lightning.base.checks import at_least, between, folder, one_of
 from qdm_lightning.diffusion.spec import SEEDS
+from qdm_lightning.training.spec import MOST_THREADS
 
 SCORES = ("fd", "is", "kid", "prc")
 """Frechet distance, Inception Score, kernel distance, precision and recall."""
@@ -29,6 +30,8 @@ def parse_seeds(value: Any) -> list[int]:
     ([0, 1, 2, 3, 9], [5], [7, 1, 2])
     """
     seeds: list[int] = []
+    if value is None or value == "" or value == [] or value == ():
+        raise ValueError(f"seeds={value} asks for nothing: write seeds=0-63, or seeds=[0-63,100]")
     for part in ",".join(map(str, value if isinstance(value, list | tuple) else [value])).split(","):
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
@@ -100,7 +103,7 @@ class RestoreConfig:
     weights: str = checked("ema", one_of, allowed=("ema", "raw"))
     checkpoint: str = "best"
     accelerator: str = checked("auto", one_of, allowed=("auto", "cpu", "gpu", "cuda", "mps"))
-    threads: int | None = checked(None, at_least, minimum=0)
+    threads: int | None = checked(None, between, low=0, high=MOST_THREADS)
     compile: str | None = checked(None, one_of, allowed=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
@@ -131,12 +134,12 @@ class EvaluationConfig(RestoreConfig):
         out: folder of the result; None makes one below `<run>/evaluations`.
     """
 
-    num_samples: int | None = checked(None, at_least, minimum=2)
+    num_samples: int | None = checked(None, between, low=2, high=MOST_SEEDS)
     seed: int | None = checked(None, between, low=0, high=SEEDS - 1)
     seeds: Any = None
     shard: str | None = checked(None, lambda name, value: parse_shard(value))
     merge: bool = False
-    devices: int = checked(1, at_least, minimum=1)
+    devices: int = checked(1, between, low=1, high=MOST_THREADS)
     chunk: int | None = None
     keep_images: bool = True
     scores: Any = None
@@ -148,6 +151,10 @@ class EvaluationConfig(RestoreConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         count = None if self.seeds is None else len(parse_seeds(self.seeds))
+        if count is not None:
+            at_least(f"the number of images of seeds={self.seeds}:", count, 2)
+        if self.out is not None:
+            folder("out", self.out)
         both = f"num_samples={self.num_samples}, but seeds={self.seeds} are {count} images: leave out one of them"
         refused = {
             both: count is not None and self.num_samples not in (None, count),
@@ -190,3 +197,8 @@ class SampleConfig(RestoreConfig):
     trajectory: bool = False
     trajectory_seeds: int = checked(4, at_least, minimum=1)
     out: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.out is not None:
+            folder("out", self.out)

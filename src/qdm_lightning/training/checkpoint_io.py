@@ -35,7 +35,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file: give a checkpoint, such as <run>/checkpoints/last.ckpt")
     with reading(path, "it cannot be read as a checkpoint") as stream:
-        return dict(torch.load(stream, map_location="cpu", weights_only=True))
+        content = torch.load(stream, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict) or "global_step" not in content:
+            raise ValueError("it holds no checkpoint of a run")
+        return content
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.models.image_sampler import ImageSampler
 from qdm_lightning.quantization import compiled
 from qdm_lightning.quantization.cost import cost as count_cost
+from qdm_lightning.runs.caches import mark_cache
 from qdm_lightning.runs.provenance import git_commit, hardware, peak_memory, versions
 from qdm_lightning.training.devices import measuring_device, set_up
 from qdm_lightning.training.experiment import Experiment
@@ -35,7 +36,7 @@ from qdm_lightning.training.module import DiffusionModule
 from qdm_lightning.training.publishing import log_layers, log_results, log_scales
 from qdm_lightning.training.student import calibrate_student, prepare_student
 from qdm_lightning.training.student_files import save_student
-from qdm_lightning.training.teacher import check_schedule, obtain_teacher
+from qdm_lightning.training.teacher import check_networks, check_schedule, obtain_teacher
 from qdm_lightning.training.teacher_images import teacher_images
 from qdm_lightning.training.trainer import fit, last_step
 from qdm_lightning.training.validation_set import ValidationSet, nem_error
@@ -62,14 +63,20 @@ def run(experiment: Experiment, progress: Any) -> Result:
         FileNotFoundError, ValueError: data, teacher or settings that can't be used, before anything is trained.
     """
     set_up(experiment.trainer)
-    experiment.data.setup()
+    experiment.load_data()
     check_schedule(experiment)
+    check_networks(experiment)
     features(experiment.feature_network, experiment.data.train_images[:1])  # it takes such images, or says so now
     step = (last_step(experiment.run_dir / CHECKPOINTS) or 0) if experiment.resume else None
     csv = partial(CSVMetrics, experiment.run_dir / "metrics.csv", step)
     with opened(
         [csv, *([] if rank() else experiment.loggers)], run_dir=experiment.run_dir, config=experiment.resolved
     ) as loggers:
+        if not rank():
+            experiment.keep_data()
+            for cache in (experiment.paths.cache, experiment.resolved.get("data", {}).get("cache")):
+                if cache:
+                    mark_cache(cache)
         return Run(experiment, progress, loggers).result()
 
 

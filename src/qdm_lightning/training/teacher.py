@@ -10,9 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import UNet2DModel
 from filelock import AcquireReturnProxy, FileLock, Timeout
+from torch import nn
 
 from qdm_lightning.base.files import atomic_folder, data_hash, read_json, write_json, write_whole
 from qdm_lightning.base.ranks import rank
@@ -22,6 +24,7 @@ from qdm_lightning.training.checkpoint_io import fill_from_checkpoint
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.module import DiffusionModule
 from qdm_lightning.training.spec import TEACHER_OPTIMIZER, OptimizerConfig
+from qdm_lightning.training.student import prepare_student
 
 FORMAT = 2
 """Raised when the way of training changes, so that older cached teachers are not taken for new ones."""
@@ -64,12 +67,9 @@ def obtain_teacher(experiment: Experiment, fit: Fit, say: Callable[[str], None])
         file = own / "origin.json"
         return load_unet(own), read_json(file) if file.is_file() else {"source": str(own)}
     origin: dict[str, Any] = {"source": config.source, "path": str(config.path)}
-    if config.source == "auto":
+    unet = _given(experiment)
+    if unet is None:
         unet, origin = _auto(experiment, fit, say)
-    elif config.source == "checkpoint":
-        unet = _from_checkpoint(experiment, Path(str(config.path)).expanduser())
-    else:
-        unet = load_unet(str(config.path))
     _check_shape(experiment, unet)
     if not rank():  # else a rank would write into the folder that another one replaces
         save_pipeline(unet, experiment.diffusion, own)
@@ -164,6 +164,34 @@ def _from_checkpoint(experiment: Experiment, path: Path) -> Any:
     return unet
 
 
+def check_networks(experiment: Experiment) -> None:
+    """Find out before anything is trained or logged what else would end the run after hours: the teacher cannot be read or does
+    not take the data, the rules name no layer, or a quantizer does not go with its layer.
+
+    Raises:
+        FileNotFoundError, ValueError: one of these.
+    """
+    if experiment.has_teacher:
+        return
+    with torch.random.fork_rng(devices=[]):
+        unet = _given(experiment) or experiment.build_model()
+        if not isinstance(unet, nn.Module):
+            raise ValueError(f"model._target_ makes a {type(unet).__name__}, which is no network")
+        _check_shape(experiment, unet)
+        if not experiment.quant.is_float:
+            prepare_student(unet, experiment)
+
+
+def _given(experiment: Experiment) -> Any:
+    """The U-Net at `teacher.path`; None where the teacher is trained."""
+    if experiment.teacher.source == "auto":
+        return None
+    path = str(experiment.teacher.path)
+    return (
+        load_unet(path) if experiment.teacher.source == "pretrained" else _from_checkpoint(experiment, Path(path).expanduser())
+    )
+
+
 def check_schedule(experiment: Experiment) -> None:
     """A teacher that was trained on another noise schedule would mislead the student.
 
@@ -184,7 +212,10 @@ def check_schedule(experiment: Experiment) -> None:
 
 
 def _check_shape(experiment: Experiment, unet: Any) -> None:
+    """Raise ValueError where the teacher does not take the data; one that says no size, or says it twice, is told theirs."""
     channels, size = experiment.data.channels, experiment.data.image_size
+    if unet.config.sample_size is None or [*np.atleast_1d(unet.config.sample_size)] == [size, size]:
+        unet.register_to_config(sample_size=size)
     if (unet.config.in_channels, unet.config.sample_size) != (channels, size):
         raise ValueError(
             f"the teacher takes {unet.config.in_channels} channel(s) of {unet.config.sample_size} pixels, the data have "
