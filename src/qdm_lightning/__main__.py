@@ -6,6 +6,7 @@ import os
 import sys
 from difflib import get_close_matches
 
+from qdm_lightning.base.pipes import while_read
 from qdm_lightning.cli.help import COMMANDS, overview
 
 
@@ -13,7 +14,8 @@ def main() -> int:
     """Without a word the overview; with the name of a command, that command with the words after it."""
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
-        print(overview())
+        with while_read():
+            print(overview())
         return 0
     name = words[0]
     if name in COMMANDS:  # by its own name, which is what processes that it starts are started by

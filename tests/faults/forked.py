@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib
 import io
 import json
@@ -81,8 +82,8 @@ class Sandbox:
             for path in place.rglob("*")
         }
 
-    def run(self, command: str, words: Sequence[str], watched: bool = False) -> Answer:
-        """Type `python -m qdm_lightning.<command> <words>` in the working folder.
+    def run(self, command: str | Callable[[], Any], words: Sequence[str] = (), watched: bool = False) -> Answer:
+        """Type `python -m qdm_lightning.<command> <words>` in the working folder, or call a function there.
 
         Args:
             watched: note what Python's audit hooks see.
@@ -122,7 +123,7 @@ def _ended(child: int) -> Any:
     return os.wait4(child, 0)
 
 
-def _type(sandbox: Sandbox, scratch: Path, command: str, words: list[str], watched: bool) -> None:
+def _type(sandbox: Sandbox, scratch: Path, command: str | Callable[[], Any], words: list[str], watched: bool) -> None:
     """In the child: run the command and end with its status."""
     status = 1
     try:
@@ -140,12 +141,13 @@ def _type(sandbox: Sandbox, scratch: Path, command: str, words: list[str], watch
         (scratch / "tmp").mkdir()
         tempfile.tempdir = os.environ["TMPDIR"] = str(scratch / "tmp")
         os.chdir(sandbox.work)
-        sys.argv = [command, *words]
+        sys.argv = [str(command), *words]
+        sys.dont_write_bytecode = True
         sys.orig_argv = [sys.executable, "-m", f"qdm_lightning{'' if command == '__main__' else '.' + command}", *words]
-        module = importlib.import_module(f"qdm_lightning.{command}")
+        main = importlib.import_module(f"qdm_lightning.{command}").main if isinstance(command, str) else command
         if watched:
             _watch(scratch)
-        status = _status(module.main)
+        status = _status(main)
     except BaseException:  # noqa: BLE001 whatever it is, the child must not go on as the parent
         traceback.print_exc()
     finally:
@@ -191,8 +193,19 @@ def _writes(flags: Any) -> bool:
 def warm_up() -> None:
     """Import what the commands import, once for all children."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    importlib.import_module("matplotlib.font_manager")  # its cache of fonts takes seconds, and a home
     for name in (*WARM, *COMMANDS):
         importlib.import_module(f"qdm_lightning.{name}")
+
+
+def _code() -> str:
+    """A hash of what is tested and of the tests: results of other code do not count."""
+    top, digest = Path(__file__).parents[2], hashlib.sha256()
+    for folder in ("src", "conf", "tests/faults"):
+        for file in sorted((top / folder).rglob("*.[py]*")):
+            if file.suffix in (".py", ".yaml"):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def results(
@@ -213,13 +226,16 @@ def results(
         root.mkdir(parents=True, exist_ok=True)
         file = root / f"{name}.jsonl"
         lines = file.read_text("utf-8").splitlines() if file.is_file() else []
-        passed = {record["id"]: record for record in map(json.loads, lines) if not record["fault"]}
+        code = _code()
+        passed = {
+            record["id"]: record for record in map(json.loads, lines) if not record["fault"] and record.get("code") == code
+        }
         warm_up()
         sandbox = Sandbox(root / name)
         prepare(sandbox)
         with file.open("a", encoding="utf-8") as out:
             for key, attempt in cases:
-                record = passed.get(key) or {"id": key, **attempt(sandbox)}
+                record = passed.get(key) or {"id": key, "code": code, **attempt(sandbox)}
                 if key not in passed:
                     print(json.dumps(record), file=out, flush=True)
                 yield record

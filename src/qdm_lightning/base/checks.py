@@ -30,9 +30,16 @@ def one_line(text: object) -> str:
     return visible(" ".join(str(text).split()))
 
 
+_ADVICE = re.compile(r"[^.]*(If you trust|can still be loaded|allow_pickle|weights_only).*")
+
+
 def first_line(error: Exception) -> str:
-    """First line of an error's message, or its type where it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """First line of an error's message, without advice to trust a file that was refused; its type where nothing is left.
+
+    >>> first_line(ValueError("Pickled data. If you trust the file, pass allow_pickle=True\\nmore"))
+    'Pickled data.'
+    """
+    return _ADVICE.sub("", str(error).strip().partition("\n")[0]).strip() or type(error).__name__
 
 
 def one_of(name: str, value: object, allowed: Collection[object]) -> None:

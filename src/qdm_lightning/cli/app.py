@@ -24,14 +24,15 @@ from omegaconf import DictConfig, OmegaConf
 from qdm_lightning import __version__
 from qdm_lightning.base.checks import UserError, one_line
 from qdm_lightning.base.checks import folder as check_folder
+from qdm_lightning.base.pipes import while_read
 from qdm_lightning.cli.compose import VERSION_BASE, composed, explained, parse, parsed, without_hydra
 from qdm_lightning.cli.help import help_text
 from qdm_lightning.cli.schema import CONF_DIR
-from qdm_lightning.cli.typed import as_text, refuse_lists_of_options
+from qdm_lightning.cli.typed import as_text, refuse_what_changes_nothing
 from qdm_lightning.cli.validate import refuse_unknown
 from qdm_lightning.runs.folder import CONFIG
 
-BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+BAD_INPUT, INTERRUPTED = 2, 130
 """Exit statuses; 1 is left to faults of ours, which come with a traceback, and to sweeps with jobs that failed."""
 
 
@@ -70,10 +71,8 @@ class Command:
         """
         job = Job(self)
         try:
-            _main(job, sys.argv[1:])
-            sys.stdout.flush()
-        except BrokenPipeError:
-            reader_left()
+            with while_read():
+                _main(job, sys.argv[1:])
         except KeyboardInterrupt:
             job.interrupted()
         except SystemExit as end:
@@ -82,12 +81,6 @@ class Command:
             raise
         except UserError as error:
             fail(error)
-
-
-def reader_left() -> NoReturn:
-    """End quietly: whoever reads what is printed, such as `head`, has seen enough."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
-    raise SystemExit(BROKEN_PIPE) from None
 
 
 def fail(error: object) -> NoReturn:
@@ -152,7 +145,7 @@ class Job:
         """Compose and check the one job that was typed; a sweep's jobs are checked by the sweep."""
         args, command = self.args, self.command
         overrides = parsed(args.overrides)
-        refuse_lists_of_options(overrides, config_name)
+        refuse_what_changes_nothing(overrides, config_name)
         command.adopt(args)
         if args.multirun or any(o.key_or_group == "hydra.mode" and o.value() == "MULTIRUN" for o in overrides):
             return

@@ -189,6 +189,8 @@ def _instantiation_cause(error: InstantiationException) -> str | None:
         return f"{key}._target_ cannot be imported: {reason}"
     if isinstance(cause, ValueError | FileNotFoundError):
         return one_line(cause)
-    if isinstance(cause, TypeError) and re.search(r"unexpected keyword|required (positional|keyword)", str(cause)):
-        return f"{key}: {one_line(cause)}"
+    if isinstance(cause, TypeError) and re.search(
+        r"unexpected keyword|required (positional|keyword)|takes (no|exactly|\d+) ", str(cause)
+    ):
+        return f"{key}._target_ does not take these settings: {one_line(cause)}"
     return None if cause is not None else text

@@ -27,6 +27,12 @@ _PLAIN = re.compile(
 )
 """Begins a value that says by itself how it is to be read."""
 
+_AS_IT_IS = re.compile(r"[A-Za-z_/.][\w/.:-]*$")
+"""What Hydra's grammar reads as text."""
+
+_WORDS = {"true", "false", "nan", "inf"}
+"""But for these, in any case."""
+
 _NAMES = re.compile(r"\[[\w.+-]+(,[\w.+-]+)*\]$")
 
 
@@ -62,18 +68,21 @@ def as_text(word: str) -> str:
     key = name.lstrip("+")
     if not equals or not value or _PLAIN.match(value) or "${" in value:
         return word
-    if (key in _named(str) or key in HYDRAS) and "," not in value:
+    plain = _AS_IT_IS.match(value) and not re.match(r"\.\d", value) and value.lower() not in _WORDS
+    if (key in _named(str) or key in HYDRAS) and "," not in value and not plain:
         return f"{name}={quoted(value)}"
     if key in _named(list[str]) and _NAMES.match(value):
         return f"{name}=[{','.join(map(quoted, value[1:-1].split(',')))}]"
     return word
 
 
-def refuse_lists_of_options(overrides: Iterable[Override], config_name: str) -> None:
-    """Raise UserError at `quant=[w4a4,w3a3]`, of which Hydra would take the last."""
+def refuse_what_changes_nothing(overrides: Iterable[Override], config_name: str) -> None:
+    """Raise UserError at `quant=[w4a4,w3a3]`, of which Hydra would take the last, and at `quant.rules={}`, which it merges."""
     groups = set(defaults(config_name)) - {*STACKING}
     for override in overrides:
         if override.key_or_group in groups and isinstance(override.value(), list):
             raise UserError(
                 f"{override.input_line}: {override.key_or_group} takes one option; -m with commas runs each of them"
             )
+        if override.value() == {} and not override.is_delete():
+            raise UserError(f"{override.input_line} changes nothing, as it is merged into what is there: leave it out")

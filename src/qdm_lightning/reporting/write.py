@@ -34,7 +34,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None, baseline: str
     contents = collect(folders)
     groups, notes = summarize(contents.results, baseline)
     contents.notes += notes
-    text = markdown(groups, contents)
+    text = checks.visible(markdown(groups, contents))  # names come out of files; the page escapes them itself
     files = {"report.html": page(groups, contents), "results.csv": csv_text(groups), "results.md": text}
     for name, content in files.items():
         write_whole((out or folders[0]) / name, content.encode("utf-8"))

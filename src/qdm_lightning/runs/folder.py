@@ -22,6 +22,10 @@ MAY_CHANGE = ("run", "logger", "paths")
 """Settings that make no other run: where it lies, and who is told of it."""
 
 
+LARGEST = 2**20
+"""Bytes of a configuration: a thousand times what it has. YAML takes seconds to read a megabyte."""
+
+
 def is_finished(folder: Path) -> bool:
     """True where a run has left its results."""
     return (folder / METRICS).is_file() and (folder / CONFIG).is_file()
@@ -65,8 +69,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / CONFIG
     try:
+        if file.stat().st_size > LARGEST:
+            raise ValueError(f"it has more than {LARGEST:,} bytes, which no configuration has")
         plain = plain_yaml(file.read_text("utf-8"))
-    except (yaml.YAMLError, OSError, ValueError) as error:
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {one_line(error)}") from error
     if not isinstance(plain, dict) or not all(isinstance(name, str) for name in plain):
         raise ValueError(f"{file} is not the configuration of a run")

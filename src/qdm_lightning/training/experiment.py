@@ -13,6 +13,7 @@ from torch import nn
 from qdm_lightning.base.files import read_json, write_json
 from qdm_lightning.data.module import ImageDataModule
 from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig, SamplerConfig
+from qdm_lightning.metrics.frechet import check_network
 from qdm_lightning.quantization.observer import Calibrator
 from qdm_lightning.quantization.preparation import Quantizers
 from qdm_lightning.quantization.spec import QuantConfig
@@ -76,6 +77,7 @@ class Experiment:
             if not isinstance(thing, kind):
                 target = self.resolved.get(place, {}).get("_target_", type(thing).__name__)
                 raise ValueError(f"{place}._target_={target} is no {kind.__name__}: name one of that kind")
+        check_network(self.feature_network)
         made_by = getattr(self.calibrator, "func", self.calibrator)
         if isinstance(made_by, type) and not hasattr(made_by, "search"):
             raise ValueError(
