@@ -220,7 +220,9 @@ def results(
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--keep", type=Path, help="folder for inputs and results; the same command goes on there")
-    keep = parser.parse_args().keep
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="try every Nth alone")
+    args = parser.parse_args()
+    keep, chosen = args.keep, [*cases][:: args.every]
     with contextlib.ExitStack() as stack:
         root = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qdm_faults_")))
         root.mkdir(parents=True, exist_ok=True)
@@ -234,7 +236,7 @@ def results(
         sandbox = Sandbox(root / name)
         prepare(sandbox)
         with file.open("a", encoding="utf-8") as out:
-            for key, attempt in cases:
+            for key, attempt in chosen:
                 record = passed.get(key) or {"id": key, "code": code, **attempt(sandbox)}
                 if key not in passed:
                     print(json.dumps(record), file=out, flush=True)
