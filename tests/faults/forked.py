@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 WARM = ("cli.build", "training.run", "evaluation.evaluate", "evaluation.sample", "diagnosis.diagnose", "reporting.write")
+WARM += ("metrics.inception", "metrics.resnet20", "data.images", "data.cifar10", "data.celeba", "data.imagenet64", "cost")
 COMMANDS = ("train", "evaluate", "sample", "diagnose", "report", "cost", "convert", "dashboard", "__main__")
 
 WALL_SECONDS, CPU_SECONDS = 120, 35

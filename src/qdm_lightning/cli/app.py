@@ -25,7 +25,7 @@ from qdm_lightning import __version__
 from qdm_lightning.base.checks import UserError, one_line
 from qdm_lightning.base.checks import folder as check_folder
 from qdm_lightning.base.pipes import while_read
-from qdm_lightning.cli.compose import VERSION_BASE, composed, explained, parse, parsed, without_hydra
+from qdm_lightning.cli.compose import VERSION_BASE, check_options, composed, explained, parse, parsed, without_hydra
 from qdm_lightning.cli.help import help_text
 from qdm_lightning.cli.schema import CONF_DIR
 from qdm_lightning.cli.typed import as_text, refuse_what_changes_nothing
@@ -145,6 +145,7 @@ class Job:
         """Compose and check the one job that was typed; a sweep's jobs are checked by the sweep."""
         args, command = self.args, self.command
         overrides = parsed(args.overrides)
+        check_options(args.config_dir)
         refuse_what_changes_nothing(overrides, config_name)
         command.adopt(args)
         if args.multirun or any(o.key_or_group == "hydra.mode" and o.value() == "MULTIRUN" for o in overrides):

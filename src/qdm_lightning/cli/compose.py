@@ -13,6 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from qdm_lightning.base.checks import UserError, one_line
 from qdm_lightning.base.trust import check_targets, targets
@@ -109,6 +111,17 @@ def composed(config_name: str, overrides: Sequence[str] = (), config_dir: str | 
     search = [] if config_dir is None else [f"hydra.searchpath=[{quoted(f'file://{Path(config_dir).resolve()}')}]"]
     with initialize_config_dir(str(CONF_DIR), version_base=VERSION_BASE):
         return compose(config_name, [*map(as_text, overrides), *search], return_hydra_config=True)
+
+
+def check_options(config_dir: str | None) -> None:
+    """Raise UserError, which names the file, where an option in the user's own folder is no YAML of settings."""
+    groups = sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir())
+    folders = [Path(config_dir, group) for group in groups] if config_dir is not None else []
+    for file in (file for folder in folders for file in sorted(folder.rglob("*.yaml"))):
+        try:
+            OmegaConf.load(file)
+        except (YAMLError, OSError, ValueError, RecursionError, OmegaConfBaseException) as error:
+            raise UserError(f"{file} cannot be read as settings: {one_line(error)}") from error
 
 
 def without_hydra(cfg: DictConfig) -> DictConfig:

@@ -49,7 +49,7 @@ def is_bad_input(error: BaseException) -> bool:
     """True for errors that composing, checking and building raise at bad input; everything else is a fault of ours."""
     if isinstance(error, InstantiationException):
         return _instantiation_cause(error) is not None
-    return isinstance(error, ValueError | FileNotFoundError | HydraException | OmegaConfBaseException | YAMLError)
+    return isinstance(error, ValueError | OSError | HydraException | OmegaConfBaseException | YAMLError)
 
 
 def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
@@ -187,7 +187,7 @@ def _instantiation_cause(error: InstantiationException) -> str | None:
     if text.startswith(("Error locating target", "Expected a callable")):
         reason = one_line(cause).partition(" Are you sure")[0] if cause is not None else text
         return f"{key}._target_ cannot be imported: {reason}"
-    if isinstance(cause, ValueError | FileNotFoundError):
+    if isinstance(cause, ValueError | OSError):
         return one_line(cause)
     if isinstance(cause, TypeError) and re.search(
         r"unexpected keyword|required (positional|keyword)|takes (no|exactly|\d+) ", str(cause)

@@ -19,9 +19,6 @@ from qdm_lightning.data.spec import ImagesConfig
 
 log = logging.getLogger(__name__)
 
-FEWEST = 5
-"""Pictures: distances need two halves of the training images, each with a covariance, and one is held out."""
-
 
 class ImagesData(ImageDataModule):
     """The user's own pictures, split by a fixed permutation. Options: the fields of `ImagesConfig`."""
@@ -40,10 +37,10 @@ def split(count: int, val_fraction: float) -> tuple[list[int], list[int]]:
     """Ascending indices of the images to train on and of those held out, at least one each, a function of the arguments alone.
 
     Raises:
-        ValueError: fewer than `FEWEST` images.
+        ValueError: fewer than two images.
     """
-    if count < FEWEST:
-        raise ValueError(f"data.path holds {count} picture{'s' * (count > 1)}: at least {FEWEST} are needed")
+    if count < 2:
+        raise ValueError(f"data.path holds {count} picture: at least 5 are needed, 4 to train on and one held out")
     held_out = min(max(1, round(val_fraction * count)), count - 1)
     order = np.random.RandomState(0).permutation(count)  # the legacy generator: numpy promises its stream for good
     return sorted(order[held_out:].tolist()), sorted(order[:held_out].tolist())

@@ -33,5 +33,7 @@ class DiagnosisConfig(RestoreConfig):
         super().__post_init__()
         if self.out is not None:
             folder("out", self.out)
+        if self.against is not None and not listed(self.against):
+            raise ValueError("against=[] names no run: leave it out")
         if self.layers is not None and not listed(self.layers):
             raise ValueError("layers=[] shows nothing: leave it out, or type for example layers='[*attentions*]'")

@@ -151,12 +151,12 @@ class EvaluationConfig(RestoreConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         count = None if self.seeds is None else len(parse_seeds(self.seeds))
-        if count is not None:
-            at_least(f"the number of images of seeds={self.seeds}:", count, 2)
         if self.out is not None:
             folder("out", self.out)
         both = f"num_samples={self.num_samples}, but seeds={self.seeds} are {count} images: leave out one of them"
         refused = {
+            f"seeds={self.seeds} is one image: scores need at least 2, for example seeds=0-49999": count == 1,
+            "against=[] names no run: leave it out": self.against is not None and not listed(self.against),
             both: count is not None and self.num_samples not in (None, count),
             "seed= picks the images of a run seed, seeds= names the images themselves: leave out one of them": (
                 self.seeds is not None and self.seed is not None

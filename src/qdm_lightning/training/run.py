@@ -44,6 +44,9 @@ from qdm_lightning.training.validation_set import ValidationSet, nem_error
 CHECKPOINTS = "checkpoints"
 GRID_IMAGES = 16
 
+FEWEST_IMAGES = 4
+"""Training images: their distance is measured between two halves, each of which needs a covariance."""
+
 
 @dataclass
 class Result:
@@ -64,6 +67,11 @@ def run(experiment: Experiment, progress: Any) -> Result:
     """
     set_up(experiment.trainer)
     experiment.load_data()
+    train, val = len(experiment.data.train_images), len(experiment.data.val_images)
+    if train < FEWEST_IMAGES:
+        raise ValueError(
+            f"the data hold {train + val} images, {train} to train on: at least 5 are needed, {FEWEST_IMAGES} to train on"
+        )
     check_schedule(experiment)
     check_networks(experiment)
     features(experiment.feature_network, experiment.data.train_images[:1])  # it takes such images, or says so now
