@@ -194,7 +194,8 @@ def _writes(flags: Any) -> bool:
 def warm_up() -> None:
     """Import what the commands import, once for all children."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    importlib.import_module("matplotlib.font_manager")  # its cache of fonts takes seconds, and a home
+    matplotlib = importlib.import_module("matplotlib")
+    os.environ["MPLCONFIGDIR"] = matplotlib.get_cachedir()  # its cache of fonts takes seconds, and a home
     for name in (*WARM, *COMMANDS):
         importlib.import_module(f"qdm_lightning.{name}")
 

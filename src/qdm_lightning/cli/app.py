@@ -94,8 +94,8 @@ def _main(job: Job, words: Sequence[str]) -> None:
     if "--version" in words:
         print(f"qdm_lightning {__version__}")
         return
-    args = job.args = parse(words)
-    _as_hydra_reads_it(words, args.overrides)
+    sys.argv[1:] = _as_hydra_reads_it(words, parse(words).overrides)  # which Hydra reads, and the ranks that Lightning starts
+    args = job.args = parse(sys.argv[1:])
     if args.help:
         folders = [CONF_DIR, *([Path(args.config_dir)] if args.config_dir else [])]
         print(help_text(name, job.command.examples, folders))
@@ -113,16 +113,12 @@ def _main(job: Job, words: Sequence[str]) -> None:
             raise
 
 
-def _as_hydra_reads_it(words: Sequence[str], overrides: Sequence[str]) -> None:
-    """Start again where Hydra would not read what was typed: `paths.output=~/runs`, where the shell has left the `~`, which
-    Hydra's grammar has not, and flags between the overrides."""
+def _as_hydra_reads_it(words: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """What was typed in Hydra's grammar, flags first: text in quotes where it would be read as a number or not at all, and the
+    home folder where the shell has left a `~` (`paths.output=~/runs`)."""
     rest = list(overrides)
     flags = [word for word in words if not (rest and word == rest[0] and rest.pop(0))]
-    readable = [as_text(_home(word)) for word in overrides]
-    apart = not any(list(words[k : k + len(overrides)]) == list(overrides) for k in range(len(words) + 1))
-    if apart or readable != overrides:
-        before = sys.orig_argv[: len(sys.orig_argv) - len(words)]
-        os.execv(sys.executable, [*before, *flags, *readable])
+    return [*flags, *(as_text(_home(word)) for word in overrides)]
 
 
 def _home(word: str) -> str:

@@ -42,7 +42,8 @@ def quoted(value: object) -> str:
 def to_type(override: str) -> str:
     """What to type in a shell so that the setting of an override gets the very text behind its `=`."""
     name, _, value = override.partition("=")
-    return shlex.quote(f"{name}={quoted(value)}")
+    text = value.strip("'\"")
+    return shlex.quote(f"{name}={quoted(text)}" if {'"', "\\"} & {*text} else f'{name}="{text}"')
 
 
 def is_bad_input(error: BaseException) -> bool:
