@@ -22,7 +22,7 @@ from qdm_lightning.cli.messages import explain, is_bad_input, quoted
 from qdm_lightning.cli.outside import keep_within
 from qdm_lightning.cli.schema import CONF_DIR, TrainConfig
 from qdm_lightning.cli.typed import as_text
-from qdm_lightning.runs.folder import read_config, run_folder
+from qdm_lightning.runs.folder import CONFIG, read_config, run_folder
 
 VERSION_BASE = "1.3"
 
@@ -163,6 +163,9 @@ def stored(
         if say is not None:
             say(line)
     cfg = settings(values)
+    absent = [str(name) for name in cfg if OmegaConf.is_missing(cfg, name)]
+    if absent:
+        raise ValueError(f"{folder / CONFIG} is damaged: it has no {absent[0]}")
     cfg.run = str(folder)
     return cfg
 

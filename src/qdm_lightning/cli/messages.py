@@ -162,6 +162,8 @@ def _omegaconf(error: OmegaConfBaseException, override: str) -> str:
         return one_line(cause) if isinstance(cause, ValueError) else f"{key}: {what}"
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         return _unknown_key(error, key)
+    if match := re.search(r"interpolation '\$\{([\w.]+)\}': Incompatible value 'None'", what):
+        return f"{key} follows {match[1]}, which has no value: type {match[1]}=<value>"
     if not isinstance(error, ValidationError):
         return f"{override}: {what}" if override else what
     why = f"{what[0].lower()}{what[1:]}"

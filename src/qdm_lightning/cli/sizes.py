@@ -1,7 +1,7 @@
 """What a configuration needs of the machine's memory, estimated from its settings: absurd sizes are told at once.
 
 The estimates are low: what they refuse cannot run here. `unet_digits` takes 1.2 MB an image of a training step and 0.2 MB an
-image that is drawn; estimated are 0.9 and 0.16.
+image that is drawn; estimated are 0.5 and 0.16.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ FLOAT = 4
 COPIES = 6
 """Of the weights in training: teacher, student, gradient, Adam's two moments, average."""
 
-KEPT = 6
-"""Times the activations of a drawn image that a training step keeps for its backward pass, fake quantization's among them."""
+KEPT = 3
+"""Times the activations of a drawn image that a training step keeps for its backward pass at least (6 without compiling)."""
 
 
 def network_memory(node: Mapping[str, Any]) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from qdm_lightning.base.checks import UserError
 from qdm_lightning.cli.help import defaults
 from qdm_lightning.cli.messages import quoted
-from qdm_lightning.cli.schema import SCHEMAS, roots
+from qdm_lightning.cli.schema import CONF_DIR, SCHEMAS, roots
 
 HYDRAS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 """Settings of Hydra's own that are text."""
@@ -78,7 +78,8 @@ def as_text(word: str) -> str:
 
 def refuse_what_changes_nothing(overrides: Iterable[Override], config_name: str) -> None:
     """Raise UserError at `quant=[w4a4,w3a3]`, of which Hydra would take the last, and at `quant.rules={}`, which it merges."""
-    groups = set(defaults(config_name)) - {*STACKING}
+    ours = (CONF_DIR / f"{config_name}.yaml").is_file()
+    groups = set(defaults(config_name)) - {*STACKING} if ours else set()
     for override in overrides:
         if override.key_or_group in groups and isinstance(override.value(), list):
             raise UserError(
