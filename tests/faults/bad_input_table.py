@@ -362,7 +362,7 @@ EVALUATE = {
     "run={A}/cut": "cut/config.yaml",
     "run={A}/list": "list/config.yaml",
     "run={A}/run,{A}/cut": "run",
-    f"{RUN} seeds=[]": "seeds=[] asks for nothing",
+    f"{RUN} seeds=[]": "seeds=[] is not understood",
     f"{RUN} seeds=x": "seeds=x is not understood",
     f"{RUN} seeds=3-1": "seeds=3-1",
     f"{RUN} seeds=[1,1]": "has 1 twice",
@@ -437,7 +437,7 @@ SAMPLE = {
     "": "run is missing",
     "run={A}/pics": "has no config.yaml",
     "run={A}/no_teacher": "has no teacher yet",
-    f"{RUN} seeds=[]": "seeds=[] asks for nothing",
+    f"{RUN} seeds=[]": "seeds=[] is not understood",
     f"{RUN} seeds=null": "seeds",
     f"{RUN} seeds=": "seeds",
     f"{RUN} seeds=-1": "seeds=-1",
@@ -532,7 +532,7 @@ CONVERT = {
     "{A}/pics out": "pics is not a file",
     "{A}/foreign.ckpt out --image-size big": "--image-size",
     "{A}/foreign.ckpt out --image-size": "--image-size",
-    "--nonsense": "--nonsense",
+    "a b --nonsense": "--nonsense",
 }
 
 DASHBOARD = {

@@ -30,8 +30,6 @@ def parse_seeds(value: Any) -> list[int]:
     ([0, 1, 2, 3, 9], [5], [7, 1, 2])
     """
     seeds: list[int] = []
-    if value is None or value == "" or value == [] or value == ():
-        raise ValueError(f"seeds={value} asks for nothing: write seeds=0-63, or seeds=[0-63,100]")
     for part in ",".join(map(str, value if isinstance(value, list | tuple) else [value])).split(","):
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
