@@ -245,12 +245,13 @@ def student_node(role: str, node: dict[str, Any], folder: Path) -> None:
 def load_student(folder: Path) -> int:
     """`qdm_lightning.load_student`, with the exit status of a command."""
     import qdm_lightning
+    from qdm_lightning.base.checks import one_line
 
     sys.path.insert(0, str(Path.cwd()))
     try:
         qdm_lightning.load_student(folder / "run")
     except (ValueError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         return 2
     return 0
 

@@ -151,7 +151,13 @@ def network_settings(model: Any) -> dict[str, Any]:
     folder = Path(model.path).expanduser()
     for file in (folder / "unet" / "config.json", folder / "config.json"):
         if file.is_file():
-            return read_json(file)
+            found = read_json(file)
+            for name in ("in_channels", "layers_per_block", "sample_size", "block_out_channels"):
+                value = found.get(name)
+                several = value if isinstance(value, list) else [value]
+                if value is not None and not (several and all(type(one) is int and one > 0 for one in several)):
+                    raise ValueError(f"{file} is damaged: {name}={value}")
+            return found
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model.path):
         raise FileNotFoundError(
             f"{model.path} has no config.json of a network: give a diffusers folder, or a hub id such as google/ddpm-cifar10-32"

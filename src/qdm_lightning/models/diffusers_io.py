@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors import SafetensorError
 
-from qdm_lightning.base.checks import one_line
+from qdm_lightning.base.checks import first_line, one_line
 from qdm_lightning.base.files import atomic_folder, read_json
 from qdm_lightning.diffusion.process import noise_scheduler
 from qdm_lightning.diffusion.spec import DiffusionConfig
@@ -42,7 +42,7 @@ def load_unet(path: str | Path) -> UNet2DModel:
             str(folder), use_safetensors=safetensors, low_cpu_mem_usage=False, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be read as a U-Net: {one_line(error)}") from error
+        raise ValueError(f"{folder} cannot be read as a U-Net: {first_line(error)}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := info[what]:
             names = ", ".join(map(str, keys[:3]))

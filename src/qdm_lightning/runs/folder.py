@@ -22,8 +22,8 @@ MAY_CHANGE = ("run", "logger", "paths")
 """Settings that make no other run: where it lies, and who is told of it."""
 
 
-LARGEST = 2**20
-"""Bytes of a configuration: a thousand times what it has. YAML takes seconds to read a megabyte."""
+LARGEST = 2**18
+"""Characters of a configuration: hundreds of times what it has. YAML takes half a minute to read a megabyte."""
 
 
 def is_finished(folder: Path) -> bool:
@@ -53,6 +53,8 @@ def plain_yaml(text: str) -> Any:
             a configuration is written.
         yaml.YAMLError: no YAML.
     """
+    if len(text) > LARGEST:
+        raise ValueError(f"it has more than {LARGEST:,} characters, which no configuration has")
     for event in yaml.parse(text, yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(f"line {event.start_mark.line + 1} has the alias *{event.anchor}, which no run writes")
@@ -69,8 +71,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / CONFIG
     try:
-        if file.stat().st_size > LARGEST:
-            raise ValueError(f"it has more than {LARGEST:,} bytes, which no configuration has")
         plain = plain_yaml(file.read_text("utf-8"))
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {one_line(error)}") from error
