@@ -296,7 +296,7 @@ PICTURES = {
     "wide bmp": b"BM" + struct.pack("<IHHIIiiHHIIiiII", 10**6, 0, 0, 54, 40, 2**30, 2**20, 1, 24, 0, 0, 0, 0, 0, 0),
     "wide gif": b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b",\x00\x00\x00\x00\xff\xff\xff\xff\x00\x02",
     "wide ppm": b"P5 1000000 1000000 255\n",
-    "png without end": bomb_png(8, 8)[:-20],
+    "png without end": bomb_png(8, 8)[:50],
 }
 
 
