@@ -10,6 +10,7 @@ from qdm_lightning.cli.compose import stored, without_hydra
 from qdm_lightning.cli.outside import keep_within
 from qdm_lightning.cli.schema import plain
 from qdm_lightning.cli.sizes import check_sizes, network_memory
+from qdm_lightning.cli.typed import as_text
 from qdm_lightning.cli.validate import validate
 from qdm_lightning.models.unet import build_unet
 from qdm_lightning.runs.caches import is_cache, mark_cache
@@ -39,6 +40,11 @@ def test_text_stays_as_it_was_typed(typed, key, value):
     for name in key.split("."):
         found = found[name]
     assert found == value
+
+
+def test_values_of_a_sweep_stay_as_they_were_typed():
+    assert as_text("logger.name=1e3,a,007") == "logger.name='1e3',a,'007'"
+    assert as_text("seed=1_0,2") == "seed=1_0,2"
 
 
 def test_places_are_absolute(composed, tmp_path, monkeypatch):

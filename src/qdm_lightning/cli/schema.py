@@ -155,9 +155,9 @@ def register_root(name: str, schema: type) -> None:
     ConfigStore.instance().store(name=f"base_{name}", node=root)
 
 
-def roots() -> list[type]:
+def roots() -> tuple[type, ...]:
     """Schemas of the root configurations, of the commands that were imported."""
-    return list(_ROOTS)
+    return tuple(_ROOTS)
 
 
 PLACES = (

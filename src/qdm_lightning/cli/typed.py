@@ -51,10 +51,14 @@ def _settings(schema: type, above: str, wanted: Any) -> Iterator[str]:
 
 
 @functools.cache
-def _named(wanted: Any) -> frozenset[str]:
-    schemas = [(root, "") for root in roots()]
+def _named(wanted: Any, roots: tuple[type, ...]) -> frozenset[str]:
+    schemas = [(root, "") for root in roots]
     schemas += [(schema, f"{group}.") for group, options in SCHEMAS.items() for schema in options.values()]
     return frozenset(name for schema, above in schemas for name in _settings(schema, above, wanted))
+
+
+def _is_plain(text: str) -> bool:
+    return bool(_AS_IT_IS.match(text)) and not re.match(r"\.\d", text) and text.lower() not in _WORDS
 
 
 def as_text(word: str) -> str:
@@ -68,10 +72,12 @@ def as_text(word: str) -> str:
     key = name.lstrip("+")
     if not equals or not value or _PLAIN.match(value) or "${" in value:
         return word
-    plain = _AS_IT_IS.match(value) and not re.match(r"\.\d", value) and value.lower() not in _WORDS
-    if (key in _named(str) or key in HYDRAS) and "," not in value and not plain:
-        return f"{name}={quoted(value)}"
-    if key in _named(list[str]) and _NAMES.match(value):
+    if key in _named(str, roots()) or key in HYDRAS:
+        if "," not in value:
+            return word if _is_plain(value) else f"{name}={quoted(value)}"
+        if _NAMES.match(f"[{value}]"):  # of a sweep
+            return f"{name}={','.join(text if _is_plain(text) else quoted(text) for text in value.split(','))}"
+    if key in _named(list[str], roots()) and _NAMES.match(value):
         return f"{name}=[{','.join(map(quoted, value[1:-1].split(',')))}]"
     return word
 
