@@ -59,9 +59,9 @@ def run_job(folder: Path, cfg: DictConfig, settings: Any, *, config_dir: str | N
     if not (folder / CONFIG).is_file():  # a half-done job keeps its threads: they change the last bits
         cfg.trainer.threads = cfg.trainer.threads or _threads(settings, count, cfg.trainer.devices)
         write_config(folder, plain(cfg))
-        for cache in (cfg.paths.cache, cfg.data.get("cache")):  # the job's own process takes no other from a stored file
-            if cache:
-                mark_cache(cache)
+    for cache in (cfg.paths.cache, cfg.data.get("cache")):  # the job's own process takes no other from a stored file
+        if cache:
+            mark_cache(cache)
     begin = time.monotonic()
     alone = str(settings.launcher._target_).endswith(".BasicLauncher")
     log = None if alone else folder / (f"output_rank{rank()}.log" if rank() else OUTPUT_FILE)
