@@ -396,12 +396,13 @@ def _attacks() -> Iterator[tuple[str, Attack]]:
     }
     for name, (place, node) in forms.items():
         for command in ("train", "evaluate"):
-            yield f"{command}: {name}", Attack(partial(with_node, place, node), command, COMMANDS[command])
+            unused = place == "model" and command == "evaluate"  # which takes the run's own copy of its teacher
+            yield f"{command}: {name}", Attack(partial(with_node, place, node), command, COMMANDS[command], harmless=unused)
     for number, (name, text) in enumerate(TEXTS.items()):
         command = commands[number % 4]
         yield f"{command}: YAML, {name}", Attack(partial(with_text, text), command, COMMANDS[command])
         if number % 3 == 0:
-            harmless = name in ("date",)
+            harmless = name in ("date", "number as name")  # in a place that a report does not look at
             yield f"report: YAML, {name}", Attack(partial(with_text, text), "report", "{F}/run out=r", harmless=harmless)
     elsewhere = {
         "paths.cache": "{O}/cache",
