@@ -144,7 +144,7 @@ def _type(sandbox: Sandbox, scratch: Path, command: str | Callable[[], Any], wor
         os.chdir(sandbox.work)
         sys.argv = [str(command), *words]
         sys.dont_write_bytecode = True
-        sys.orig_argv = [sys.executable, "-m", f"qdm_lightning{'' if command == '__main__' else '.' + command}", *words]
+        sys.orig_argv = [sys.executable, "-m", f"qdm_lightning{'' if command == '__main__' else '.' + str(command)}", *words]
         main = importlib.import_module(f"qdm_lightning.{command}").main if isinstance(command, str) else command
         if watched:
             _watch(scratch)

@@ -30,7 +30,7 @@ def one_line(text: object) -> str:
     return visible(" ".join(str(text).split()))
 
 
-_ADVICE = re.compile(r"[^.]*(If you trust|can still be loaded|allow_pickle|weights_only).*")
+_ADVICE = re.compile(r"[^.]*(If you trust|can still be loaded|In PyTorch \d|allow_pickle|weights_only).*")
 
 
 def first_line(error: Exception) -> str:

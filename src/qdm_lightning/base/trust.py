@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
@@ -111,3 +112,15 @@ def check_targets(plain: Any, trusted: Collection[str] = ()) -> None:
                 f"the stored configuration would run {target} ({key}._target_), which is not what {PACKAGE} has for {key}: "
                 f"if you trust it, type {key}._target_={target} as well, or --config-dir=<the folder that names it>"
             )
+
+
+def load_tensors(file: Any) -> Any:
+    """What a file of `torch.save`, a path or a stream, holds: tensors and plain data alone, on the CPU.
+
+    Torch's own warnings, which advise to trust the file, are not passed on. Raises what `torch.load` raises at other content.
+    """
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(file, map_location="cpu", weights_only=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qdm_lightning.base.checks import one_line
 from qdm_lightning.base.files import atomic_path, reading
+from qdm_lightning.base.trust import load_tensors
 
 PREFIXES = {"ema": "ema.module.unet.", "raw": "student.unet."}
 """Where a checkpoint has the averaged weights of the U-Net that was trained, and those of the optimizer."""
@@ -35,7 +36,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file: give a checkpoint, such as <run>/checkpoints/last.ckpt")
     with reading(path, "it cannot be read as a checkpoint") as stream:
-        content = torch.load(stream, map_location="cpu", weights_only=True)
+        content = load_tensors(stream)
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict) or "global_step" not in content:
             raise ValueError("it holds no checkpoint of a run")
         return content
