@@ -16,6 +16,9 @@ from qdm_lightning.cli.schema import TrainConfig
 FLOAT = 4
 """Bytes."""
 
+USUAL_BATCH = 1024
+"""Batches up to here are left to the machine that trains: a sweep's jobs are checked where they are submitted."""
+
 COPIES = 6
 """Of the weights in training: teacher, student, gradient, Adam's two moments, average."""
 
@@ -71,4 +74,6 @@ def check_sizes(s: TrainConfig, network: Mapping[str, Any]) -> None:
         "nem.on_policy_buffer": (s.nem.on_policy_buffer if s.nem.on_policy_fraction else 0, 2 * image),
     }
     for name, (count, each) in needs.items():
+        if name.endswith("batch_size") and count <= USUAL_BATCH:
+            continue
         fits_memory(f"{name}={count}", count * each, have)
