@@ -1,16 +1,17 @@
 # Everything a developer types. `make` alone lists it.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check format bench clean
+.PHONY: help setup run test test-faults check audit format bench clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+FAULTS ?= .faults
 
 help:  ## List these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo '  make run ARGS="quant=w3a3 seed=1"     with overrides; ARGS=--help lists them all'
 	@echo '  make setup PYTHON=/path/to/python     with another interpreter (3.11 or later)'
@@ -30,11 +31,22 @@ run: $(STAMP)  ## Train and measure the W4A4 student on the embedded digits (ARG
 test: $(STAMP)  ## Run all tests, as many at once as there are cores (ARGS="tests/unit -k taq" selects)
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+test-faults: $(STAMP)  ## Kills, damaged and hostile files, bad input: all of them (in FAULTS=.faults; the same command goes on)
+	@for name in kills damage attacks bad_input; do \
+		file=tests/faults/$$name.py; test -f "$$file" || continue; mkdir -p "$(FAULTS)/$$name"; \
+		$(BIN)/python "$$file" --keep "$(FAULTS)/$$name" | tee "$(FAULTS)/$$name.txt"; test "$${PIPESTATUS[0]}" = 0 || exit 1; \
+	done; \
+	echo "-- all of them:"; for file in $(FAULTS)/*.txt; do tail -n 1 "$$file"; done; \
+	for file in $(FAULTS)/*.txt; do tail -n 1 "$$file" | awk '{exit !($$NF > 0 && $$(NF-2) == $$NF)}' || exit 1; done
+
 check: $(STAMP)  ## Check format, lint, types and who imports whom
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+audit: $(STAMP)  ## Look up known vulnerabilities of what is installed; an error where they could not be looked up
+	$(BIN)/python .ci/audit
 
 format: $(STAMP)  ## Rewrite the files as `make check` wants them
 	$(BIN)/ruff format .

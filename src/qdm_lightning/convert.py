@@ -6,11 +6,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from qdm_lightning.base.checks import one_line
 from qdm_lightning.diffusion.spec import DiffusionConfig
 
 BAD_INPUT = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(
+            f"error: {one_line(message)}: type python -m qdm_lightning.convert CHECKPOINT FOLDER; --help says more",
+            file=sys.stderr,
+        )
+        raise SystemExit(BAD_INPUT)
 
 
 def convert(checkpoint: str | Path, folder: str | Path, image_size: int | None = None) -> str:
@@ -41,7 +51,7 @@ def convert(checkpoint: str | Path, folder: str | Path, image_size: int | None =
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse `argv` (default: `sys.argv`) and convert; returns the exit status, 2 after one line at bad input."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m qdm_lightning.convert",
         description="A checkpoint of the original DDIM code (ermongroup/ddim) becomes a diffusers folder.",
     )

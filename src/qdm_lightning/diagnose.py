@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from qdm_lightning.base.checks import visible
 from qdm_lightning.cli.earlier_run import RunCommand, RunConfig
 from qdm_lightning.diagnosis.spec import DiagnosisConfig
 from qdm_lightning.evaluation.spec import listed
@@ -46,7 +47,8 @@ def show(result: Diagnosis, settings: DiagnoseConfig) -> None:
     """Print how far activations wander and images err, where the pictures are, and what to type next."""
     from qdm_lightning.display.progress import following_lines
 
-    for run, found in result.record["runs"].items():
+    for name, found in result.record["runs"].items():
+        run = visible(name)
         raw, grid = ([o[which]["center"] for o in found["oscillation"].values() if o[which]] for which in ("raw", "grid"))
         seen = f", {sum(grid) / len(grid):.3f} on the quantizer's grid" if grid else ""
         error = found["error"]

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qdm_lightning.base.checks import UserError, one_line
+from qdm_lightning.base.checks import UserError, one_line, visible
+from qdm_lightning.base.pipes import while_read
 
 HELP = """\
 Finished runs as one HTML file and as tables: mean, std and 95 % interval over seeds, differences to a baseline.
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 with one line on stderr for bad input."""
     words = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(words):
-        print(HELP)
+        with while_read():
+            print(HELP)
         return 0
     try:
         folders, settings = parse(words)
@@ -69,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
-    print(text + "\nwritten: " + ", ".join(map(str, files)))
+    with while_read():
+        print(visible(text) + "\nwritten: " + visible(", ".join(map(str, files))))
     return 0
 
 

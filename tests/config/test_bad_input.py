@@ -1,99 +1,47 @@
 """Bad input: one line that says what is allowed, exit status 2, no traceback, nothing written."""
 
 import errno
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import bad_input
 import pytest
+from bad_input_table import TABLE
 
 from qdm_lightning.base.checks import UserError, writable
 from qdm_lightning.cli import build as building
 from qdm_lightning.cli import training
+from qdm_lightning.cli.help import COMMANDS
 from qdm_lightning.cli.schema import plain
 from qdm_lightning.runs.folder import write_config
 
-HERE = Path(__file__).parent
+EVERY = 10
+"""Of the whole table, which `make test-faults` tries, every tenth is tried here."""
 
-CASES = {
-    # names
-    "quant=w5": "quant=w5 is not an option: choose one of fp32, w2a2, w3a3, w4a4, w4a8, w8a8",
-    "taq=normalised": "for example taq=normalize",
-    "quant=5": "quant=5: a group takes the name of an option",
-    "experiment=null": "experiment=null: a group takes the name of an option",
-    "qunat=w4a4": "did you mean quant?",
-    "sampler.step=5": "did you mean sampler.steps?",
-    "quant.edge_bits=8": "quant.edge_bits is not a setting: it is called quant.first_last_bits",
-    "sampler.micro_batch=8": "sampler.micro_batch is not a setting: it is called sampler.batch_size",
-    "max_steps=5": "did you mean teacher.max_steps or trainer.max_steps?",
-    "+unknown=1": "unknown is not a setting",
-    "++unknown=1": "unknown is not a setting",
-    "+taq.foo=1": "taq.foo is not a setting: taq has _target_, psi, scope",
-    "+sampler.foo=1": "sampler.foo is not a setting",
-    "quant@other=w4a4": "quant@other is not a group",
-    "~taq": "taq is missing",
-    # types and values
-    "sampler.steps=abc": "sampler.steps=abc is not allowed: sampler.steps must be an integer",
-    "seed=1.5": "seed must be an integer",
-    "seed=null": "seed=null is not allowed: seed needs a value",
-    "seed=-1": "seed=-1 is not allowed: it must lie in [0, 4294967295]",
-    "seed=4294967296": "seed=4294967296 is not allowed: it must lie in [0, 4294967295]",
-    "teacher.seed=4294967296": "teacher.seed=4294967296 is not allowed: it must lie in [0, 4294967295]",
-    "sampler.steps=1": "sampler.steps=1 is not allowed: it must be at least 2",
-    "trainer.devices=[1]": "trainer.devices must be int or str",
-    "quant.weight_bits=9": "quant.weight_bits=9 is not allowed: choose one of 2, 3, 4, 5, 6, 7, 8, 32",
-    "quant.rules={conv_in:9}": "quant.rules.conv_in=9 is not allowed",
-    "num_samples=1": "num_samples=1 is not allowed",
-    "sampler.steps=${nowhere}": "Interpolation key 'nowhere' not found",
-    "logger.mode=sometimes": "choose one of offline, online",
-    "taq.scope=everywhere": "choose one of attention, all",
-    "data=images": "data.path=<folder",
-    "data=images data.path=/does/not/exist": "data.path=/does/not/exist: nothing there",
-    "teacher=checkpoint": "teacher.path=<folder>",
-    "teacher=checkpoint teacher.path=/does/not/exist": "teacher.path=/does/not/exist: nothing there",
-    "teacher=pretrained teacher.path=/does/not/exist": "/does/not/exist has no config.json",
-    "metrics=custom": "metrics._target_=<package.module.Class>",
-    "metrics._target_=no.such.Network": "metrics._target_ cannot be imported: Error loading 'no.such.Network'",
-    "metrics._target_=torch.nn.Linear": "metrics: Linear.__init__() missing 2 required positional arguments",
-    "quant.act_quantizer.nonsense=1": "quant.act_quantizer.nonsense is not an argument of",
-    "callbacks.mine=3": "callbacks.mine needs a _target_",
-    "paths.output=/dev/null/runs": "paths.output=/dev/null/runs is not allowed: /dev/null is a file",
-    "paths.cache=/dev/null/x": "paths.cache=/dev/null/x is not allowed",
-    "hydra.run.dir=/dev/null/x": "hydra.run.dir=/dev/null/x is not allowed",
-    "-m seed=0,1 hydra.sweep.dir=/dev/null/x": "hydra.sweep.dir=/dev/null/x is not allowed",
-    # combinations
-    "sampler.steps=1001": "at most 1000",
-    "taq=ema taq.groups=1001": "at most 1000",
-    "model=unet_small": "the images are 8 pixels wide, the network takes 16: type model.sample_size=8 or another model=",
-    "model.in_channels=3 model.out_channels=3": "the images have 1 channel(s), the network takes 3",
-    "quant=fp32 taq=normalize": "type taq=off",
-    "quant=fp32 nem=add": "type nem=off",
-    "quant=fp32 quant.mode=ptq": "type quant.mode=qat",
-    "quant=fp32 teacher=checkpoint teacher.path=/": "leave out teacher=checkpoint",
-    "quant.mode=ptq nem=on_policy": "type nem=replace",
-    "teacher=pretrained teacher.path=a/b model=unet_digits": "leave out the other model",
-    "trainer.devices=3": "type a multiple of 3",
-    "trainer=gpu": "type trainer=auto or trainer=cpu",
-    # the command line itself
-    "word": "'word' is not understood",
-    "seed=(": "seed=(",
-    "seed=1,2": "seed=1,2 gives several values: add -m",
-    "--nonsense": "unrecognized arguments: --nonsense",
-    "--cfg": "--cfg",
-    "--config-name=nothing": "there is no nothing.yaml",
-    "--config-dir=/does/not/exist": "--config-dir=/does/not/exist is not a folder",
-    "--config-path=/": "--config-dir",
-    "--experimental-rerun=x": "run=<folder of the run>",
-    "run=/does/not/exist": "run=/does/not/exist is not a folder",
-    "run=.": "run=. has no config.yaml",
-    # every job of a sweep, before the first
-    "-m seed=0,1 quant=w4a4,w5": "quant=w5 is not an option",
-    "-m quant=w4a4,fp32 taq=off,normalize nem=off": "job 3 (quant=fp32 taq=normalize nem=off): a run with quant=fp32",
-    "-m sampler.steps=10,2000": "job 1 (sampler.steps=2000)",
-    "hydra.mode=MULTIRUN seed=0,-1": "job 1 (seed=-1)",
-    "--cfg job quant=w5": "quant=w5 is not an option",
-    "--cfg job +unknown=1": "unknown is not a setting",
-}
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory):
+    """What came out of each case, by what was typed; all of them are typed in forked children of one process."""
+    keep = tmp_path_factory.mktemp("faults")
+    command = [sys.executable, bad_input.__file__, "--every", str(EVERY), "--keep", str(keep)]
+    subprocess.run(command, check=True, capture_output=True)
+    records = map(json.loads, (keep / "bad_input.jsonl").read_text().splitlines())
+    return {record["id"]: record for record in records}
+
+
+@pytest.mark.parametrize("typed", [*bad_input.cases()][::EVERY])
+def test_one_line_and_nothing_written(typed, tried):
+    assert tried[typed]["fault"] == "", tried[typed]["err"]
+
+
+def test_the_table_is_whole():
+    """250 cases at least, over every command, each with what its line must say."""
+    cases = [(command, words, said) for command, inputs in TABLE.items() for words, said in inputs.items()]
+    assert len(cases) >= 250
+    assert set(TABLE) == {*COMMANDS, "__main__"}
+    assert all(said for _, _, said in cases)
 
 
 @pytest.fixture
@@ -119,12 +67,6 @@ def refused(command_line, capsys, monkeypatch):
         return err
 
     return refuse
-
-
-@pytest.mark.parametrize("words", CASES)
-def test_one_line_and_nothing_written(words, folder, refused):
-    assert CASES[words] in refused(words.split())
-    assert list(folder.iterdir()) == []
 
 
 def test_beside_run_only_the_logger_may_be_given(folder, refused):

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from qdm_lightning.cli import build as building
 from qdm_lightning.cli.build import build
 from qdm_lightning.cli.help import defaults, first_comment, options
-from qdm_lightning.cli.schema import CONF_DIR
+from qdm_lightning.cli.schema import CONF_DIR, located
 from qdm_lightning.cli.validate import refuse_unknown, validate
 
 GROUPS = [group for group in defaults("train") if group != "hydra"]
@@ -63,7 +63,7 @@ def test_option(group, name, composed, pictures, monkeypatch):
     monkeypatch.setattr(building, "accelerators", lambda: {"gpu"})
     experiment = build(cfg)
     assert experiment.quant == settings.quant
-    assert experiment.resolved == OmegaConf.to_container(cfg, resolve=True)
+    assert experiment.resolved == located(OmegaConf.to_container(cfg, resolve=True))
 
 
 @pytest.mark.parametrize("root", ROOTS)

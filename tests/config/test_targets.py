@@ -76,6 +76,8 @@ def test_what_may_be_stored_is_there_and_has_its_place():
         ("a: &a [x, x]\nb: [*a, *a]", r"line 2 has the alias \*a"),
         ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
         ("a: !!python/name:os.system", "could not determine a constructor"),
+        ("a: " + "[" * 100000, "line 1 is nested more than 20 deep"),
+        ("a: [" + "1," * 200000 + "]", "more than 262,144 characters"),
         ("[1, 2", "is damaged"),
         ("[1, 2]", "is not the configuration"),
     ],

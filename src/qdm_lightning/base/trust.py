@@ -7,6 +7,8 @@ Nothing is imported to find out.
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -50,6 +52,20 @@ def targets(plain: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from targets(value, f"{key}[{index}]")
 
 
+def _special(plain: Any, trusted: Collection[str], key: str = "") -> Iterator[str]:
+    """Dotted names of Hydra's own settings beside a `_target_`, such as `_args_`; those of a trusted target are left out."""
+    if isinstance(plain, dict):
+        own = str(plain.get("_target_")) in trusted
+        for name, value in plain.items():
+            full = f"{key}.{name}" if key else str(name)
+            if re.fullmatch(r"_\w*_", str(name)) and name != "_target_" and not own:
+                yield full
+            yield from _special(value, trusted, full)
+    elif isinstance(plain, list):
+        for index, value in enumerate(plain):
+            yield from _special(value, trusted, f"{key}[{index}]")
+
+
 def check_targets(
     plain: Any,
     trusted: Collection[str] = (),
@@ -68,6 +84,8 @@ def check_targets(
     Raises:
         ValueError: a `_target_` (None aside) is not allowed; the message says how to trust it.
     """
+    for name in _special(plain, trusted):
+        raise ValueError(f"the stored configuration has {name}, which no run of ours writes: it would change what is called")
     for key, target in targets(plain):
         ours = [f"{PACKAGE}.{name}" for name in ROLES.get("logger" if key.startswith("logger.") else key, ())]
         allowed = target is None or (isinstance(target, str) and (target in trusted or target in ours))
@@ -76,3 +94,15 @@ def check_targets(
                 f"{source} would run {target} ({key}._target_), which is not what {PACKAGE} has for {key}: "
                 f"if you trust it, {way.format(key=key, target=target)}"
             )
+
+
+def load_tensors(file: Any) -> Any:
+    """What a file of `torch.save`, a path or a stream, holds: tensors and plain data alone, on the CPU.
+
+    Torch's own warnings, which advise to trust the file, are not passed on. Raises what `torch.load` raises at other content.
+    """
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(file, map_location="cpu", weights_only=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -26,14 +27,15 @@ from qdm_lightning import __version__
 from qdm_lightning.base import signals
 from qdm_lightning.base.checks import UserError, one_line
 from qdm_lightning.base.checks import folder as check_folder
-from qdm_lightning.base.checksums import checksum_file
+from qdm_lightning.base.pipes import while_read
 from qdm_lightning.base.ranks import rank
-from qdm_lightning.cli.compose import VERSION_BASE, composed, explained, parse, parsed, without_hydra
+from qdm_lightning.cli.compose import VERSION_BASE, check_options, composed, explained, parse, parsed, without_hydra
 from qdm_lightning.cli.help import help_text
 from qdm_lightning.cli.messages import about_a_file, is_about_a_file
 from qdm_lightning.cli.schema import CONF_DIR
+from qdm_lightning.cli.typed import as_text, refuse_what_changes_nothing
 from qdm_lightning.cli.validate import refuse_unknown
-from qdm_lightning.runs.folder import CONFIG, LOCK, held
+from qdm_lightning.runs.folder import held
 
 BAD_INPUT, FAILED = 2, 1
 """Exit statuses; 1 is of faults of ours, which come with a traceback, and, after one line, of files that cannot be written any
@@ -86,7 +88,8 @@ class Command:
         job = Job(self)
         with signals.handled():
             try:
-                _main(job, sys.argv[1:])
+                with while_read():
+                    _main(job, sys.argv[1:])
             except KeyboardInterrupt as error:
                 job.interrupted(error)
             except SystemExit as end:
@@ -108,8 +111,8 @@ def _main(job: Job, words: Sequence[str]) -> None:
     if "--version" in words:
         print(f"qdm_lightning {__version__}")
         return
-    args = job.args = parse(words)
-    _as_hydra_reads_it(words, args.overrides)
+    sys.argv[1:] = _as_hydra_reads_it(words, parse(words).overrides)  # which Hydra reads, and the ranks that Lightning starts
+    args = job.args = parse(sys.argv[1:])
     if args.help:
         folders = [CONF_DIR, *([Path(args.config_dir)] if args.config_dir else [])]
         print(help_text(name, job.command.examples, folders))
@@ -127,16 +130,12 @@ def _main(job: Job, words: Sequence[str]) -> None:
             raise
 
 
-def _as_hydra_reads_it(words: Sequence[str], overrides: Sequence[str]) -> None:
-    """Start again where Hydra would not read what was typed: `paths.output=~/runs`, where the shell has left the `~`, which
-    Hydra's grammar has not, and flags between the overrides."""
+def _as_hydra_reads_it(words: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """What was typed in Hydra's grammar, flags first: text in quotes where it would be read as a number or not at all, and the
+    home folder where the shell has left a `~` (`paths.output=~/runs`)."""
     rest = list(overrides)
     flags = [word for word in words if not (rest and word == rest[0] and rest.pop(0))]
-    readable = [_home(word) for word in overrides]
-    apart = not any(list(words[k : k + len(overrides)]) == list(overrides) for k in range(len(words) + 1))
-    if apart or readable != overrides:
-        before = sys.orig_argv[: len(sys.orig_argv) - len(words)]
-        os.execv(sys.executable, [*before, *flags, *readable])
+    return [*flags, *(as_text(_home(word)) for word in overrides)]
 
 
 def _home(word: str) -> str:
@@ -159,6 +158,8 @@ class Job:
         """Compose and check the one job that was typed; a sweep's jobs are checked by the sweep."""
         args, command = self.args, self.command
         overrides = parsed(args.overrides)
+        check_options(args.config_dir)
+        refuse_what_changes_nothing(overrides, config_name)
         command.adopt(args)
         if args.multirun or any(o.key_or_group == "hydra.mode" and o.value() == "MULTIRUN" for o in overrides):
             return
@@ -219,18 +220,13 @@ class Job:
 
 
 def _discard(folder: Path) -> None:
-    """Remove what Hydra and we wrote for a job that never began, and its folder, and the one above, if they are empty then.
+    """Remove the folder of a job that never began, which was made for it, and the one above if it is empty then.
 
-    A folder that holds anything else, such as checkpoints, stays as it is: that run can go on. So does one in which another
-    process trains.
+    With checkpoints in it the folder stays as it is: that run can go on. So does one in which another process trains.
     """
     with suppress(UserError), held(folder):
-        config = folder / CONFIG
-        written = [*folder.glob("*.log"), config, checksum_file(config), folder / LOCK]
-        if {*folder.iterdir()} - {*written}:
+        if any(folder.glob("checkpoints/*")):
             return
-        for file in written:
-            file.unlink(missing_ok=True)
-        for empty in (folder, folder.parent):
-            with suppress(OSError):  # it holds something else, which stays
-                empty.rmdir()
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # it holds something else, which stays
+            folder.parent.rmdir()

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from qdm_lightning.base.checks import UserError, one_of
+from qdm_lightning.base.checks import UserError, fits_memory, one_of
 from qdm_lightning.base.ranks import started_apart
 from qdm_lightning.cli.schema import plain, run_name, settings_of
-from qdm_lightning.cli.validate import checked_group, refuse_unknown, taq_scope, validate
+from qdm_lightning.cli.sizes import check_sizes, network_memory
+from qdm_lightning.cli.validate import checked_group, network_settings, refuse_unknown, taq_scope, validate
 from qdm_lightning.quantization.spec import SCOPES, QuantConfig
 from qdm_lightning.training.spec import TrainerConfig
 
@@ -31,15 +32,20 @@ def _located(key: str, values: Any) -> DictConfig:
     return OmegaConf.create({key: values})[key]
 
 
-def _factory(key: str, values: dict[str, Any]) -> Callable[..., Any]:
+def _factory(key: str, values: dict[str, Any], kind: type | None = None) -> Callable[..., Any]:
     """Plain settings with a `_target_` as a partial of that class or function.
 
     Raises:
-        UserError: a setting that the target does not take.
+        UserError: a setting that the target does not take, or a class that is no `kind`.
         hydra.errors.InstantiationException: the target cannot be imported.
     """
     deferred = instantiate(_located(key, values), _partial_=True, _convert_="all")
-    taken = inspect.signature(deferred.func).parameters.values()
+    if kind is not None and isinstance(deferred.func, type) and not issubclass(deferred.func, kind):
+        raise UserError(f"{key}._target_={values['_target_']} is no {kind.__name__}: name one of that kind")
+    try:
+        taken = inspect.signature(deferred.func).parameters.values()
+    except ValueError:  # of a builtin
+        raise UserError(f"{key}._target_={values['_target_']} is none of what can stand here") from None
     names = [p.name for p in taken if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
     unknown = [name for name in deferred.keywords if name not in names]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in taken):
@@ -106,15 +112,18 @@ def build(cfg: DictConfig) -> Experiment:
     """
     settings, values = validate(cfg), plain(cfg)  # first: bad input needs no torch to be told
 
+    from torch.nn import Module
+
     from qdm_lightning.training.experiment import Experiment
 
     _check_device(settings.trainer)
+    check_sizes(settings, network_settings(settings.model))
     return Experiment(
         seed=settings.seed,
         run_dir=new_folder(cfg),
         num_samples=settings.num_samples,
         data=instantiate(_located("data", values["data"]), _convert_="all"),
-        build_model=_factory("model", values["model"]),
+        build_model=_factory("model", values["model"], Module),
         diffusion=settings.diffusion,
         quant=settings.quant,
         quantizers=_quantizers(values, taq_scope(settings.taq)),
@@ -144,22 +153,26 @@ def build_student(cfg: DictConfig) -> tuple[Callable[[], nn.Module], QuantConfig
     """
     refuse_unknown(cfg)
     values = settings_of(cfg, ("model", "quant", "taq"))
-    checked_group(cfg, values, "model")
+    model = checked_group(cfg, values, "model")
+    fits_memory("this network", network_memory(network_settings(model))[0])
     scope = taq_scope(checked_group(cfg, values, "taq"))
     one_of("taq.scope", scope, SCOPES)
+    from torch.nn import Module
+
     quant = OmegaConf.to_object(cfg.quant)
     assert isinstance(quant, QuantConfig)
-    return _factory("model", values["model"]), quant, _quantizers(values, scope)
+    return _factory("model", values["model"], Module), quant, _quantizers(values, scope)
 
 
 def _quantizers(values: dict[str, Any], scope: str) -> Quantizers:
     """The factories that the settings name in `quant` and `taq`."""
     from qdm_lightning.quantization.preparation import Quantizers
+    from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 
     quant, taq = values["quant"], {key: value for key, value in values["taq"].items() if key != "scope"}
     return Quantizers.with_taq(
-        _factory("quant.weight_quantizer", quant["weight_quantizer"]),
-        _factory("quant.act_quantizer", quant["act_quantizer"]),
-        _factory("taq", taq) if taq.get("_target_") else None,
+        _factory("quant.weight_quantizer", quant["weight_quantizer"], WeightQuantizer),
+        _factory("quant.act_quantizer", quant["act_quantizer"], ActivationQuantizer),
+        _factory("taq", taq, ActivationQuantizer) if taq.get("_target_") else None,
         scope,
     )

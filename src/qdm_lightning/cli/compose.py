@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,12 +15,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from qdm_lightning.base.checks import UserError, one_line
 from qdm_lightning.base.trust import check_targets, targets
-from qdm_lightning.cli.messages import explain, is_bad_input
+from qdm_lightning.cli.messages import explain, is_bad_input, quoted
+from qdm_lightning.cli.outside import keep_within
 from qdm_lightning.cli.schema import CONF_DIR, TrainConfig
-from qdm_lightning.runs.folder import read_config, run_folder
+from qdm_lightning.cli.typed import as_text
+from qdm_lightning.runs.folder import CONFIG, read_config, run_folder
 
 VERSION_BASE = "1.3"
 
@@ -59,12 +63,6 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if args.experimental_rerun is not None:
         raise UserError("--experimental-rerun is not supported: type run=<folder of the run>")
     return args
-
-
-def quoted(value: object) -> str:
-    """A path or name as a value in Hydra's grammar."""
-    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"
 
 
 def for_shell(name: str, value: object) -> str:
@@ -122,14 +120,25 @@ def _check_launcher(missing: str) -> None:
 
 def parsed(overrides: Sequence[str]) -> list[Override]:
     """Overrides as Hydra understands them."""
-    return OverridesParser.create().parse_overrides(list(overrides))
+    return OverridesParser.create().parse_overrides([*map(as_text, overrides)])
 
 
 def composed(config_name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> DictConfig:
     """The configuration of one job, Hydra's own node in it, from our folder and the user's `config_dir`."""
     search = [] if config_dir is None else [f"hydra.searchpath=[{quoted(f'file://{Path(config_dir).resolve()}')}]"]
     with initialize_config_dir(str(CONF_DIR), version_base=VERSION_BASE):
-        return compose(config_name, [*overrides, *search], return_hydra_config=True)
+        return compose(config_name, [*map(as_text, overrides), *search], return_hydra_config=True)
+
+
+def check_options(config_dir: str | None) -> None:
+    """Raise UserError, which names the file, where an option in the user's own folder is no YAML of settings."""
+    groups = sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir())
+    folders = [Path(config_dir, group) for group in groups] if config_dir is not None else []
+    for file in (file for folder in folders for file in sorted(folder.rglob("*.yaml"))):
+        try:
+            OmegaConf.load(file)
+        except (YAMLError, OSError, ValueError, RecursionError, OmegaConfBaseException) as error:
+            raise UserError(f"{file} cannot be read as settings: {one_line(error)}") from error
 
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
@@ -149,12 +158,16 @@ def trusted(overrides: Sequence[Override], config_dir: str | None) -> set[str]:
     return named | {str(target) for content in contents for _, target in targets(content)}
 
 
-def stored(run: str | Path, trust: Collection[str] = ()) -> DictConfig:
+def stored(
+    run: str | Path, trust: Collection[str] = (), typed: Collection[str] = (), say: Callable[[str], None] | None = None
+) -> DictConfig:
     """The resolved configuration that a run left in its folder, with `run` set to that folder: `train` goes on with it.
 
     Args:
         run: folder of a run.
         trust: `_target_`s outside this package that it may name (see `trust.check_targets`).
+        typed: dotted names of settings that the user gives beside it.
+        say: told what it names outside its folder, and what of that is not taken (see `outside.keep_within`).
 
     Raises:
         FileNotFoundError: no such folder, or no configuration in it.
@@ -163,7 +176,13 @@ def stored(run: str | Path, trust: Collection[str] = ()) -> DictConfig:
     folder = run_folder(run)
     values = read_config(folder)
     check_targets(values, trust)
+    for line in keep_within(values, typed):
+        if say is not None:
+            say(line)
     cfg = settings(values)
+    absent = [str(name) for name in cfg if OmegaConf.is_missing(cfg, name)]
+    if absent:
+        raise ValueError(f"{folder / CONFIG} is damaged: it has no {absent[0]}")
     cfg.run = str(folder)
     return cfg
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from qdm_lightning.base.checks import UserError
+from qdm_lightning.base.checks import UserError, fits_memory
 from qdm_lightning.base.files import write_json
 from qdm_lightning.cli.app import Command
 from qdm_lightning.cli.build import build_student
@@ -89,6 +90,8 @@ class Cost(Command):
             raise UserError(
                 f"image_shape={list(shape)} is not allowed: give [channels,height,width], for example image_shape=[3,32,32]"
             )
+        if shape is not None:
+            fits_memory(f"image_shape={list(shape)}", 4 * math.prod(shape))
         build_student(cfg)
         if cfg.json is not None:
             file = Path(cfg.json).expanduser().resolve()

@@ -19,8 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from qdm_lightning.base.checks import UserError
 from qdm_lightning.cli.app import Command
 from qdm_lightning.cli.build import build
-from qdm_lightning.cli.compose import before_it_began, composed, parsed, quoted, stored, trusted, without_hydra
-from qdm_lightning.cli.schema import TrainConfig, plain
+from qdm_lightning.cli.compose import before_it_began, composed, parsed, stored, trusted, without_hydra
+from qdm_lightning.cli.messages import quoted
+from qdm_lightning.cli.schema import TrainConfig, plain, register_root
 from qdm_lightning.cli.validate import refuse_unknown
 from qdm_lightning.diffusion.spec import SamplerConfig
 from qdm_lightning.runs.folder import check_there
@@ -79,6 +80,8 @@ class RunCommand(Command):
         super().__init__(name, examples, show)
         self.schema, self.do, self.others = schema, do, others
         self.base: DictConfig | None = None
+        self.told: list[str] = []  # about what the stored configuration names outside its folder
+        register_root(name, schema)
         self.register()
 
     def __call__(self, run: str | Path, overrides: Sequence[str] = (), progress: Progress | None = None) -> Any:
@@ -132,7 +135,9 @@ class RunCommand(Command):
         extra = _of_training(typed, {f.name for f in fields(self.schema)})
         lists = [o.value() for o in typed if o.key_or_group == "trust"]
         named = [str(target) for value in lists if isinstance(value, list) for target in value]
-        self.base = stored(str(runs[-1].value()), {*trusted(typed, args.config_dir), *named})
+        self.told.clear()
+        keys = [o.get_key_element() for o in typed]
+        self.base = stored(str(runs[-1].value()), {*trusted(typed, args.config_dir), *named}, keys, self.told.append)
         self.register(extra)
 
     def check(self, cfg: DictConfig) -> tuple[Any, Any]:
@@ -149,7 +154,7 @@ class RunCommand(Command):
         assert base is not None
         experiments = [self._experiment(cfg, base)]
         for other in self.others(settings) if self.others else ():
-            theirs = stored(other, cfg.trust)
+            theirs = stored(other, cfg.trust, say=self.told.append)
             copied = cfg.copy()
             OmegaConf.set_struct(copied, False)
             copied.data = plain(theirs)["data"]
@@ -181,6 +186,8 @@ class RunCommand(Command):
 
         progress = progress or Progress()
         assert self.base is not None
+        for line in self.told:
+            progress.say(line)
         with before_it_began(progress):
             result = self.do(*checked, progress)
         check_there(Path(self.base.run))

@@ -23,9 +23,11 @@ from omegaconf import DictConfig
 
 from qdm_lightning.base.checks import one_line
 from qdm_lightning.base.ranks import RENDEZVOUS, rank
-from qdm_lightning.cli.compose import given_beside_run, quoted
+from qdm_lightning.cli.compose import given_beside_run
+from qdm_lightning.cli.messages import quoted
 from qdm_lightning.cli.schema import cores, plain
 from qdm_lightning.display.progress import duration
+from qdm_lightning.runs.caches import mark_cache
 from qdm_lightning.runs.folder import CONFIG, LOCK, is_finished, read_config, write_config
 
 GRACE = 60.0
@@ -61,6 +63,9 @@ def run_job(folder: Path, cfg: DictConfig, settings: Any, *, config_dir: str | N
     if not (folder / CONFIG).is_file():  # a half-done job keeps its threads: they change the last bits
         cfg.trainer.threads = cfg.trainer.threads or _threads(settings, count, cfg.trainer.devices)
         write_config(folder, plain(cfg))
+    for cache in (cfg.paths.cache, cfg.data.get("cache")):  # the job's own process takes no other from a stored file
+        if cache:
+            mark_cache(cache)
     begin = time.monotonic()
     alone = str(settings.launcher._target_).endswith(".BasicLauncher")
     log = None if alone else folder / (f"output_rank{rank()}.log" if rank() else OUTPUT_FILE)

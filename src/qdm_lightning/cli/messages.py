@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -24,18 +25,32 @@ from omegaconf.errors import (
     OmegaConfBaseException,
     ValidationError,
 )
+from yaml import YAMLError
 
 from qdm_lightning.base.checks import one_line
 from qdm_lightning.runs.formats import RENAMED
 
-TYPES = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
+TYPES = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false", "bool": "true or false"}
+
+
+def quoted(value: object) -> str:
+    """A path or name as a value in Hydra's grammar."""
+    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"
+
+
+def to_type(override: str) -> str:
+    """What to type in a shell so that the setting of an override gets the very text behind its `=`."""
+    name, _, value = override.partition("=")
+    text = value.strip("'\"")
+    return shlex.quote(f"{name}={quoted(text)}" if {'"', "\\"} & {*text} else f'{name}="{text}"')
 
 
 def is_bad_input(error: BaseException) -> bool:
     """True for errors that composing, checking and building raise at bad input; everything else is a fault of ours."""
     if isinstance(error, InstantiationException):
         return _instantiation_cause(error) is not None
-    return is_about_a_file(error) or isinstance(error, ValueError | FileNotFoundError | HydraException | OmegaConfBaseException)
+    return isinstance(error, ValueError | OSError | HydraException | OmegaConfBaseException | YAMLError)
 
 
 def is_about_a_file(error: BaseException) -> bool:
@@ -56,7 +71,8 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
         return _unknown_option(error)
     if isinstance(error, OverrideParseException):
         detail = one_line(error).removeprefix(f"Error parsing override '{error.override}' ").partition(" See http")[0]
-        return f"{error.override!r} is not understood ({detail}): write name=value, for example sampler.steps=20"
+        as_text = f"; if it is one text, type {to_type(str(error.override))}" if "=" in str(error.override) else ""
+        return f"{error.override!r} is not understood ({detail}): write name=value, for example sampler.steps=20{as_text}"
     if isinstance(error, ConfigCompositionException):
         return _composition(error)
     if isinstance(error, OmegaConfBaseException):
@@ -119,7 +135,10 @@ def _composition(error: ConfigCompositionException) -> str:
     cause = error.__cause__ or error.__context__
     if match := re.match(r"Ambiguous value for argument '(.*?)' 1\.", text):
         name = match[1].partition("=")[0]
-        return f"{match[1]} gives several values: add -m to run each of them, or type '{name}=[...]' if it is one list"
+        return (
+            f"{match[1]} gives several values: add -m to run each of them; if it is one list, type '{name}=[...]', "
+            f"if it is one text, {to_type(match[1])}"
+        )
     if match := re.match(r"Error merging override (.*)", text):
         return _omegaconf(cause, match[1]) if isinstance(cause, OmegaConfBaseException) else text
     if match := re.match(r"Could not override '([^']*)'", text):
@@ -155,10 +174,14 @@ def _omegaconf(error: OmegaConfBaseException, override: str) -> str:
         return one_line(cause) if isinstance(cause, ValueError) else f"{key}: {what}"
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         return _unknown_key(error, key)
+    if match := re.search(r"interpolation '\$\{([\w.]+)\}': Incompatible value 'None'", what):
+        return f"{key} follows {match[1]}, which has no value: type {match[1]}=<value>"
     if not isinstance(error, ValidationError):
         return f"{override}: {what}" if override else what
     why = f"{what[0].lower()}{what[1:]}"
-    if match := re.search(r"could not be converted to (\w+)|incompatible with type hint '(?:Optional|Union)?\[?([^]']*)", what):
+    if match := re.search(
+        r"(?:could not be converted to|is not a valid) (\w+)|incompatible with type hint '(?:Optional|Union)?\[?([^]']*)", what
+    ):
         kind = TYPES.get(match[1], match[1]) if match[1] else " or ".join(match[2].split(", "))
         why = f"{key} must be {kind}"
     elif "is not Optional" in what:
@@ -179,8 +202,10 @@ def _instantiation_cause(error: InstantiationException) -> str | None:
     if text.startswith(("Error locating target", "Expected a callable")):
         reason = one_line(cause).partition(" Are you sure")[0] if cause is not None else text
         return f"{key}._target_ cannot be imported: {reason}"
-    if isinstance(cause, ValueError | FileNotFoundError):
+    if isinstance(cause, ValueError | OSError):
         return one_line(cause)
-    if isinstance(cause, TypeError) and re.search(r"unexpected keyword|required (positional|keyword)", str(cause)):
-        return f"{key}: {one_line(cause)}"
+    if isinstance(cause, TypeError) and re.search(
+        r"unexpected keyword|required (positional|keyword)|takes (no|exactly|\d+) ", str(cause)
+    ):
+        return f"{key}._target_ does not take these settings: {one_line(cause)}"
     return None if cause is not None else text

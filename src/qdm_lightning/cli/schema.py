@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -74,6 +74,11 @@ class TensorBoardConfig:
     folder: str = "tensorboard"
 
     def __post_init__(self) -> None:
+        path = PurePath(self.folder)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(
+                f"logger.folder={self.folder} is not allowed: it lies in the run's folder, logger.folder=tensorboard"
+            )
         if find_spec("tensorboard") is None:
             raise ValueError("logger=tensorboard needs tensorboard: pip install 'qdm-lightning[tensorboard]'")
 
@@ -136,8 +141,12 @@ SCHEMAS: dict[str, dict[str, type]] = {
 """Schemas of our options in the open groups: a YAML file takes one with `defaults: [base_<name>, _self_]`."""
 
 
+_ROOTS: list[type] = []
+
+
 def register_root(name: str, schema: type) -> None:
     """Tell Hydra's ConfigStore the root `base_<name>`; any name may be added to its open nodes: no `+` to type."""
+    _ROOTS.append(schema)
     root = OmegaConf.structured(schema)
     if issubclass(schema, TrainConfig):
         quant = root.quant
@@ -146,9 +155,44 @@ def register_root(name: str, schema: type) -> None:
     ConfigStore.instance().store(name=f"base_{name}", node=root)
 
 
+def roots() -> tuple[type, ...]:
+    """Schemas of the root configurations, of the commands that were imported."""
+    return tuple(_ROOTS)
+
+
+PLACES = (
+    "data.path",
+    "data.root",
+    "data.cache",
+    "paths.output",
+    "paths.cache",
+    "teacher.path",
+    "model.path",
+    "metrics.weights",
+)
+"""Settings that name a file or a folder outside the run's own."""
+
+
+def located(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with absolute `PLACES`, so that they mean the same from every folder; `~` stays, and the id of a hub too."""
+    for place in PLACES:
+        group, _, name = place.partition(".")
+        node = values.get(group)
+        path = node.get(name) if isinstance(node, dict) else None
+        hub = place in ("teacher.path", "model.path") and isinstance(path, str) and not Path(path).exists()
+        if isinstance(path, str) and path and not path.startswith("~") and not hub:
+            node[name] = str(Path(path).absolute())  # type: ignore[index]
+    return values
+
+
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """`cfg` as dicts and lists, every interpolation resolved. Raises MissingMandatoryValue where a value is missing."""
-    return {str(k): v for k, v in OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True).items()}  # type: ignore[union-attr]
+    """A root configuration as dicts and lists, every interpolation resolved, every place absolute.
+
+    Raises:
+        MissingMandatoryValue: a value is missing.
+    """
+    values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    return located({str(k): v for k, v in values.items()})  # type: ignore[union-attr]
 
 
 def schema_of(group: str, node: Any) -> type | None:
@@ -177,7 +221,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     Paths, logger and threads make no other result, so a job finds its folder again from another machine or launcher; and a
     setting that a later version adds does not rename the folders of this one.
     """
-    values, defaults = settings_of(cfg, [f.name for f in fields(TrainConfig)]), defaults_of(TrainConfig)
+    values, defaults = located(settings_of(cfg, [f.name for f in fields(TrainConfig)])), defaults_of(TrainConfig)
     values["trainer"]["threads"] = defaults["trainer"]["threads"]
     found: dict[str, Any] = {}
     for name, value in values.items():

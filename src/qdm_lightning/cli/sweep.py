@@ -60,6 +60,8 @@ def sweep(job: Job, loader: ConfigLoader, launcher: Any, master: DictConfig, arg
     """
     check_folder("hydra.sweep.dir", master.hydra.sweep.dir)
     plans = [_checked(job, number, words, loader, master) for number, words in enumerate(_jobs(loader, master, arguments))]
+    if not plans:
+        raise UserError(f"{' '.join(arguments)} makes no job: an axis has no value")
     if not job.command.processes:
         results = launcher(task_function=job).launch([plan.overrides for plan in plans], initial_job_idx=0)
         return [result.return_value for result in results]

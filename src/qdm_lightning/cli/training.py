@@ -10,9 +10,9 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from qdm_lightning.base.checks import UserError
 from qdm_lightning.cli.app import Command
@@ -77,9 +77,14 @@ class Training(Command):
     stored: DictConfig | None = None
     new_logger = False
     schedule_typed = False
+    typed_paths: Sequence[str] = ()
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.told: list[str] = []  # about what the stored configuration names outside its folder
 
     def adopt(self, args: argparse.Namespace) -> None:
-        """With `run=`, read that run's folder: beside it only the logger may change, and trust be given."""
+        """With `run=`, read that run's folder: beside it only the logger and the paths may change, and trust be given."""
         typed = parsed(args.overrides)
         self.schedule_typed = any(o.key_or_group.startswith("diffusion.") for o in typed)
         self.folder = next((str(o.value()) for o in typed if o.key_or_group == "hydra.run.dir"), None)
@@ -92,11 +97,12 @@ class Training(Command):
         for override in typed:
             group, _, rest = override.get_key_element().lstrip("+~").partition(".")
             self.new_logger |= group == "logger"
-            if not (group in ("logger", "run") or rest.endswith("_target_") or override.is_hydra_override()):
+            if not (group in ("logger", "run", "paths") or rest.endswith("_target_") or override.is_hydra_override()):
                 raise UserError(
                     f"{override.input_line} cannot be given with run=, which goes on as the run's own {CONFIG} says"
                 )
-        self.stored = stored(folder, trusted(typed, args.config_dir))
+        self.typed_paths = [name for o in typed if (name := o.get_key_element()).startswith("paths.")]
+        self.stored = stored(folder, trusted(typed, args.config_dir), self.typed_paths, self.told.append)
 
     def check(self, cfg: DictConfig) -> Experiment:
         """The experiment that a job trains: that of `cfg`, or of the run that goes on."""
@@ -105,6 +111,8 @@ class Training(Command):
             cfg, composed = self.stored, cfg
             if self.new_logger:
                 cfg.logger = composed.logger
+            for name in self.typed_paths:
+                OmegaConf.update(cfg, name, OmegaConf.select(composed, name))
         check_one_folder(cfg, typed=self.folder is not None)
         experiment = build(cfg)
         if self.stored is None and not self.schedule_typed:
@@ -130,6 +138,8 @@ class Training(Command):
         from qdm_lightning.display.progress import Progress
 
         progress = Progress()
+        for line in self.told:
+            progress.say(line)
         experiment.run_dir = folder
         with before_it_began(progress):
             result = _run(experiment, progress)

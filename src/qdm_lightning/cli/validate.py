@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from qdm_lightning.base.checks import UserError, at_least, one_of
+from qdm_lightning.base.checks import UserError, one_of
 from qdm_lightning.base.files import read_json
 from qdm_lightning.cli.messages import unknown_setting
 from qdm_lightning.cli.schema import SCHEMAS, TrainConfig, plain, schema_of
@@ -83,6 +83,11 @@ def check_combinations(s: TrainConfig) -> None:
     for name, value in (("sampler.steps", s.sampler.steps), ("taq.groups", getattr(s.taq, "groups", 0))):
         if value > steps:
             raise UserError(f"{name}={value} is not allowed: at most {steps}, which is diffusion.num_train_timesteps")
+    own = getattr(s.taq, "num_train_timesteps", steps)
+    if own != steps:
+        raise UserError(
+            f"taq.num_train_timesteps={own} is not allowed: it follows diffusion.num_train_timesteps={steps}, leave it out"
+        )
     one_of("taq.scope", taq_scope(s.taq), SCOPES)
     if s.quant.mode == "ptq" and s.nem.on_policy_fraction:
         raise UserError(
@@ -96,7 +101,6 @@ def check_combinations(s: TrainConfig) -> None:
         _check_float(s)
     devices = s.trainer.devices
     if isinstance(devices, int):
-        at_least("trainer.devices", devices, 1)
         batch, processes = getattr(s.data, "batch_size", 0), devices * s.trainer.num_nodes
         if batch % processes:
             raise UserError(
@@ -111,7 +115,7 @@ def _check_shape(s: TrainConfig) -> None:
         return
     digits, fixed = isinstance(s.data, DigitsConfig), isinstance(s.model, PretrainedConfig)
     size, channels = (8, 1) if digits else (s.data.image_size, getattr(s.data, "channels", 3))
-    if size not in (None, network[0]):
+    if None not in (size, network[0]) and size != network[0]:
         ways = [] if digits else [f"data.image_size={network[0]}"]
         ways += ["other data="] if fixed else [f"model.sample_size={size}", "another model="]
         raise UserError(f"the images are {size} pixels wide, the network takes {network[0]}: type {' or '.join(ways)}")
@@ -121,22 +125,44 @@ def _check_shape(s: TrainConfig) -> None:
         raise UserError(f"the images have {channels} channel(s), the network takes {network[1]}: type {' or '.join(ways)}")
 
 
-def _network_shape(model: Any) -> tuple[int, int] | None:
-    """(edge in pixels, channels) that a network takes; None where its settings do not say."""
+def _network_shape(model: Any) -> tuple[int | None, int] | None:
+    """(edge in pixels, channels) that a network takes; None where its settings do not say. Raises ValueError: not square."""
+    found = network_settings(model)
+    size, channels = found.get("sample_size"), found.get("in_channels")
+    if isinstance(size, list | tuple):
+        if len(set(size)) != 1:
+            raise UserError(
+                f"{getattr(model, 'path', 'the network')} takes images of {size} pixels: only square ones are supported"
+            )
+        size = size[0]
+    return None if channels is None else (size, channels)
+
+
+def network_settings(model: Any) -> dict[str, Any]:
+    """Settings of a `UNet2DModel`, typed or of a diffusers folder; empty where they are not known without running code.
+
+    Raises:
+        FileNotFoundError, ValueError: `model.path` is no such folder, or its config.json is damaged.
+    """
     if isinstance(model, UNetConfig):
-        return model.sample_size, model.in_channels
+        return asdict(model)
     if not isinstance(model, PretrainedConfig):
-        return None
+        return {}
     folder = Path(model.path).expanduser()
     for file in (folder / "unet" / "config.json", folder / "config.json"):
         if file.is_file():
-            stored: Any = read_json(file)
-            return stored.get("sample_size"), stored.get("in_channels")
+            found = read_json(file)
+            for name in ("in_channels", "layers_per_block", "sample_size", "block_out_channels"):
+                value = found.get(name)
+                several = value if isinstance(value, list) else [value]
+                if value is not None and not (several and all(type(one) is int and one > 0 for one in several)):
+                    raise ValueError(f"{file} is damaged: {name}={value}")
+            return found
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model.path):
         raise FileNotFoundError(
             f"{model.path} has no config.json of a network: give a diffusers folder, or a hub id such as google/ddpm-cifar10-32"
         )
-    return None
+    return {}
 
 
 def _check_float(s: TrainConfig) -> None:

@@ -65,7 +65,7 @@ class CelebAData(ImageDataModule):
         return images[:train], images[train : train + val]
 
     def _picture(self, path: Path) -> np.ndarray:
-        picture = decode(path, 3)
+        picture, _ = decode(path, 3)
         if picture.size != ALIGNED_SIZE:
             raise ValueError(f"{path} is {picture.width}x{picture.height}: aligned CelebA pictures are 178x218")
         left, top = ((edge - self.config.crop) // 2 for edge in ALIGNED_SIZE)

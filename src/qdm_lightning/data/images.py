@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qdm_lightning.base.files import reading
 from qdm_lightning.data.cache import cached, listing_key
-from qdm_lightning.data.image_files import MODES, channels_first, decode, in_threads, picture_files, resize
+from qdm_lightning.data.image_files import FORMATS, MODES, channels_first, decode, in_threads, picture_files, resize
 from qdm_lightning.data.module import ImageDataModule
 from qdm_lightning.data.spec import ImagesConfig
 
@@ -40,22 +40,21 @@ def split(count: int, val_fraction: float) -> tuple[list[int], list[int]]:
         ValueError: fewer than two images.
     """
     if count < 2:
-        raise ValueError(f"data.path holds {count} picture: at least 2 are needed, one to train on and one held out")
+        raise ValueError(f"data.path holds {count} picture: at least 5 are needed, 4 to train on and one held out")
     held_out = min(max(1, round(val_fraction * count)), count - 1)
     order = np.random.RandomState(0).permutation(count)  # the legacy generator: numpy promises its stream for good
     return sorted(order[held_out:].tolist()), sorted(order[:held_out].tolist())
 
 
 def _from_folder(folder: Path, config: ImagesConfig) -> tuple[Tensor, Tensor]:
-    paths = picture_files(folder)
+    paths, left_out = picture_files(folder)
     if not paths:
-        raise FileNotFoundError(f"data.path={config.path} holds no picture that Pillow reads (png, jpg, webp, bmp, tif, ...)")
-    others = sum(path.is_file() for path in folder.rglob("*")) - len(paths)
-    if others:
-        log.warning("data.path=%s: %d files are hidden or no pictures and are left out", config.path, others)
+        raise FileNotFoundError(f"data.path={config.path} holds no picture: {', '.join(FORMATS)} are read")
+    for why, count in left_out.items():
+        log.warning("data.path=%s: %d %s", config.path, count, why)
     train, val = split(len(paths), config.val_fraction)
     paths = [paths[index] for index in train + val]
-    edge = config.image_size or decode(paths[0], config.channels).width
+    edge = config.image_size or decode(paths[0], config.channels)[0].width
     key = listing_key(
         ((path.relative_to(folder).as_posix(), path) for path in paths),
         data="images",
@@ -65,10 +64,20 @@ def _from_folder(folder: Path, config: ImagesConfig) -> tuple[Tensor, Tensor]:
         filter=config.filter,
     )
 
+    several = []
+
     def pixels(path: Path) -> np.ndarray:
-        return _pixels(decode(path, config.channels), edge, config, str(path))
+        picture, pages = decode(path, config.channels)
+        if pages > 1:
+            several.append(path)
+        return _pixels(picture, edge, config, str(path))
 
     images = cached(config.cache, key, (len(paths), config.channels, edge, edge), in_threads(pixels, paths))
+    if several:
+        first = min(several)
+        log.warning(
+            "data.path=%s: of %d files with several frames or pages the first is taken (%s)", config.path, len(several), first
+        )
     return images[: len(train)], images[len(train) :]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdm_lightning.base.checks import at_least, between, one_of
+from qdm_lightning.base.checks import at_least, between, folder, one_of
 
 DATASETS = "~/.cache/qdm_lightning/datasets"
 """Where data sets are looked for, and decoded ones kept; the YAML files say `${paths.cache}/datasets`."""
@@ -84,6 +84,8 @@ class ImagesConfig(DataConfig):
         one_of("data.channels", self.channels, (3, 1))
         one_of("data.filter", self.filter, FILTERS)
         between("data.val_fraction", self.val_fraction, 0.0, 0.5)
+        if self.cache is not None:
+            folder("data.cache", self.cache)
 
 
 @dataclass(kw_only=True)
@@ -143,6 +145,8 @@ class CelebAConfig(DownloadedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         between("data.crop", self.crop, 1, 178)
+        if self.cache is not None:
+            folder("data.cache", self.cache)
 
 
 @dataclass(kw_only=True)
@@ -165,3 +169,5 @@ class ImageNet64Config(DownloadedConfig):
                 "Imagenet64_train_part2.zip and Imagenet64_val.zip from https://image-net.org/download-images.php and unpack "
                 f"them in data.root={self.root}"
             )
+        if self.cache is not None:
+            folder("data.cache", self.cache)

@@ -109,7 +109,7 @@ def _activations(subject: Subject, layers: Sequence[str], config: DiagnosisConfi
     absent = [name for name in layers if name not in own]
     if absent:
         progress.say(f"{experiment.run_dir.name} has no layer {', '.join(absent)}: left out of its plots")
-    experiment.data.setup()
+    experiment.load_data()
     images = experiment.data.val_images
     timesteps = spread(range(experiment.diffusion.num_train_timesteps), config.timesteps)
     with progress.stage("activations", len(timesteps), "timesteps") as stage, cached_weights(network):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qdm_lightning.base.checks import at_least
-from qdm_lightning.evaluation.spec import RestoreConfig, checked, listed
+from qdm_lightning.base.checks import at_least, between, folder
+from qdm_lightning.evaluation.spec import MOST_SEEDS, RestoreConfig, checked, listed
 
 
 @dataclass(kw_only=True)
@@ -24,12 +24,16 @@ class DiagnosisConfig(RestoreConfig):
 
     against: Any = None
     layers: Any = None
-    num_images: int = checked(64, at_least, minimum=2)
+    num_images: int = checked(64, between, low=2, high=MOST_SEEDS)
     timesteps: int = checked(10, at_least, minimum=2)
     points: int = checked(50, at_least, minimum=2)
     out: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.out is not None:
+            folder("out", self.out)
+        if self.against is not None and not listed(self.against):
+            raise ValueError("against=[] names no run: leave it out")
         if self.layers is not None and not listed(self.layers):
             raise ValueError("layers=[] shows nothing: leave it out, or type for example layers='[*attentions*]'")

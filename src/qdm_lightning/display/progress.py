@@ -122,7 +122,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line between the stages, or above the bars; nothing with `mode="silent"`."""
         if self.mode != "silent":
-            self.console.print(text, markup=False, highlight=False)
+            self.console.print(checks.visible(text), markup=False, highlight=False)
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Stage]:

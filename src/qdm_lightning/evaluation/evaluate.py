@@ -148,7 +148,7 @@ class Evaluator:
         """Provenance of the real images: `source` (hash of their content, or of imported statistics), `count`, `from`."""
         if imported is not None:
             return {"source": imported.sha256, "count": imported.moments.count, "from": imported.source}
-        self.experiment.data.setup()
+        self.experiment.load_data()
         images = self.experiment.data.train_images
         origin = f"training images of {self.experiment.resolved['data'].get('_target_')}"
         return {"source": content_hash(images), "count": len(images), "from": origin}

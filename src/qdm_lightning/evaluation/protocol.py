@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
+from qdm_lightning.base.checks import visible
 from qdm_lightning.base.files import read_json
 from qdm_lightning.metrics.frechet import batch_size_of
 from qdm_lightning.metrics.protocol import PROTOCOL, metric_keys
@@ -105,13 +107,14 @@ def table(records: Sequence[Mapping[str, Any]]) -> Table:
     keys = list(dict.fromkeys(key for record in records for key in record["scores"] if not key.endswith("_std")))
     shown = Table(title="different protocols: these scores do not compare" if mixed else None)
     for name in ("run", "network", "sampler", *(("protocol",) if mixed else ()), *keys):
-        shown.add_column(name, justify="right" if name in keys else "left", overflow="fold")
+        shown.add_column(Text(visible(name)), justify="right" if name in keys else "left", overflow="fold")
     for record in records:
         bits = f" W{record['bits'][0]}A{record['bits'][1]}" if record.get("bits") else ""
         network = f"{record['network']}{bits}, {record['origin']['weights']}"
         measured = f"{record['protocol']['num_samples']} images, {_short(record['protocol']['reference'])}"
         cells = [run_label(record["name"]), network, sampler_name(record["sampler"]), *([measured] if mixed else [])]
-        shown.add_row(*cells, *(_score(record["scores"], key) for key in keys))
+        cells += [_score(record["scores"], key) for key in keys]
+        shown.add_row(*(Text(visible(cell)) for cell in cells))
     return shown
 
 

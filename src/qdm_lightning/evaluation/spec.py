@@ -10,8 +10,9 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from qdm_lightning.base.checks import at_least, between, one_of
+from qdm_lightning.base.checks import at_least, between, folder, one_of
 from qdm_lightning.diffusion.spec import SEEDS
+from qdm_lightning.training.spec import MOST_THREADS
 
 SCORES = ("fd", "is", "kid", "prc")
 """Frechet distance, Inception Score, kernel distance, precision and recall."""
@@ -100,7 +101,7 @@ class RestoreConfig:
     weights: str = checked("ema", one_of, allowed=("ema", "raw"))
     checkpoint: str = "best"
     accelerator: str = checked("auto", one_of, allowed=("auto", "cpu", "gpu", "cuda", "mps"))
-    threads: int | None = checked(None, at_least, minimum=0)
+    threads: int | None = checked(None, between, low=0, high=MOST_THREADS)
     compile: str | None = checked(None, one_of, allowed=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
@@ -131,12 +132,12 @@ class EvaluationConfig(RestoreConfig):
         out: folder of the result; None makes one below `<run>/evaluations`.
     """
 
-    num_samples: int | None = checked(None, at_least, minimum=2)
+    num_samples: int | None = checked(None, between, low=2, high=MOST_SEEDS)
     seed: int | None = checked(None, between, low=0, high=SEEDS - 1)
     seeds: Any = None
     shard: str | None = checked(None, lambda name, value: parse_shard(value))
     merge: bool = False
-    devices: int = checked(1, at_least, minimum=1)
+    devices: int = checked(1, between, low=1, high=MOST_THREADS)
     chunk: int | None = None
     keep_images: bool = True
     scores: Any = None
@@ -148,8 +149,12 @@ class EvaluationConfig(RestoreConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         count = None if self.seeds is None else len(parse_seeds(self.seeds))
+        if self.out is not None:
+            folder("out", self.out)
         both = f"num_samples={self.num_samples}, but seeds={self.seeds} are {count} images: leave out one of them"
         refused = {
+            f"seeds={self.seeds} is one image: scores need at least 2, for example seeds=0-49999": count == 1,
+            "against=[] names no run: leave it out": self.against is not None and not listed(self.against),
             both: count is not None and self.num_samples not in (None, count),
             "seed= picks the images of a run seed, seeds= names the images themselves: leave out one of them": (
                 self.seeds is not None and self.seed is not None
@@ -190,3 +195,8 @@ class SampleConfig(RestoreConfig):
     trajectory: bool = False
     trajectory_seeds: int = checked(4, at_least, minimum=1)
     out: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.out is not None:
+            folder("out", self.out)

@@ -10,6 +10,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 
 from qdm_lightning.base.checks import first_line
 from qdm_lightning.base.files import file_hash, reading
+from qdm_lightning.base.trust import load_tensors
 from qdm_lightning.metrics.frechet import PUBLISHED
 from qdm_lightning.metrics.spec import InceptionMetric
 from qdm_lightning.metrics.weights import color
@@ -82,6 +83,6 @@ def _published() -> Path:
 def _check(path: Path) -> None:
     """Raise ValueError unless the file is a plain state dict: torch-fidelity itself would run code that a file brings along."""
     with reading(path, f"fetch {URL_INCEPTION_V3} and type metrics.weights=<that file>") as stream:
-        state = torch.load(stream, map_location="cpu", weights_only=True)
+        state = load_tensors(stream)
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError("it holds no state dict")

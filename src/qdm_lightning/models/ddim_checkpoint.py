@@ -5,16 +5,15 @@ Their U-Net is `UNet2DModel` under other names, with attention in 1x1 convolutio
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
+from qdm_lightning.base.trust import load_tensors
 from qdm_lightning.models.unet import build_unet
 
 ATTENTION_SIZE = 16
@@ -61,8 +60,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file: give a checkpoint of the DDIM code, such as model-790000.ckpt")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        content = load_tensors(path)
+    except Exception as error:  # what torch.load raises depends on the bytes
         raise ValueError(f"{path} cannot be read: it must be a file of torch.save that holds tensors alone") from error
     which = ""
     if isinstance(content, list) and len(content) == 5:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,15 @@ class QuantConfig:
         one_of("quant.mode", self.mode, ("qat", "ptq"))
         one_of("quant.calibration_timesteps", self.calibration_timesteps, ("uniform", "normal"))
         at_least("quant.calibration_batches", self.calibration_batches, 1)
+        for name in ("weight_quantizer", "act_quantizer", "calibrator"):
+            node = getattr(self, name)
+            if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
+                raise ValueError(f"quant.{name} needs a _target_: type quant.{name}._target_=<package.module.Class>")
+            given = sorted({"bits", "padded", "weight"} & set(node)) if name != "calibrator" else []
+            if given:
+                raise ValueError(
+                    f"quant.{name}.{given[0]} is not a setting: each layer gives it; bits are quant.weight_bits and so on"
+                )
 
     @property
     def attention_bits(self) -> int:
@@ -106,6 +116,7 @@ class TaQEma(TaQNormalize):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("taq.groups", self.groups, 1)
+        at_least("taq.num_train_timesteps", self.num_train_timesteps, 2)
         between("taq.momentum", self.momentum, 0.0, 1.0)
 
 
@@ -120,6 +131,7 @@ class TaQScale(TaQOff):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("taq.groups", self.groups, 1)
+        at_least("taq.num_train_timesteps", self.num_train_timesteps, 2)
 
 
 TAQ: dict[str, type[TaQOff]] = {"off": TaQOff, "normalize": TaQNormalize, "ema": TaQEma, "scale": TaQScale}

@@ -34,8 +34,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None, baseline: str
     contents = collect(folders)
     groups, notes = summarize(contents.results, baseline)
     contents.notes += notes
-    text = markdown(groups, contents)
-    files = {"report.html": page(groups, contents), "results.csv": csv_text(groups), "results.md": text}
+    text = checks.visible(markdown(groups, contents))  # names come out of files; the page escapes them itself
+    files = {"report.html": page(groups, contents), "results.csv": checks.visible(csv_text(groups)), "results.md": text}
     for name, content in files.items():
         write_whole((out or folders[0]) / name, content.encode("utf-8"), checksum=False)
     return text, [(out or folders[0]) / name for name in files]

@@ -29,6 +29,10 @@ MAY_CHANGE = ("run", "logger", "paths")
 """Settings that make no other run: where it lies, and who is told of it."""
 
 
+LARGEST, DEEPEST = 2**18, 20
+"""Characters and levels of a configuration: many times what it has. YAML takes half a minute to read a megabyte."""
+
+
 def is_finished(folder: Path) -> bool:
     """True where a run has left its results."""
     return (folder / METRICS).is_file() and (folder / CONFIG).is_file()
@@ -56,7 +60,13 @@ def plain_yaml(text: str) -> Any:
             a configuration is written.
         yaml.YAMLError: no YAML.
     """
+    if len(text) > LARGEST:
+        raise ValueError(f"it has more than {LARGEST:,} characters, which no configuration has")
+    depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError(f"line {event.start_mark.line + 1} is nested more than {DEEPEST} deep, which no configuration is")
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(f"line {event.start_mark.line + 1} has the alias *{event.anchor}, which no run writes")
         if isinstance(event, yaml.ScalarEvent) and "${" in event.value:

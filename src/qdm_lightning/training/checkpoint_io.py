@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from qdm_lightning.base.checks import one_line
 from qdm_lightning.base.checksums import remove_checked
 from qdm_lightning.base.files import atomic_path, reading
+from qdm_lightning.base.trust import load_tensors
 from qdm_lightning.quantization.packing import load_packed
 from qdm_lightning.training.network_settings import KEY, check_settings
 
@@ -47,8 +47,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} is not a file: give a checkpoint, such as <run>/checkpoints/last.ckpt")
-    with reading(path, "it cannot be read as a checkpoint") as stream, warnings.catch_warnings(action="ignore"):
-        content = torch.load(stream, map_location="cpu", weights_only=True)
+    with reading(path, "it cannot be read as a checkpoint") as stream:
+        content = load_tensors(stream)
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no checkpoint of a run: it holds a {type(content).__name__}")
     for name, kind in (("state_dict", dict), ("global_step", int)):

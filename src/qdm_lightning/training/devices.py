@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,9 @@ from lightning.fabric import Fabric
 from qdm_lightning.base.checks import UserError, first_line
 from qdm_lightning.quantization import compiled
 from qdm_lightning.training.spec import TrainerConfig
+
+PROCESSES_A_CORE = 4
+"""At most: each loads the network for itself."""
 
 Work = Callable[[torch.device, int, int], None]
 """work(device, index, count): the share `index` of `count`. It is pickled, so it must be defined in a module."""
@@ -75,8 +79,11 @@ def share(work: Work, accelerator: str, devices: int) -> None:
         devices: how many; more than the machine has is an error of Lightning's.
 
     Raises:
-        ValueError: fewer devices than asked for.
+        ValueError: fewer devices than asked for, or far more processes than cores.
     """
+    most = PROCESSES_A_CORE * (os.cpu_count() or 1)
+    if measuring_device(accelerator).type == "cpu" and devices > most:
+        raise ValueError(f"devices={devices} is not allowed: this machine has {os.cpu_count()} cores, at most {most} processes")
     try:
         with quiet("lightning.fabric"):
             fabric = Fabric(accelerator=accelerator, devices=devices, strategy="ddp_spawn")

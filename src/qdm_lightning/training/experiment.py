@@ -10,12 +10,17 @@ from typing import Any
 from lightning.pytorch import Callback
 from torch import nn
 
+from qdm_lightning.base.files import read_json, write_json
 from qdm_lightning.data.module import ImageDataModule
 from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig, SamplerConfig
+from qdm_lightning.metrics.frechet import check_network
 from qdm_lightning.quantization.observer import Calibrator
 from qdm_lightning.quantization.preparation import Quantizers
 from qdm_lightning.quantization.spec import QuantConfig
 from qdm_lightning.training.spec import TEACHER_OPTIMIZER, OptimizerConfig, PathsConfig, TeacherConfig, TrainerConfig
+
+DATA = "data.json"
+"""File of a run's folder: the SHA-256 of the images that it is made with, and their numbers."""
 
 
 @dataclass(kw_only=True)
@@ -58,10 +63,55 @@ class Experiment:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        """A full-precision run is its own teacher: what is typed for the run holds for the teacher."""
+        """A full-precision run is its own teacher: what is typed for the run holds for the teacher.
+
+        Raises:
+            ValueError: something that was named by its `_target_` is not what its place is for.
+        """
+        named = {
+            "data": (self.data, ImageDataModule),
+            "metrics": (self.feature_network, nn.Module),
+            **{f"callbacks[{index}]": (callback, Callback) for index, callback in enumerate(self.callbacks)},
+        }
+        for place, (thing, kind) in named.items():
+            if not isinstance(thing, kind):
+                target = self.resolved.get(place, {}).get("_target_", type(thing).__name__)
+                raise ValueError(f"{place}._target_={target} is no {kind.__name__}: name one of that kind")
+        check_network(self.feature_network)
+        made_by = getattr(self.calibrator, "func", self.calibrator)
+        if isinstance(made_by, type) and not hasattr(made_by, "search"):
+            raise ValueError(
+                f"quant.calibrator._target_={made_by.__name__} has no method search: see quantization.observer.Calibrator"
+            )
         if self.quant.is_float:
             own = {name: getattr(self.optimizer, name) for name in TEACHER_OPTIMIZER}
             self.teacher = replace(self.teacher, max_steps=self.trainer.max_steps, **own)
+
+    def load_data(self) -> None:
+        """Load the images, and compare them with those that the run was made with, where it was.
+
+        Raises:
+            FileNotFoundError, ValueError: they cannot be loaded, or are others.
+        """
+        self.data.setup()
+        file = self.run_dir / DATA
+        if file.is_file() and read_json(file).get("fingerprint") != self.data.fingerprint():
+            place = next((f"data.{name}={value}" for name, value in self._places if value), "the package")
+            raise ValueError(
+                f"the images of {place} are not those that {self.run_dir} was made with: "
+                "put those there (evaluate, sample and diagnose take data.path= and data.root=), or begin another run"
+            )
+
+    def keep_data(self) -> None:
+        """Leave in the run's folder which images it is made with. Raises OSError where it cannot be written."""
+        train, val = self.data.train_images, self.data.val_images
+        counts = {"train": len(train), "val": len(val), "shape": list(train.shape[1:])}
+        write_json(self.run_dir / DATA, {"fingerprint": self.data.fingerprint(), **counts})
+
+    @property
+    def _places(self) -> list[tuple[str, Any]]:
+        data = self.resolved.get("data", {})
+        return [(name, data.get(name)) for name in ("path", "root")]
 
     @property
     def has_teacher(self) -> bool:

@@ -28,6 +28,7 @@ from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.models.image_sampler import ImageSampler
 from qdm_lightning.quantization import compiled
 from qdm_lightning.quantization.cost import cost as count_cost
+from qdm_lightning.runs.caches import mark_cache
 from qdm_lightning.runs.folder import METRICS, check_there
 from qdm_lightning.runs.provenance import git_commit, hardware, peak_memory, versions
 from qdm_lightning.training.checkpoints import LAST
@@ -39,13 +40,16 @@ from qdm_lightning.training.restore import check_checkpoints
 from qdm_lightning.training.resume import resume_point
 from qdm_lightning.training.student import calibrate_student, prepare_student, student_settings
 from qdm_lightning.training.student_files import save_student
-from qdm_lightning.training.teacher import check_schedule, obtain_teacher
+from qdm_lightning.training.teacher import check_networks, check_schedule, obtain_teacher
 from qdm_lightning.training.teacher_images import teacher_images
 from qdm_lightning.training.trainer import fit
 from qdm_lightning.training.validation_set import ValidationSet, nem_error
 
 CHECKPOINTS = "checkpoints"
 GRID_IMAGES = 16
+
+FEWEST_IMAGES = 4
+"""Training images: their distance is measured between two halves, each of which needs a covariance."""
 
 
 @dataclass
@@ -67,8 +71,14 @@ def run(experiment: Experiment, progress: Any) -> Result:
         FileNotFoundError, ValueError: data, teacher or settings that can't be used, before anything is trained.
     """
     set_up(experiment.trainer)
-    experiment.data.setup()
+    experiment.load_data()
+    train, val = len(experiment.data.train_images), len(experiment.data.val_images)
+    if train < FEWEST_IMAGES:
+        raise ValueError(
+            f"the data hold {train + val} images, {train} to train on: at least 5 are needed, {FEWEST_IMAGES} to train on"
+        )
     check_schedule(experiment)
+    check_networks(experiment)
     features(experiment.feature_network, experiment.data.train_images[:1])  # it takes such images, or says so now
     writable("paths.cache", Path(experiment.paths.cache).expanduser())
     if experiment.resume:
@@ -78,6 +88,11 @@ def run(experiment: Experiment, progress: Any) -> Result:
     with opened(
         [csv, *([] if rank() else experiment.loggers)], run_dir=experiment.run_dir, config=experiment.resolved
     ) as loggers:
+        if not rank():
+            experiment.keep_data()
+            for cache in (experiment.paths.cache, experiment.resolved.get("data", {}).get("cache")):
+                if cache:
+                    mark_cache(cache)
         result = Run(experiment, progress, loggers).result()
     if not rank():
         check_there(experiment.run_dir)

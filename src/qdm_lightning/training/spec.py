@@ -6,6 +6,13 @@ from dataclasses import dataclass, field, fields
 
 from qdm_lightning.base.checks import at_least, between, folder, one_of, positive
 from qdm_lightning.diffusion.spec import SEEDS
+from qdm_lightning.runs.caches import DEFAULT
+
+MOST_STEPS = 2**53
+"""Steps and images are counted exactly, in floats too, up to here."""
+
+MOST_THREADS = 1024
+"""More threads than a machine has cores; OpenMP ends a process that cannot start its threads."""
 
 SCHEDULES = ("cosine", "constant")
 """Courses of the learning rate after its warm-up."""
@@ -71,7 +78,7 @@ class TeacherConfig(LearningConfig):
         if self.source != "auto" and not self.path:
             raise ValueError(f"teacher={self.source} needs a path: type teacher.path=<folder>")
         between("teacher.seed", self.seed, 0, SEEDS - 1)
-        at_least("teacher.max_steps", self.max_steps, 1)
+        between("teacher.max_steps", self.max_steps, 1, MOST_STEPS)
         self.check("teacher")
 
 
@@ -110,7 +117,8 @@ class TrainerConfig:
         val_images: number of (x_0, t, eps) in the validation set, over which `val/loss` is the mean.
         sample_every: steps between two sample grids and distances in training (0: only at the end).
         log_every: steps between two logged losses; also of what callbacks log by Lightning's `log`.
-        accelerator, devices, num_nodes, strategy, precision: as in `lightning.Trainer`.
+        accelerator, devices, num_nodes, strategy, precision: as in `lightning.Trainer`; devices are a number or `auto`, the
+            strategy is `auto` or `ddp`.
         compile: `auto` compiles fake quantization where a compiler is at hand, `on` insists, `off` runs it eager.
         threads: CPU threads of torch (0: torch's own choice).
         histograms: patterns of quantizers, such as `*.query`, whose inputs W&B and TensorBoard get as histograms by timestep,
@@ -137,11 +145,21 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "val_every", "val_images", "log_every", "num_nodes"):
-            at_least(f"trainer.{name}", getattr(self, name), 1)
-        for name in ("sample_every", "threads"):
-            at_least(f"trainer.{name}", getattr(self, name), 0)
+            between(f"trainer.{name}", getattr(self, name), 1, MOST_STEPS)
+        between("trainer.sample_every", self.sample_every, 0, MOST_STEPS)
+        between("trainer.threads", self.threads, 0, MOST_THREADS)
         one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps"))
         one_of("trainer.precision", self.precision, ("32-true", "bf16-mixed", "16-mixed"))
+        one_of("trainer.strategy", self.strategy, ("auto", "ddp"))
+        if isinstance(self.devices, str) and self.devices != "auto":
+            if not self.devices.isdecimal():
+                raise ValueError(
+                    f"trainer.devices={self.devices} is not allowed: give their number, or auto, for example trainer.devices=2 "
+                    "(CUDA_VISIBLE_DEVICES=0,1 before the command says which)"
+                )
+            self.devices = int(self.devices)
+        if isinstance(self.devices, int):
+            at_least("trainer.devices", self.devices, 1)
         one_of("trainer.compile", self.compile, ("auto", "on", "off"))
 
 
@@ -150,7 +168,7 @@ class PathsConfig:
     """Where things go: `output` for runs, `cache` for teachers and reference statistics."""
 
     output: str = "outputs"
-    cache: str = "~/.cache/qdm_lightning"
+    cache: str = DEFAULT
 
     def __post_init__(self) -> None:
         folder("paths.output", self.output)

@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import UNet2DModel
 from filelock import AcquireReturnProxy, FileLock, Timeout
+from torch import nn
 
 from qdm_lightning.base.checks import one_line
 from qdm_lightning.base.checksums import remove_checked
@@ -26,6 +28,7 @@ from qdm_lightning.training.module import DiffusionModule
 from qdm_lightning.training.network_settings import network_settings, unet_config
 from qdm_lightning.training.resume import mend_best, resume_point
 from qdm_lightning.training.spec import TEACHER_OPTIMIZER, OptimizerConfig
+from qdm_lightning.training.student import prepare_student
 
 FORMAT = 2
 """Raised when the way of training changes, so that older cached teachers are not taken for new ones."""
@@ -68,13 +71,10 @@ def obtain_teacher(experiment: Experiment, fit: Fit, say: Callable[[str], None])
         file, again = own / "origin.json", f"remove {own} to take the teacher from its source again"
         return _nameless(load_unet(own, again)), read_json(file, again) if file.exists() else {"source": str(own)}
     origin: dict[str, Any] = {"source": config.source, "path": str(config.path)}
-    if config.source == "auto":
+    unet, warnings = _given(experiment)
+    if unet is None:
         unet, origin = _auto(experiment, fit, say)
-    elif config.source == "checkpoint":
-        unet, warnings = _from_checkpoint(experiment, Path(str(config.path)).expanduser())
-        origin |= warnings
-    else:
-        unet = load_unet(str(config.path))
+    origin |= warnings
     _check_shape(experiment, unet)
     if without := without_schedule(experiment):
         taken = " ".join(f"diffusion.{k}={v}" for k, v in asdict(experiment.diffusion).items())
@@ -220,6 +220,32 @@ def _from_checkpoint(experiment: Experiment, path: Path) -> tuple[Any, dict[str,
     return unet, warnings
 
 
+def check_networks(experiment: Experiment) -> None:
+    """Find out before anything is trained or logged what else would end the run after hours: the teacher cannot be read or does
+    not take the data, the rules name no layer, or a quantizer does not go with its layer.
+
+    Raises:
+        FileNotFoundError, ValueError: one of these.
+    """
+    if experiment.has_teacher:
+        return
+    with torch.random.fork_rng(devices=[]):
+        unet = _given(experiment)[0] or experiment.build_model()
+        if not isinstance(unet, nn.Module):
+            raise ValueError(f"model._target_ makes a {type(unet).__name__}, which is no network")
+        _check_shape(experiment, unet)
+        if not experiment.quant.is_float:
+            prepare_student(unet, experiment)
+
+
+def _given(experiment: Experiment) -> tuple[Any, dict[str, str]]:
+    """The U-Net at `teacher.path`, None where the teacher is trained, and a warning for its origin where there is one."""
+    source, path = experiment.teacher.source, str(experiment.teacher.path)
+    if source == "checkpoint":
+        return _from_checkpoint(experiment, Path(path).expanduser())
+    return (None if source == "auto" else load_unet(path)), {}
+
+
 def check_schedule(experiment: Experiment) -> None:
     """A teacher that was trained on another noise schedule would mislead the student.
 
@@ -262,7 +288,10 @@ def _foreign_network(experiment: Experiment) -> tuple[str, str | None]:
 
 
 def _check_shape(experiment: Experiment, unet: Any) -> None:
+    """Raise ValueError where the teacher does not take the data; one that says no size, or says it twice, is told theirs."""
     channels, size = experiment.data.channels, experiment.data.image_size
+    if unet.config.sample_size is None or [*np.atleast_1d(unet.config.sample_size)] == [size, size]:
+        unet.register_to_config(sample_size=size)
     if (unet.config.in_channels, unet.config.sample_size) != (channels, size):
         raise ValueError(
             f"the teacher takes {unet.config.in_channels} channel(s) of {unet.config.sample_size} pixels, the data have "

@@ -90,7 +90,7 @@ def test_damaged_and_unfit_files_are_named(tmp_path, rng):
     (tmp_path / "bad.png").write_bytes(whole[: len(whole) // 2])
     refused(tmp_path, ValueError, r"bad\.png is damaged")
     (tmp_path / "bad.png").unlink()
-    refused(tmp_path, ValueError, "at least 2")
+    refused(tmp_path, ValueError, "at least 5")
     Image.new("RGB", (5, 4)).save(tmp_path / "other.png")
     refused(tmp_path, ValueError, r"other\.png is 5x4, not 64x64: type data\.image_size=64")
     Image.fromarray(np.zeros((64, 64), dtype=np.uint16)).save(tmp_path / "other.png")
