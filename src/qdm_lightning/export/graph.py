@@ -1,0 +1,66 @@
+"""An ONNX graph that grows node by node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, TensorProto, checker, helper, numpy_helper
+
+OPSET, IR_VERSION = 21, 10
+"""The first operator set with GroupNormalization as torch computes it and with 4-bit tensors; ONNX Runtime from 1.20 on and
+OpenVINO from 2025.0 on read it."""
+
+
+class Graph:
+    """Nodes and constants of one graph; every method that makes a value returns its name."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Any] = []
+        self.tensors: dict[str, Any] = {}
+        self.known: dict[tuple[Any, ...], str] = {}
+
+    def op(self, kind: str, *inputs: str, name: str = "", **attributes: Any) -> str:
+        """A node with one output; equal ones are made once, so that what they share is computed once."""
+        key = (kind, inputs, repr(sorted(attributes.items())))
+        if key not in self.known:
+            output = f"{name or kind}_{len(self.nodes)}"
+            self.nodes.append(helper.make_node(kind, list(inputs), [output], name=output, **attributes))
+            self.known[key] = output
+        return self.known[key]
+
+    def constant(self, value: Any, kind: int | None = None) -> str:
+        """An array or number as it is, or stored as ONNX's element type `kind` (4-bit types are packed)."""
+        array = np.asarray(value)
+        key = (array.dtype.str, array.shape, array.tobytes(), kind)
+        if key not in self.known:
+            name = f"constant_{len(self.tensors)}"
+            if kind is None:
+                self.tensors[name] = numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
+            else:
+                self.tensors[name] = helper.make_tensor(name, kind, array.shape, array.flatten())
+            self.known[key] = name
+        return self.known[key]
+
+    def number(self, value: float) -> str:
+        """A float32 scalar."""
+        return self.constant(np.float32(value))
+
+    def integers(self, *values: int) -> str:
+        """A list of int64: shapes, axes."""
+        return self.constant(np.array(values, np.int64))
+
+    def model(
+        self, inputs: Sequence[Any], output: str, shape: Sequence[Any], name: str, producer: str, metadata: Mapping[str, str]
+    ) -> ModelProto:
+        """The finished model, checked by onnx. The value `output` becomes the output `noise` of this shape."""
+        nodes = [*self.nodes, helper.make_node("Identity", [output], ["noise"], name="noise")]
+        result = helper.make_tensor_value_info("noise", TensorProto.FLOAT, list(shape))
+        graph = helper.make_graph(nodes, name, list(inputs), [result], list(self.tensors.values()))
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name=producer
+        )
+        helper.set_model_props(model, dict(metadata))
+        checker.check_model(model)
+        return model

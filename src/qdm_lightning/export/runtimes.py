@@ -1,0 +1,93 @@
+"""Exported networks in ONNX Runtime and OpenVINO: eps(x_t, t) as a call, and which kernels it runs on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qdm_lightning.export.onnx_integers import on_integers
+from qdm_lightning.export.spec import installed
+
+INTEGER_OPS = ("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul", "QGemm")
+FLOAT_OPS = ("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+"""ONNX Runtime's operators that multiply: on integers, and in float32."""
+
+OPENVINO_SETTINGS = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "PERFORMANCE_HINT": "LATENCY"}
+"""Nothing is rounded that the student does not round: OpenVINO takes bfloat16 by itself where the processor has it."""
+
+
+class RuntimeNetwork(nn.Module):
+    """An exported network as `network(x, t) -> eps`.
+
+    Args:
+        model: `onnx.ModelProto`, or `openvino.Model` for `openvino`.
+        runtime: `onnxruntime` or `openvino`.
+        threads: of the CPU; 0 leaves it to the runtime.
+        settings: OpenVINO's, over `OPENVINO_SETTINGS`.
+    """
+
+    def __init__(self, model: Any, runtime: str, threads: int = 0, settings: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        installed(runtime)
+        self.runtime, self.version = runtime, version(runtime)
+        if runtime == "openvino":
+            self._compiled = _openvino(model, threads, settings or {})
+        else:
+            self._session, self._optimized = _onnxruntime(on_integers(model), threads)
+
+    def run(self, sample: np.ndarray, timestep: np.ndarray) -> list[np.ndarray]:
+        """All outputs of the graph, the noise last where others were added, for `sample` (N, C, H, W) and `timestep` (N,)."""
+        inputs = {"sample": np.ascontiguousarray(sample), "timestep": timestep}
+        if self.runtime == "openvino":
+            results = self._compiled(inputs)
+            return [np.array(results[output]) for output in self._compiled.outputs]
+        outputs: list[np.ndarray] = self._session.run(None, inputs)
+        return outputs
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """The noise estimate, (N, C, H, W) float32, of x_t (N, C, H, W) at timesteps t (N,)."""
+        return torch.from_numpy(self.run(x.float().numpy(), t.long().numpy())[0])
+
+    def kernels(self) -> Counter[str]:
+        """How many products the runtime executes in `int8` and in `float`, as it says itself after its optimizations."""
+        if self.runtime == "openvino":
+            nodes = [node.get_rt_info() for node in self._compiled.get_runtime_model().get_ops()]
+            products = [n for n in nodes if n["layerType"].value in ("Convolution", "FullyConnected", "MatMul", "Subgraph")]
+            names = [str(n["primitiveType"].value).lower() for n in products if n["layerType"].value != "Subgraph"]
+            return Counter("int8" if name.endswith("i8") else "float" for name in names)
+        found = Counter[str]()
+        for operator, count in self._optimized.items():
+            found.update({"int8": count} if operator in INTEGER_OPS else {"float": count} if operator in FLOAT_OPS else {})
+        return found
+
+
+def _openvino(model: Any, threads: int, settings: Mapping[str, Any]) -> Any:
+    import openvino
+
+    core = openvino.Core()
+    read = model if isinstance(model, openvino.Model) else core.read_model(model.SerializeToString())
+    options = {**OPENVINO_SETTINGS, **({"INFERENCE_NUM_THREADS": threads} if threads else {}), **settings}
+    return core.compile_model(read, "CPU", options)
+
+
+def _onnxruntime(model: Any, threads: int) -> tuple[Any, Counter[str]]:
+    """A session, and how many nodes of each kind it executes."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    return session, Counter(node.op_type for node in optimized.graph.node)
