@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qdm_lightning.export.onnx_integers import on_integers
-from qdm_lightning.export.spec import installed
+from qdm_lightning.runtimes.onnx_integers import on_integers
+from qdm_lightning.runtimes.spec import installed
 
 INTEGER_OPS = ("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul", "QGemm")
 FLOAT_OPS = ("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")

@@ -12,10 +12,10 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 from torch.fx import Node
 
-from qdm_lightning.export import lowering
-from qdm_lightning.export.graph import Graph
-from qdm_lightning.export.lowering import Activation, Codes, WeightCodes
-from qdm_lightning.export.marks import marked
+from qdm_lightning.exporting import lowering
+from qdm_lightning.exporting.graph import Graph
+from qdm_lightning.exporting.lowering import Activation, Codes, WeightCodes
+from qdm_lightning.exporting.marks import marked
 
 TYPES = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64}
 BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div"}
@@ -31,6 +31,7 @@ class Product:
         node: the traced operator, whose arguments are `arguments`: activations to be quantized, weights, names, constants.
         output: name of its result in the graph.
         integer: both factors are codes.
+        operands: both are activations.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Product:
     arguments: tuple[Any, ...]
     output: str
     integer: bool
+    operands: bool
 
 
 class _Traced(nn.Module):
@@ -62,24 +64,37 @@ def trace(unet: nn.Module, shape: Sequence[int]) -> torch.export.ExportedProgram
 
 
 class Translator:
-    """Makes the graph of a traced network.
+    """A network as a graph.
+
+    Args:
+        network: a `UNet2DModel`, prepared or in float.
+        shape: (C, H, W) of an image.
 
     Attributes:
-        graph: what was made so far.
+        unet: the traced network, whose quantizers do nothing.
+        quantizers: with their names, by the numbers of their marks.
         products: its multiplications, in the order of the pass.
+
+    Raises:
+        ValueError: the network has an operator or a quantizer that a graph cannot hold.
     """
 
-    def __init__(self, student: nn.Module, shape: Sequence[int]) -> None:
-        unet, self.quantizers = marked(student)
+    def __init__(self, network: nn.Module, shape: Sequence[int]) -> None:
+        self.unet, self.quantizers = marked(network)
         for name, quantizer in self.quantizers:
             lowering.check(name, quantizer)
-        self.shape, self.graph = tuple(shape), Graph()
-        self.products: list[Product] = []
-        self.program = trace(unet.to(memory_format=torch.contiguous_format), shape)
-        self.values: dict[Node, Any] = {}
+        self.shape = tuple(shape)
+        self.program = trace(self.unet.to(memory_format=torch.contiguous_format), shape)
 
-    def translate(self, producer: str, metadata: Mapping[str, str]) -> Any:
-        """The model, inputs `sample` (N, C, H, W) float32 and `timestep` (N,) int64, output `noise` as `sample`."""
+    def translate(self, metadata: Mapping[str, str], *, quantize: bool = True, watch: bool = False) -> Any:
+        """The model, inputs `sample` (N, C, H, W) float32 and `timestep` (N,) int64, output `noise` as `sample`.
+
+        Args:
+            quantize: False leaves the quantizers out: the wiring alone, where no rounding hides or amplifies an error.
+            watch: give what enters and leaves each of `products` too, as outputs of the names that `watched` has.
+        """
+        self.graph, self.values, self.quantize = Graph(), dict[Node, Any](), quantize
+        self.products: list[Product] = []
         parameters = {**self.program.graph_signature.inputs_to_parameters, **self.program.graph_signature.inputs_to_buffers}
         for node in self.program.graph.nodes:
             if node.op == "placeholder":
@@ -91,8 +106,25 @@ class Translator:
                 (output,) = node.args[0]
         sample = helper.make_tensor_value_info("sample", TensorProto.FLOAT, ["N", *self.shape])
         timestep = helper.make_tensor_value_info("timestep", TensorProto.INT64, ["N"])
-        noise = self._value(output)
-        return self.graph.model([sample, timestep], noise, ["N", *self.shape], "student", producer, metadata)
+        outputs = {"noise": (self._value(output), ["N", *self.shape])}
+        if watch:
+            outputs |= {name: (value, [None] * ndim) for name, (value, ndim) in self.watched().items()}
+        return self.graph.model([sample, timestep], outputs, metadata)
+
+    def watched(self) -> dict[str, tuple[str, int]]:
+        """By name, the values around each product number i and how many axes they have: `output<i>`, `input<i>.<k>` of
+        argument k before it is quantized, and `codes<i>.<k>` after."""
+        found = {}
+        for i, product in enumerate(self.products):
+            found[f"output{i}"] = product.output, product.node.meta["val"].ndim
+            for k, argument in enumerate(product.arguments):
+                if isinstance(argument, Activation):
+                    codes = argument.codes(self.graph, operand=product.operands)
+                    found[f"input{i}.{k}"] = argument.x, argument.ndim
+                    found[f"codes{i}.{k}"] = lowering.plain(self.graph, codes), argument.ndim
+                elif isinstance(argument, str):
+                    found[f"input{i}.{k}"] = argument, product.node.args[k].meta["val"].ndim  # type: ignore[union-attr]
+        return found
 
     def _call(self, node: Node) -> Any:
         name = node.target.__name__.partition(".")[0] if callable(node.target) else str(node.target)
@@ -118,9 +150,11 @@ class Translator:
             return lowering.store_weight(self.graph, value)
         return self.graph.constant(value.contiguous().numpy()) if isinstance(value, Tensor) else str(value)
 
-    def _mark(self, node: Node, x: Node, index: int) -> Activation | WeightCodes:
+    def _mark(self, node: Node, x: Node, index: int) -> Any:
         quantizer: Any = self.quantizers[index][1]
         weight = self.values[x]
+        if not self.quantize:
+            return weight
         if isinstance(weight, Tensor):
             return lowering.weight_codes(quantizer, weight)
         return Activation(quantizer, self._value(x), node.meta["val"].ndim)
@@ -145,7 +179,8 @@ class Translator:
         *_, (path, _kind) = node.meta["nn_module_stack"].values()
         arguments = torch.fx.map_arg(node.args, lambda arg: self.values[arg])
         integer = all(isinstance(self.values[factor], Activation | WeightCodes) for factor in factors)
-        self.products.append(Product(path.removeprefix("unet."), node, arguments, output, integer))
+        operands = not any(isinstance(self.values[factor], WeightCodes | Tensor) for factor in factors)
+        self.products.append(Product(path.removeprefix("unet."), node, arguments, output, integer, operands))
         return output
 
     def _conv2d(

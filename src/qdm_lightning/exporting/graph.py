@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, TensorProto, checker, helper, numpy_helper
+from onnx import TensorProto, checker, helper, numpy_helper
 
 OPSET, IR_VERSION = 21, 10
 """The first operator set with GroupNormalization as torch computes it and with 4-bit tensors; ONNX Runtime from 1.20 on and
@@ -51,16 +51,19 @@ class Graph:
         """A list of int64: shapes, axes."""
         return self.constant(np.array(values, np.int64))
 
-    def model(
-        self, inputs: Sequence[Any], output: str, shape: Sequence[Any], name: str, producer: str, metadata: Mapping[str, str]
-    ) -> ModelProto:
-        """The finished model, checked by onnx. The value `output` becomes the output `noise` of this shape."""
-        nodes = [*self.nodes, helper.make_node("Identity", [output], ["noise"], name="noise")]
-        result = helper.make_tensor_value_info("noise", TensorProto.FLOAT, list(shape))
-        graph = helper.make_graph(nodes, name, list(inputs), [result], list(self.tensors.values()))
-        model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name=producer
-        )
+    def model(self, inputs: Sequence[Any], outputs: Mapping[str, tuple[str, Sequence[Any]]], metadata: Mapping[str, str]) -> Any:
+        """The graph as a model, checked by onnx.
+
+        Args:
+            inputs: as onnx describes them.
+            outputs: by name, the value that an output is, and its shape (None where it is not known); all are float32.
+            metadata: of the model.
+        """
+        ends = [helper.make_node("Identity", [value], [name], name=name) for name, (value, _) in outputs.items()]
+        results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, (_, shape) in outputs.items()]
+        graph = helper.make_graph([*self.nodes, *ends], "qdm_lightning", list(inputs), results, list(self.tensors.values()))
+        opset = helper.make_opsetid("", OPSET)
+        model = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="qdm_lightning")
         helper.set_model_props(model, dict(metadata))
         checker.check_model(model)
         return model

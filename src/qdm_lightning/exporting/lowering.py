@@ -19,7 +19,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 
-from qdm_lightning.export.graph import Graph
+from qdm_lightning.exporting.graph import Graph
 from qdm_lightning.quantization import functional
 from qdm_lightning.quantization.quantizer import LSQActivation, LSQProbability, LSQWeight
 from qdm_lightning.quantization.taq import EMANormalizedActivation, GroupedActivation, NormalizedActivation
@@ -43,12 +43,13 @@ class Codes:
 
 @dataclass(frozen=True)
 class WeightCodes:
-    """w_hat as its float values, for what is computed here, and how it is stored: codes (O, ...) and scales (O,)."""
+    """A quantized weight: the weight and its quantizer, codes (O, ...), scales (O,), and the values that they stand for."""
 
-    values: Tensor
+    weight: Tensor
+    quantizer: LSQWeight
     codes: Tensor
     scale: Tensor
-    bits: int
+    values: Tensor
 
 
 def check(name: str, quantizer: nn.Module) -> None:
@@ -71,13 +72,13 @@ def weight_codes(quantizer: LSQWeight, weight: Tensor) -> WeightCodes:
     scale = quantizer.scale.detach().float()
     column = scale.view(-1, *[1] * (weight.ndim - 1))
     codes = functional.quantize(weight.detach().float(), column, torch.zeros(1), quantizer.qmin, quantizer.qmax)
-    return WeightCodes(codes * column, codes.to(torch.int8), scale, quantizer.bits)
+    return WeightCodes(weight, quantizer, codes.to(torch.int8), scale, codes * column)
 
 
 def store_weight(graph: Graph, weight: WeightCodes, *, transposed: bool = False) -> str:
     """w_hat in the graph, from integers; a linear layer's is stored as (in, out)."""
     codes = (weight.codes.T if transposed else weight.codes).contiguous().numpy()
-    if weight.bits <= PACKED_BITS:  # OpenVINO multiplies in float32 where the codes reach the DequantizeLinear as int4
+    if weight.quantizer.bits <= PACKED_BITS:  # OpenVINO multiplies in float32 where the codes reach the DequantizeLinear as int4
         stored = graph.op("Cast", graph.constant(codes, TensorProto.INT4), to=TensorProto.INT8)
     else:
         stored = graph.constant(codes)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qdm_lightning.base.checks import first_line
-from qdm_lightning.base.files import atomic_path, file_hash, sha256, write_whole
+from qdm_lightning.base.files import file_hash, sha256
 from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
-from qdm_lightning.export.spec import SUFFIXES, installed
+from qdm_lightning.runtimes.spec import SUFFIXES, installed
 
 FORMAT = 1
 """Raised when a file of an older version could no longer be read as it was meant."""
@@ -27,7 +27,7 @@ class ExportedFile:
     Attributes:
         path: of the .onnx or .xml.
         sha256: of its content, for OpenVINO of the .xml and the .bin.
-        metadata: what `student.metadata` wrote.
+        metadata: what `exporting.export` wrote.
         model: the graph, an `onnx.ModelProto` or an `openvino.Model`.
     """
 
@@ -45,27 +45,6 @@ class ExportedFile:
     def sampler(self) -> SamplerConfig:
         """The run's own sampler."""
         return SamplerConfig(**self.metadata["sampler"])
-
-
-def write_onnx(path: Path, model: Any) -> None:
-    """Write an ONNX model that carries its metadata, whole or not at all."""
-    write_whole(path, model.SerializeToString())
-
-
-def write_openvino(path: Path, model: Any, metadata: Mapping[str, Any]) -> None:
-    """Write an ONNX model as OpenVINO's .xml and .bin; what a crash leaves between the two is known by the checksum."""
-    import openvino
-
-    converted = openvino.Core().read_model(model.SerializeToString())
-    weights = path.with_suffix(".bin")
-    with atomic_path(weights) as new_weights, atomic_path(path) as new_graph:
-        scratch = new_graph.with_suffix(".xml"), new_weights.with_suffix(".bin")
-        for digest in ("", "known"):  # the checksum of the weights stands in the graph
-            text = {**metadata, "weights_sha256": file_hash(new_weights) if digest else ""}
-            converted.set_rt_info(json.dumps(text), FIELD)
-            openvino.serialize(converted, *map(str, scratch))
-            scratch[0].replace(new_graph)
-            scratch[1].replace(new_weights)
 
 
 def read_exported(path: str | Path) -> ExportedFile:
