@@ -47,8 +47,8 @@ def show(result: Export, settings: ExportRootConfig) -> None:
     if result.metadata["network"] == "student" and result.floating:
         print(f"left in float by the run's settings: {', '.join(result.floating)}")
     commands = [
-        (f"python -m qdm_lightning.sample model={result.file}", "pictures from the file"),
-        (f"python -m qdm_lightning.evaluate run={settings.run} model={result.file}", "its scores"),
+        (f"python -m qdm_lightning.sample file={result.file}", "pictures from the file"),
+        (f"python -m qdm_lightning.evaluate run={settings.run} file={result.file}", "its scores"),
     ]
     print("\n".join(following_lines(commands)))
 

@@ -58,14 +58,14 @@ def verify(translator: Translator, runtime: str, num_train_timesteps: int, sampl
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(samples, *translator.shape, generator=generator)
     t = torch.linspace(0, num_train_timesteps - 1, samples).long()
-    threads = torch.get_num_threads()
-    wiring = RuntimeNetwork(translator.translate({}, quantize=False), runtime, threads)
+    limits = torch.get_num_threads(), num_train_timesteps
+    wiring = RuntimeNetwork(translator.translate({}, quantize=False), runtime, *limits)
     with torch.no_grad():
         expected = translator.unet(x, t, return_dict=False)[0]
     found = _relative(wiring(x, t), expected)
     if not found <= WIRING:
         raise RuntimeError(f"in {runtime} the graph without quantizers deviates by {found:.1e} of the greatest output")
-    network = RuntimeNetwork(translator.translate({}, watch=True), runtime, threads)
+    network = RuntimeNetwork(translator.translate({}, watch=True), runtime, *limits)
     names = ["noise", *translator.watched()]
     values = dict(zip(names, map(torch.from_numpy, network.run(x.numpy(), t.numpy())), strict=True))
     deviations, differing, total = [0.0], 0, 0
@@ -88,8 +88,8 @@ def verify(translator: Translator, runtime: str, num_train_timesteps: int, sampl
     share = differing / max(total, 1)
     if not share <= CODES:
         raise RuntimeError(f"{share:.1e} of the codes differ from the student's in {runtime}")
-    kernels = RuntimeNetwork(translator.translate({}), runtime, threads).kernels()
-    return Verified(f"{runtime} {network.version}", kernels["int8"], kernels["float"], found, max(deviations), share)
+    kernels = RuntimeNetwork(translator.translate({}), runtime, *limits).kernels()
+    return Verified(network.provenance["runtime"], kernels["int8"], kernels["float"], found, max(deviations), share)
 
 
 def _codes(product: Product, quantizer: Any, x: Tensor, codes: Tensor, runtime: str) -> tuple[int, int]:

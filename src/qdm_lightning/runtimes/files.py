@@ -58,10 +58,10 @@ def read_exported(path: str | Path) -> ExportedFile:
     file = Path(path).expanduser().resolve()
     kind = next((kind for kind, suffix in SUFFIXES.items() if file.suffix == suffix), None)
     if kind is None:
-        raise ValueError(f"model={path} is no exported file: give one that ends in {' or '.join(SUFFIXES.values())}")
+        raise ValueError(f"file={path} is no exported file: give one that ends in {' or '.join(SUFFIXES.values())}")
     if not file.is_file():
         raise FileNotFoundError(
-            f"model={path}: no such file; python -m qdm_lightning.export run=DIR format={kind} makes one of a run"
+            f"file={path}: no such file; python -m qdm_lightning.export run=DIR format={kind} makes one of a run"
         )
     installed(kind)
     try:
@@ -70,23 +70,23 @@ def read_exported(path: str | Path) -> ExportedFile:
         if not isinstance(metadata, dict):
             raise ValueError("its metadata is no JSON object")
     except Exception as error:  # protobuf, OpenVINO and json each raise their own
-        raise ValueError(f"model={path} cannot be read as an exported student: {first_line(error)}") from error
+        raise ValueError(f"file={path} cannot be read as an exported student: {first_line(error)}") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"model={path} has format {metadata.get('format')}, this version reads {FORMAT}: export the run again"
+            f"file={path} has format {metadata.get('format')}, this version reads {FORMAT}: export the run again"
         )
     digest = file_hash(file)
     if kind == "openvino":
         weights = file_hash(file.with_suffix(".bin"))
         if weights != metadata.get("weights_sha256"):
-            raise ValueError(f"model={path}: {file.stem}.bin beside it is not the one that it was written with: export it again")
+            raise ValueError(f"file={path}: {file.stem}.bin beside it is not the one that it was written with: export it again")
         digest = sha256([digest, weights])
     try:
         found = ExportedFile(file, digest, metadata, model)
         assert len(metadata["shape"]) == 3
         _ = (found.diffusion, found.sampler, metadata["network"], metadata["origin"]["sha256"])
     except (KeyError, TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"model={path}: its metadata is damaged: {first_line(error)}") from error
+        raise ValueError(f"file={path}: its metadata is damaged: {first_line(error)}") from error
     return found
 
 

@@ -31,13 +31,25 @@ class RuntimeNetwork(nn.Module):
         model: `onnx.ModelProto`, or `openvino.Model` for `openvino`.
         runtime: `onnxruntime` or `openvino`.
         threads: of the CPU; 0 leaves it to the runtime.
+        num_train_timesteps: T; the tables of timestep-dependent grids have nothing beyond it.
         settings: OpenVINO's, over `OPENVINO_SETTINGS`.
+
+    Attributes:
+        provenance: runtime and version, as records have them.
     """
 
-    def __init__(self, model: Any, runtime: str, threads: int = 0, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        runtime: str,
+        threads: int = 0,
+        num_train_timesteps: int = 1000,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         installed(runtime)
-        self.runtime, self.version = runtime, version(runtime)
+        self.runtime, self.num_train_timesteps = runtime, num_train_timesteps
+        self.provenance = {"runtime": f"{runtime} {version(runtime)}"}
         if runtime == "openvino":
             self._compiled = _openvino(model, threads, settings or {})
         else:
@@ -53,15 +65,21 @@ class RuntimeNetwork(nn.Module):
         return outputs
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """The noise estimate, (N, C, H, W) float32, of x_t (N, C, H, W) at timesteps t (N,)."""
+        """The noise estimate, (N, C, H, W) float32, of x_t (N, C, H, W) at timesteps t (N,).
+
+        Raises:
+            ValueError: a timestep outside [0, T).
+        """
+        if not 0 <= int(t.min()) <= int(t.max()) < self.num_train_timesteps:
+            raise ValueError(f"timesteps {t.min()}..{t.max()} lie outside [0, {self.num_train_timesteps})")
         return torch.from_numpy(self.run(x.float().numpy(), t.long().numpy())[0])
 
     def kernels(self) -> Counter[str]:
         """How many products the runtime executes in `int8` and in `float`, as it says itself after its optimizations."""
         if self.runtime == "openvino":
             nodes = [node.get_rt_info() for node in self._compiled.get_runtime_model().get_ops()]
-            products = [n for n in nodes if n["layerType"].value in ("Convolution", "FullyConnected", "MatMul", "Subgraph")]
-            names = [str(n["primitiveType"].value).lower() for n in products if n["layerType"].value != "Subgraph"]
+            products = [node for node in nodes if node["layerType"].value in ("Convolution", "FullyConnected", "MatMul")]
+            names = [str(node["primitiveType"].value).lower() for node in products]
             return Counter("int8" if name.endswith("i8") else "float" for name in names)
         found = Counter[str]()
         for operator, count in self._optimized.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
 """Formats, and how their files end; OpenVINO's weights lie beside it in a .bin."""
@@ -19,3 +20,16 @@ def installed(*packages: str) -> None:
     for package in packages:
         if find_spec(package) is None:
             raise ValueError(f"{package} is not installed: pip install 'qdm-lightning[{EXTRAS[package]}]'")
+
+
+def runtime_of(file: str, asked: str | None) -> str:
+    """What executes a file: `asked`, or the runtime of its format. Raises ValueError where it cannot, or is not installed."""
+    suffix = Path(file).suffix
+    able = [name for name, kind in RUNTIMES.items() if suffix == SUFFIXES[kind] or (name, suffix) == ("openvino", ".onnx")]
+    if not able:
+        raise ValueError(f"file={file} is no exported file: give one that ends in {' or '.join(SUFFIXES.values())}")
+    runtime = asked or able[0]
+    if runtime not in able:
+        raise ValueError(f"runtime={runtime} does not read file={file}: type runtime={able[0]}, or leave it out")
+    installed(runtime)
+    return runtime
