@@ -41,8 +41,8 @@ def show(result: Export, settings: ExportRootConfig) -> None:
     print(f"written: {result.file}, {result.size / 1e6:.2f} MB")
     for one in result.metadata["verified"]:
         print(
-            f"{one['runtime']}: {one['int8']} products on integers, {one['float']} in float; from equal codes they deviate by "
-            f"{one['products']:.1e} of their greatest output, {one['codes']:.1e} of the codes differ"
+            f"{one['runtime']}: {one['int8']} products on integers, {one['floating']} in float; from equal codes they deviate "
+            f"by at most {one['products']:.1e} of their greatest output; {one['codes']:.1e} of the codes differ"
         )
     if result.metadata["network"] == "student" and result.floating:
         print(f"left in float by the run's settings: {', '.join(result.floating)}")

@@ -230,7 +230,11 @@ def _subject(experiment: Experiment, config: EvaluationConfig) -> Subject | Expo
         return Subject.restored(experiment, config)
     set_up(experiment.trainer)
     subject, run_dir = ExportedSubject.opened(config, experiment.sampler), experiment.run_dir
-    files = [*run_dir.glob("checkpoints/*.ckpt"), *run_dir.glob("student/*.safetensors"), *run_dir.glob("teacher/unet/*.safetensors")]
+    files = [
+        *run_dir.glob("checkpoints/*.ckpt"),
+        *run_dir.glob("student/*.safetensors"),
+        *run_dir.glob("teacher/unet/*.safetensors"),
+    ]
     if subject.file.metadata["origin"]["sha256"] not in map(file_hash, files):
         raise ValueError(
             f"file={config.file} was exported from weights that run={run_dir} has not (it says run {subject.name}): give the "

@@ -118,7 +118,7 @@ class SubjectConfig(RestoreConfig):
 
     Args:
         file: .onnx or .xml; None takes the run's own network.
-        runtime: executes the file, `onnxruntime` or `openvino`; None takes the one of its format. Changes last bits of an image.
+        runtime: executes the file, `onnxruntime` or `openvino`; None takes that of its format. Changes last bits of images.
     """
 
     file: str | None = None

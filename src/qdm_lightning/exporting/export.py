@@ -50,7 +50,9 @@ def export(experiment: Experiment, config: ExportConfig, progress: Any) -> Expor
     if file.exists():
         read_exported(file)  # raises where it is not ours to replace
     translator = Translator(subject.image_sampler.network.unet.cpu(), subject.image_sampler.shape)
-    runtimes = [name for name in ("onnxruntime", "openvino") if find_spec(name) and name in (config.format, "onnxruntime", "openvino")]
+    runtimes = [
+        name for name in ("onnxruntime", "openvino") if find_spec(name) and name in (config.format, "onnxruntime", "openvino")
+    ]
     with progress.stage("checking", len(runtimes), "runtimes") as stage:
         checked: list[Verified] = []
         for runtime in runtimes:

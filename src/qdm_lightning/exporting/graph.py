@@ -51,7 +51,9 @@ class Graph:
         """A list of int64: shapes, axes."""
         return self.constant(np.array(values, np.int64))
 
-    def model(self, inputs: Sequence[Any], outputs: Mapping[str, tuple[str, Sequence[Any]]], metadata: Mapping[str, str]) -> Any:
+    def model(
+        self, inputs: Sequence[Any], outputs: Mapping[str, tuple[str, Sequence[Any]]], metadata: Mapping[str, str]
+    ) -> Any:
         """The graph as a model, checked by onnx.
 
         Args:

@@ -1,7 +1,7 @@
 """How each quantizer becomes QuantizeLinear and DequantizeLinear, and products of what they give.
 
-A quantized activation is `Codes`: x_hat = scale (values + offset), where `values` comes out of a DequantizeLinear that a runtime
-can take into an integer kernel, and scale and offset are constants, or one for each sample. They leave the product,
+A quantized activation is `Codes`: x_hat = scale (values + offset), where `values` comes out of a DequantizeLinear that a
+runtime can take into an integer kernel, and scale and offset are constants, or one for each sample. They leave the product,
 
     conv(x_hat, w_hat) = scale (conv(values, w_hat) + offset conv(1, w_hat)),    and so for linear layers and attention,
 
@@ -78,7 +78,9 @@ def weight_codes(quantizer: LSQWeight, weight: Tensor) -> WeightCodes:
 def store_weight(graph: Graph, weight: WeightCodes, *, transposed: bool = False) -> str:
     """w_hat in the graph, from integers; a linear layer's is stored as (in, out)."""
     codes = (weight.codes.T if transposed else weight.codes).contiguous().numpy()
-    if weight.quantizer.bits <= PACKED_BITS:  # OpenVINO multiplies in float32 where the codes reach the DequantizeLinear as int4
+    if (
+        weight.quantizer.bits <= PACKED_BITS
+    ):  # OpenVINO multiplies in float32 where the codes reach the DequantizeLinear as int4
         stored = graph.op("Cast", graph.constant(codes, TensorProto.INT4), to=TensorProto.INT8)
     else:
         stored = graph.constant(codes)

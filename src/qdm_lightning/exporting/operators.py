@@ -57,9 +57,7 @@ def trace(unet: nn.Module, shape: Sequence[int]) -> torch.export.ExportedProgram
     batch = torch.export.Dim("batch", max=63)  # diffusers copies larger ones before it enlarges them; the graph is the same
     inputs = (torch.zeros(2, *shape), torch.zeros(2, dtype=torch.int64))
     with torch.no_grad():
-        program = torch.export.export(
-            _Traced(unet), inputs, dynamic_shapes={"sample": {0: batch}, "timestep": {0: batch}}
-        )
+        program = torch.export.export(_Traced(unet), inputs, dynamic_shapes={"sample": {0: batch}, "timestep": {0: batch}})
         return program.run_decompositions({})
 
 
@@ -198,7 +196,12 @@ class Translator:
         codes = self._codes(x)
         if codes.offset is not None and any(padding):  # what is padded is a code of the sample's own: zeros before quantizing
             codes, padding = self._codes(x, padding), (0, 0)
-        geometry = {"strides": list(stride), "pads": [*padding, *padding], "dilations": list(dilation), "group": groups}
+        geometry: dict[str, Any] = {
+            "strides": list(stride),
+            "pads": [*padding, *padding],
+            "dilations": list(dilation),
+            "group": groups,
+        }
         y = self.graph.op("Conv", codes.values, weight, **geometry)
         y = lowering.finish(self.graph, y, codes, values.sum((1, 2, 3)).view(-1, 1, 1), self._bias(bias, -1, 1, 1))
         return self._product(node, y, (x, w))
@@ -214,8 +217,8 @@ class Translator:
 
     def _matmul(self, node: Node, a: Node, b: Node) -> str:
         width = int(a.meta["val"].shape[-1])
-        factors = (self._codes(arg, operand=True) for arg in (a, b))
-        return self._product(node, lowering.product(self.graph, *factors, width), (a, b))
+        first, second = (self._codes(arg, operand=True) for arg in (a, b))
+        return self._product(node, lowering.product(self.graph, first, second, width), (a, b))
 
     def _scaled_dot_product_attention(self, node: Node, q: Node, k: Node, v: Node, *rest: Any, **options: Any) -> str:
         if any(value is not None and value != 0.0 and value is not False for value in (*rest, *options.values())):
@@ -226,9 +229,7 @@ class Translator:
         scores = graph.op("Mul", scores, graph.number(q.meta["val"].shape[-1] ** -0.5))
         return self._product(node, graph.op("MatMul", graph.op("Softmax", scores, axis=-1), self._value(v)), (q, k, v))
 
-    def _group_norm(
-        self, node: Node, x: Node, groups: int, weight: Node, bias: Node, epsilon: float = 1e-5, *_: Any
-    ) -> str:
+    def _group_norm(self, node: Node, x: Node, groups: int, weight: Node, bias: Node, epsilon: float = 1e-5, *_: Any) -> str:
         return self.graph.op(
             "GroupNormalization", self._value(x), self._value(weight), self._value(bias), num_groups=groups, epsilon=epsilon
         )

@@ -32,7 +32,9 @@ class ExportConfig(RestoreConfig):
         if self.out is not None:
             file = Path(self.out).expanduser().absolute()
             if file.is_dir() or any(folder.is_file() for folder in file.parents):
-                raise ValueError(f"out={self.out} cannot be written: give the name of a file in a folder, such as out=student{suffix}")
+                raise ValueError(
+                    f"out={self.out} cannot be written: give the name of a file in a folder, such as out=student{suffix}"
+                )
             if file.suffix != suffix:
                 raise ValueError(f"out={self.out} is not allowed: with format={self.format} it must end in {suffix}")
         installed("onnx", *(runtime for runtime, kind in RUNTIMES.items() if kind == self.format))

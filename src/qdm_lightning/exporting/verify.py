@@ -1,7 +1,7 @@
 """Whether an exported graph computes what the student does, as a runtime executes it.
 
-A flipped code is amplified from layer to layer, so a whole network proves nothing. Instead: the wiring in float, where nothing is
-amplified; and with quantizers, each product from the very codes that entered it, and each code from the very number it stands for.
+A flipped code is amplified from layer to layer, so the end of a whole network proves nothing. Instead: the wiring in float,
+where nothing is amplified; then each product from the very codes that entered it, each code from the very number it stands for.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Verified:
 
     Attributes:
         runtime: name and version.
-        int8, float: products on integers and in float32, as the runtime reports them.
+        int8, floating: products on integers and in float32, as the runtime reports them.
         wiring, products: greatest deviation over the greatest output.
         codes: share of codes that differ from the student's by one.
     """
 
     runtime: str
     int8: int
-    float: int
+    floating: int
     wiring: float
     products: float
     codes: float
@@ -45,51 +45,71 @@ class Verified:
         return asdict(self)
 
 
-def verify(translator: Translator, runtime: str, num_train_timesteps: int, samples: int = 4) -> Verified:
+def verify(translator: Translator, runtime: str, num_train_timesteps: int) -> Verified:
     """Compare the graph of `translator` with its network, in a runtime.
 
     Args:
         runtime: `onnxruntime` or `openvino`.
-        samples: noises that are looked at, at timesteps spread over the process.
 
     Raises:
         RuntimeError: they do not agree; nothing should be written.
     """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(samples, *translator.shape, generator=generator)
-    t = torch.linspace(0, num_train_timesteps - 1, samples).long()
-    limits = torch.get_num_threads(), num_train_timesteps
-    wiring = RuntimeNetwork(translator.translate({}, quantize=False), runtime, *limits)
+    total = num_train_timesteps
+    wiring = verify_wiring(translator, runtime, total)
+    products, codes = verify_products(translator, runtime, total)
+    network = RuntimeNetwork(translator.translate({}), runtime, torch.get_num_threads(), total)
+    kernels = network.kernels()
+    return Verified(network.provenance["runtime"], kernels["int8"], kernels["float"], wiring, products, codes)
+
+
+def _inputs(translator: Translator, total: int) -> tuple[Tensor, Tensor]:
+    """Four noises, at timesteps spread over the process."""
+    return torch.randn(4, *translator.shape, generator=torch.Generator().manual_seed(0)), torch.linspace(0, total - 1, 4).long()
+
+
+def verify_wiring(translator: Translator, runtime: str, total: int) -> float:
+    """Greatest deviation of the graph without quantizers, over the greatest output. Raises RuntimeError above `WIRING`."""
+    x, t = _inputs(translator, total)
+    network = RuntimeNetwork(translator.translate({}, quantize=False), runtime, torch.get_num_threads(), total)
     with torch.no_grad():
-        expected = translator.unet(x, t, return_dict=False)[0]
-    found = _relative(wiring(x, t), expected)
+        found = _relative(network(x, t), translator.unet(x, t, return_dict=False)[0])
     if not found <= WIRING:
         raise RuntimeError(f"in {runtime} the graph without quantizers deviates by {found:.1e} of the greatest output")
-    network = RuntimeNetwork(translator.translate({}, watch=True), runtime, *limits)
+    return found
+
+
+def verify_products(translator: Translator, runtime: str, total: int) -> tuple[float, float]:
+    """Greatest deviation of a product over its greatest output, and the share of codes that differ from the student's by one.
+
+    Raises:
+        RuntimeError: more than `PRODUCTS` and `CODES` allow, or a code that differs by more than one.
+    """
+    x, t = _inputs(translator, total)
+    network = RuntimeNetwork(translator.translate({}, watch=True), runtime, torch.get_num_threads(), total)
     names = ["noise", *translator.watched()]
     values = dict(zip(names, map(torch.from_numpy, network.run(x.numpy(), t.numpy())), strict=True))
-    deviations, differing, total = [0.0], 0, 0
+    deviations, differing, count = [0.0], 0, 0
     with torch.no_grad(), timesteps(t):
         for number, product in enumerate(translator.products):
-            arguments, seen = [], (0, 0)
+            arguments = []
             for k, argument in enumerate(product.arguments):
                 if isinstance(argument, Activation):
                     codes = values[f"codes{number}.{k}"]
                     seen = _codes(product, argument.quantizer, values[f"input{number}.{k}"], codes, runtime)
-                    differing, total = differing + seen[0], total + seen[1]
+                    differing, count = differing + seen[0], count + seen[1]
                     arguments.append(codes)
                 elif isinstance(argument, WeightCodes):
                     arguments.append(argument.quantizer(argument.weight))
                 else:
                     arguments.append(values[f"input{number}.{k}"] if isinstance(argument, str) else argument)
-            deviations.append(_relative(values[f"output{number}"], product.node.target(*arguments, **product.node.kwargs)))  # type: ignore[operator]
+            target: Any = product.node.target
+            deviations.append(_relative(values[f"output{number}"], target(*arguments, **product.node.kwargs)))
             if product.integer and not deviations[-1] <= PRODUCTS:
                 raise RuntimeError(f"{product.name} deviates by {deviations[-1]:.1e} of its greatest output in {runtime}")
-    share = differing / max(total, 1)
+    share = differing / max(count, 1)
     if not share <= CODES:
         raise RuntimeError(f"{share:.1e} of the codes differ from the student's in {runtime}")
-    kernels = RuntimeNetwork(translator.translate({}), runtime, *limits).kernels()
-    return Verified(network.provenance["runtime"], kernels["int8"], kernels["float"], found, max(deviations), share)
+    return max(deviations), share
 
 
 def _codes(product: Product, quantizer: Any, x: Tensor, codes: Tensor, runtime: str) -> tuple[int, int]:

@@ -72,9 +72,7 @@ def read_exported(path: str | Path) -> ExportedFile:
     except Exception as error:  # protobuf, OpenVINO and json each raise their own
         raise ValueError(f"file={path} cannot be read as an exported student: {first_line(error)}") from error
     if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"file={path} has format {metadata.get('format')}, this version reads {FORMAT}: export the run again"
-        )
+        raise ValueError(f"file={path} has format {metadata.get('format')}, this version reads {FORMAT}: export the run again")
     digest = file_hash(file)
     if kind == "openvino":
         weights = file_hash(file.with_suffix(".bin"))
