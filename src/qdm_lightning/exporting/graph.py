@@ -30,16 +30,18 @@ class Graph:
             self.known[key] = output
         return self.known[key]
 
-    def constant(self, value: Any, kind: int | None = None) -> str:
-        """An array or number as it is, or stored as ONNX's element type `kind` (4-bit types are packed)."""
+    def constant(self, value: Any, *, packed: bool = False) -> str:
+        """An array or number as it is; `packed`: int8 codes in [-8, 7] as INT4, two to a byte, the first in the low half."""
         array = np.asarray(value)
-        key = (array.dtype.str, array.shape, array.tobytes(), kind)
+        key = (array.dtype.str, array.shape, array.tobytes(), packed)
         if key not in self.known:
             name = f"constant_{len(self.tensors)}"
-            if kind is None:
-                self.tensors[name] = numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
+            if packed:
+                pairs = np.resize(array.astype(np.uint8) & 15, (-(-array.size // 2), 2))  # an odd one out is filled up
+                content = (pairs[:, 0] | pairs[:, 1] << 4).tobytes()
+                self.tensors[name] = helper.make_tensor(name, TensorProto.INT4, array.shape, content, raw=True)
             else:
-                self.tensors[name] = helper.make_tensor(name, kind, array.shape, array.flatten())
+                self.tensors[name] = numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
             self.known[key] = name
         return self.known[key]
 

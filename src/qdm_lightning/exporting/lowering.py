@@ -81,7 +81,7 @@ def store_weight(graph: Graph, weight: WeightCodes, *, transposed: bool = False)
     if (
         weight.quantizer.bits <= PACKED_BITS
     ):  # OpenVINO multiplies in float32 where the codes reach the DequantizeLinear as int4
-        stored = graph.op("Cast", graph.constant(codes, TensorProto.INT4), to=TensorProto.INT8)
+        stored = graph.op("Cast", graph.constant(codes, packed=True), to=TensorProto.INT8)
     else:
         stored = graph.constant(codes)
     zeros = graph.constant(np.zeros(len(weight.scale), np.int8))

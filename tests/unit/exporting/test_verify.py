@@ -1,4 +1,4 @@
-"""Every quantizer in every form, as ONNX Runtime and OpenVINO execute it: fed with the same codes, the student's own products."""
+"""Every quantizer in every form, as ONNX Runtime and OpenVINO execute it: fed with the same codes, the student's products."""
 
 import copy
 from functools import partial
