@@ -15,7 +15,8 @@ from qdm_lightning.exporting.verify import Verified, verify
 from qdm_lightning.exporting.write import write_onnx, write_openvino
 from qdm_lightning.runs.provenance import versions
 from qdm_lightning.runtimes.files import FIELD, FORMAT, read_exported
-from qdm_lightning.runtimes.spec import SUFFIXES
+from qdm_lightning.runtimes.network import sums_bytes
+from qdm_lightning.runtimes.spec import RUNTIMES, SUFFIXES
 from qdm_lightning.training.experiment import Experiment
 
 QUANT = ("weight_bits", "act_bits", "qkv_bits", "probs_bits", "first_last_bits", "rules")
@@ -50,9 +51,7 @@ def export(experiment: Experiment, config: ExportConfig, progress: Any) -> Expor
     if file.exists():
         read_exported(file)  # raises where it is not ours to replace
     translator = Translator(subject.image_sampler.network.unet.cpu(), subject.image_sampler.shape)
-    runtimes = [
-        name for name in ("onnxruntime", "openvino") if find_spec(name) and name in (config.format, "onnxruntime", "openvino")
-    ]
+    runtimes = [name for name in RUNTIMES if find_spec(name) and (name == "onnxruntime" or sums_bytes())]
     with progress.stage("checking", len(runtimes), "runtimes") as stage:
         checked: list[Verified] = []
         for runtime in runtimes:

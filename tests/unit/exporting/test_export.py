@@ -14,7 +14,9 @@ from qdm_lightning.display.progress import Progress
 from qdm_lightning.evaluate import evaluate
 from qdm_lightning.evaluation.sample import read_picture
 from qdm_lightning.export import export
-from qdm_lightning.exporting import lowering
+from qdm_lightning.exporting import export as exporting
+from qdm_lightning.exporting.operators import Translator
+from qdm_lightning.exporting.verify import verify
 from qdm_lightning.runtimes.files import FIELD, read_exported
 from qdm_lightning.sample import sample
 
@@ -27,10 +29,24 @@ def written(run, *overrides):
 
 @pytest.fixture(scope="module")
 def files(tiny_run, tmp_path_factory):
-    """The tiny run's student by format."""
+    """The tiny run's student by format. It is traced and checked once, which takes longer than all the rest."""
     folder = tmp_path_factory.mktemp("exported")
     outs = {"onnx": folder / "student.onnx", "openvino": folder / "student.xml"}
-    return {kind: written(tiny_run, f"format={kind}", f"out={out}") for kind, out in outs.items()}
+    traced, checked = [], {}
+
+    def trace(*arguments):
+        traced.append(Translator(*arguments)) if not traced else None
+        return traced[0]
+
+    def check(translator, runtime, total):
+        if runtime not in checked:
+            checked[runtime] = verify(translator, runtime, total)
+        return checked[runtime]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "Translator", trace)
+        patch.setattr(exporting, "verify", check)
+        return {kind: written(tiny_run, f"format={kind}", f"out={out}") for kind, out in outs.items()}
 
 
 @pytest.fixture
@@ -156,16 +172,19 @@ def test_a_run_without_a_student(run_copy):
 
 
 def test_what_deviates_is_not_written(run_copy, monkeypatch):
-    signed = lowering._signed_codes
-    monkeypatch.setattr(lowering, "_signed_codes", lambda *args: lowering.Codes(signed(*args).values, signed(*args).scale))
-    with pytest.raises(RuntimeError, match="steps in onnxruntime"):
+    def deviating(*_):
+        raise RuntimeError("conv_in deviates")
+
+    monkeypatch.setattr(exporting, "Translator", lambda *_: None)
+    monkeypatch.setattr(exporting, "verify", deviating)
+    with pytest.raises(RuntimeError, match="conv_in deviates"):
         written(run_copy)
     assert not (run_copy / "export").exists()
 
 
 def test_a_missing_package_is_named(tiny_run, monkeypatch):
     monkeypatch.setattr("qdm_lightning.runtimes.spec.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"onnx is not installed: pip install 'qdm-lightning\[onnx\]'"):
+    with pytest.raises(ValueError, match=r"onnx is not installed: pip install 'qdm-lightning\[onnx\]'"):
         written(tiny_run)
 
 
