@@ -125,16 +125,20 @@ class Translator:
         return found
 
     def _call(self, node: Node) -> Any:
-        name = node.target.__name__.partition(".")[0] if callable(node.target) else str(node.target)
-        if name in BINARY:
-            a, b = (self._value(arg, node) for arg in node.args)
-            return self.graph.op(BINARY[name], a, b)
-        if name in UNARY:
-            return self.graph.op(UNARY[name], self._value(node.args[0]))
-        translate: Callable[..., Any] | None = getattr(self, f"_{name.strip(chr(95))}", None)
-        if translate is None:
-            raise ValueError(f"the network uses {node.target}, which the export does not know")
-        return translate(node, *node.args, **node.kwargs)
+        """What a traced operator is in the graph: the method of its name, `_conv2d` for aten.conv2d."""
+        name = str(getattr(node.target, "__name__", node.target)).partition(".")[0].strip("_")
+        translate: Callable[..., Any] | None = getattr(self, f"_{name}", None)
+        try:
+            if name in BINARY and not node.kwargs:
+                a, b = (self._value(arg, node) for arg in node.args)
+                return self.graph.op(BINARY[name], a, b)
+            if name in UNARY:
+                return self.graph.op(UNARY[name], self._value(node.args[0]))
+            if translate is not None:
+                return translate(node, *node.args, **node.kwargs)
+        except TypeError as error:  # arguments that the method does not have
+            raise ValueError(f"the network uses {node.target} in a way that the export does not know: {error}") from error
+        raise ValueError(f"the network uses {node.target}, which the export does not know")
 
     def _value(self, arg: Any, like: Node | None = None) -> str:
         """The name of an argument's value in the graph; a number becomes a constant of the type of `like`."""

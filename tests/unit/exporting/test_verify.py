@@ -25,6 +25,7 @@ from qdm_lightning.quantization import (
     compiled,
     prepare,
 )
+from qdm_lightning.runtimes import network
 from qdm_lightning.runtimes.network import RuntimeNetwork
 
 TAQ = {
@@ -67,9 +68,9 @@ def student(taq="off", bits=4, scope="all", channels=(8, 16), **settings):
                 parameter.normal_(std=0.3)  # means away from zero, where zero points matter
     quantizers = Quantizers.with_taq(LSQWeight, LSQActivation, TAQ[taq], scope)
     prepare(unet, QuantConfig(**{"weight_bits": bits, "act_bits": bits, **settings}), quantizers)
-    network = Denoiser(unet).eval()
+    denoiser = Denoiser(unet).eval()
     with torch.no_grad():
-        calibrate(unet, lambda: network(torch.randn(16, *SHAPE), torch.arange(20, T, 62)), MinMax())
+        calibrate(unet, lambda: denoiser(torch.randn(16, *SHAPE), torch.arange(20, T, 62)), MinMax())
     return unet
 
 
@@ -118,6 +119,15 @@ def test_every_product_runs_on_integers(translator, runtime):
     assert kernels["int8"] == len(found.products) == 41
 
 
+def test_a_processor_whose_sums_saturate(translator, monkeypatch):
+    monkeypatch.setattr(network, "sums_bytes", lambda: False)
+    found = translator("scale", 8)
+    assert RuntimeNetwork(found.translate({}), "onnxruntime", 1).kernels()["int8"] == 0
+    verify_products(found, "onnxruntime", T)
+    with pytest.raises(ValueError, match="runtime=openvino would be wrong on this processor"):
+        RuntimeNetwork(found.translate({}), "openvino", 1)
+
+
 def break_offset(monkeypatch):
     signed = lowering._signed_codes
     monkeypatch.setattr(lowering, "_signed_codes", lambda *args: lowering.Codes(signed(*args).values, signed(*args).scale))
@@ -150,12 +160,12 @@ def test_a_fault_is_seen(translator, monkeypatch, fault):
 
 def test_a_batch_of_any_size_and_mixed_timesteps(translator):
     """Each sample is computed by its own timestep and its own moments, whatever stands beside it."""
-    network = RuntimeNetwork(translator("normalize", 4).translate({}), "onnxruntime", 1)
+    found = RuntimeNetwork(translator("normalize", 4).translate({}), "onnxruntime", 1)
     x, t = torch.randn(5, *SHAPE), torch.tensor([0, 999, 5, 500, 250])
-    alone = torch.cat([network(x[i : i + 1], t[i : i + 1]) for i in range(5)])
-    assert torch.equal(network(x, t), alone)
+    alone = torch.cat([found(x[i : i + 1], t[i : i + 1]) for i in range(5)])
+    assert torch.equal(found(x, t), alone)
     with pytest.raises(ValueError, match=r"timesteps 0\.\.1000 lie outside \[0, 1000\)"):
-        network(x[:2], torch.tensor([0, 1000]))
+        found(x[:2], torch.tensor([0, 1000]))
 
 
 def test_layers_left_in_float_are_named():
