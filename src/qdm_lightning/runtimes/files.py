@@ -81,9 +81,10 @@ def read_exported(path: str | Path) -> ExportedFile:
         digest = sha256([digest, weights])
     try:
         found = ExportedFile(file, digest, metadata, model)
-        assert len(metadata["shape"]) == 3 and all(type(size) is int and size > 0 for size in metadata["shape"]), "shape"
+        if len(metadata["shape"]) != 3 or not all(type(size) is int and size > 0 for size in metadata["shape"]):
+            raise ValueError(f"shape={metadata['shape']} is not [C, H, W]")
         _ = (found.diffusion, found.sampler, metadata["network"], metadata["origin"]["sha256"])
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"file={path}: its metadata is damaged: {first_line(error)}") from error
     return found
 
