@@ -78,12 +78,10 @@ def weight_codes(quantizer: LSQWeight, weight: Tensor) -> WeightCodes:
 def store_weight(graph: Graph, weight: WeightCodes, *, transposed: bool = False) -> str:
     """w_hat in the graph, from integers; a linear layer's is stored as (in, out)."""
     codes = (weight.codes.T if transposed else weight.codes).contiguous().numpy()
-    if (
-        weight.quantizer.bits <= PACKED_BITS
-    ):  # OpenVINO multiplies in float32 where the codes reach the DequantizeLinear as int4
-        stored = graph.op("Cast", graph.constant(codes, packed=True), to=TensorProto.INT8)
-    else:
-        stored = graph.constant(codes)
+    packed = weight.quantizer.bits <= PACKED_BITS
+    stored = graph.constant(codes, packed=packed)
+    if packed:  # OpenVINO multiplies in float32 where codes reach the DequantizeLinear as int4
+        stored = graph.op("Cast", stored, to=TensorProto.INT8)
     zeros = graph.constant(np.zeros(len(weight.scale), np.int8))
     axis = 1 if transposed else 0
     return graph.op("DequantizeLinear", stored, graph.constant(weight.scale.numpy()), zeros, axis=axis)

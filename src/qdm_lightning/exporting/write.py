@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qdm_lightning.base.files import atomic_path, file_hash, write_whole
+from qdm_lightning.base.files import file_hash, write_whole
 from qdm_lightning.runtimes.files import FIELD
 
 
@@ -17,16 +18,18 @@ def write_onnx(path: Path, model: Any) -> None:
 
 
 def write_openvino(path: Path, model: Any, metadata: Mapping[str, Any]) -> None:
-    """Write an ONNX model as OpenVINO's .xml and .bin; what a crash leaves between the two is known by the checksum."""
+    """Write an ONNX model as OpenVINO's .xml and .bin, each whole; what a crash leaves between the two is known by a checksum."""
     import openvino
 
     converted = openvino.Core().read_model(model.SerializeToString())
-    weights = path.with_suffix(".bin")
-    with atomic_path(weights) as new_weights, atomic_path(path) as new_graph:
-        scratch = new_graph.with_suffix(".xml"), new_weights.with_suffix(".bin")
-        for digest in ("", "known"):  # the checksum of the weights stands in the graph
-            text = {**metadata, "weights_sha256": file_hash(new_weights) if digest else ""}
-            converted.set_rt_info(json.dumps(text), FIELD)
-            openvino.serialize(converted, *map(str, scratch))
-            scratch[0].replace(new_graph)
-            scratch[1].replace(new_weights)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        graph, weights = (Path(folder, path.with_suffix(suffix).name) for suffix in (".xml", ".bin"))
+        for digest in (
+            lambda: "",
+            lambda: file_hash(weights),
+        ):  # the second graph holds the checksum of the first one's weights
+            converted.set_rt_info(json.dumps({**metadata, "weights_sha256": digest()}), FIELD)
+            openvino.serialize(converted, str(graph), str(weights))
+        for file in (weights, graph):
+            write_whole(path.with_name(file.name), file.read_bytes())
