@@ -18,7 +18,7 @@ def write_onnx(path: Path, model: Any) -> None:
 
 
 def write_openvino(path: Path, model: Any, metadata: Mapping[str, Any]) -> None:
-    """Write an ONNX model as OpenVINO's .xml and .bin, each whole; what a crash leaves between the two is known by a checksum."""
+    """Write an ONNX model as OpenVINO's .xml and .bin, each whole; a checksum tells of a crash between the two."""
     import openvino
 
     converted = openvino.Core().read_model(model.SerializeToString())
