@@ -31,7 +31,7 @@ def on_integers(model: Any) -> Any:
 
     nodes = []
     for node in graph.node:
-        if node.op_type == "Cast" and node.input[0] in tensors:
+        if node.op_type == "Cast" and node.input[0] in tensors and node.attribute[0].i == TensorProto.INT8:
             add(node.output[0], array(node.input[0]).astype(np.int8))
             continue
         x, w = (makers.get(name) for name in node.input[:2]) if node.op_type in ("Conv", "MatMul") else (None, None)
