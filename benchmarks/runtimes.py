@@ -94,23 +94,24 @@ def write_files(base: nn.Module, folder: Path) -> None:
         openvino.save_model(nncf.quantize(read, nncf.Dataset(inputs), subset_size=len(inputs)), folder / "nncf.xml")
 
 
-def networks(base: nn.Module, folder: Path, threads: int) -> dict[str, Any]:
-    """By name, what is measured: each a call of x and t."""
+def networks(base: nn.Module, folder: Path, threads: int, batch: int) -> dict[str, Any]:
+    """By name, what is measured: each a call of x and t of this batch size, which OpenVINO is told."""
     core, channels_first = openvino.Core(), build_like(base).to(memory_format=torch.contiguous_format).eval()
     models = {name: onnx.load(folder / f"{name}.onnx") for name in ("fp32", "w8a8", "w4a4")}
+    run = partial(RuntimeNetwork, threads=threads, batch=batch)
     bf16 = {"INFERENCE_PRECISION_HINT": "bf16"}
     return {
         BASE: Denoiser(base).eval(),
         "torch_fp32_channels_first": Denoiser(channels_first),
-        "openvino_fp32": RuntimeNetwork(models["fp32"], "openvino", threads),
-        "openvino_bf16": RuntimeNetwork(models["fp32"], "openvino", threads, settings=bf16),
-        "nncf_w8a8": RuntimeNetwork(core.read_model(folder / "nncf.xml"), "openvino", threads),
-        "nncf_w8a8_bf16": RuntimeNetwork(core.read_model(folder / "nncf.xml"), "openvino", threads, settings=bf16),
-        "onnxruntime_fp32": RuntimeNetwork(models["fp32"], "onnxruntime", threads),
-        "w8a8_openvino": RuntimeNetwork(models["w8a8"], "openvino", threads),
-        "w4a4_openvino": RuntimeNetwork(models["w4a4"], "openvino", threads),
-        "w4a4_openvino_bf16": RuntimeNetwork(models["w4a4"], "openvino", threads, settings=bf16),
-        "w4a4_onnxruntime": RuntimeNetwork(models["w4a4"], "onnxruntime", threads),
+        "openvino_fp32": run(models["fp32"], "openvino"),
+        "openvino_bf16": run(models["fp32"], "openvino", settings=bf16),
+        "nncf_w8a8": run(core.read_model(folder / "nncf.xml"), "openvino"),
+        "nncf_w8a8_bf16": run(core.read_model(folder / "nncf.xml"), "openvino", settings=bf16),
+        "onnxruntime_fp32": run(models["fp32"], "onnxruntime"),
+        "w8a8_openvino": run(models["w8a8"], "openvino"),
+        "w4a4_openvino": run(models["w4a4"], "openvino"),
+        "w4a4_openvino_bf16": run(models["w4a4"], "openvino", settings=bf16),
+        "w4a4_onnxruntime": run(models["w4a4"], "onnxruntime"),
     }
 
 
@@ -155,12 +156,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
         write_files(base, folder)
-        found = networks(base, folder, options.threads)
         sizes = {name: round((folder / f"{name}.onnx").stat().st_size / 1e6, 2) for name in ("fp32", "w8a8", "w4a4")}
-    if options.only:
-        found = {name: found[name] for name in (BASE, *options.only)}
-    print(f"processor: {isa()} ({' '.join(flags())}); {options.threads} threads; megabytes of the files: {sizes}")
-    by_batch = {str(b): measure(found, image_shape(base), b, options.rounds, options.warmup) for b in options.batch}
+        print(f"processor: {isa()} ({' '.join(flags())}); {options.threads} threads; megabytes of the files: {sizes}")
+        by_batch = {}
+        for batch in options.batch:
+            found = networks(base, folder, options.threads, batch)
+            if options.only:
+                found = {name: found[name] for name in (BASE, *options.only)}
+            by_batch[str(batch)] = measure(found, image_shape(base), batch, options.rounds, options.warmup)
     ours = by_batch[str(options.batch[0])].get(OURS, {})
     record = {
         "benchmark": "runtimes",

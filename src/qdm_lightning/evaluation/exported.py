@@ -40,7 +40,7 @@ class ExportedSubject:
         timesteps(sampler, file.diffusion)  # raises for more steps than T
         total = file.diffusion.num_train_timesteps
         try:
-            network = RuntimeNetwork(file.model, str(config.runtime), torch.get_num_threads(), total)
+            network = RuntimeNetwork(file.model, str(config.runtime), torch.get_num_threads(), total, sampler.batch_size)
         except Exception as error:  # each runtime raises its own at a graph that it does not take
             raise ValueError(f"{config.runtime} cannot read file={config.file}: {first_line(error)}") from error
         channels, height, width = file.metadata["shape"]

@@ -82,9 +82,8 @@ def store_weight(graph: Graph, weight: WeightCodes, *, transposed: bool = False)
     stored = graph.constant(codes, packed=packed)
     if packed:  # OpenVINO multiplies in float32 where codes reach the DequantizeLinear as int4
         stored = graph.op("Cast", stored, to=TensorProto.INT8)
-    zeros = graph.constant(np.zeros(len(weight.scale), np.int8))
-    axis = 1 if transposed else 0
-    return graph.op("DequantizeLinear", stored, graph.constant(weight.scale.numpy()), zeros, axis=axis)
+    # No zero point: where two kinds of layers share that constant, OpenVINO multiplies both in float32 if the batch is fixed.
+    return graph.op("DequantizeLinear", stored, graph.constant(weight.scale.numpy()), axis=1 if transposed else 0)
 
 
 @dataclass(frozen=True)
@@ -124,12 +123,16 @@ def padded(graph: Graph, x: str, ndim: int, padding: Sequence[int]) -> str:
 
 
 def _unsigned(graph: Graph, x: str, scale: float, zero_point: int, bits: int) -> str:
-    """Codes on [0, 2^b - 1] with any zero point, as uint8."""
+    """Codes on [0, 2^b - 1] with any zero point, as uint8.
+
+    x is clipped, not its codes, so that quantizing and dequantizing stand side by side, the pattern that every runtime knows.
+    The ends are on the grid: the codes are the same.
+    """
     s, z = graph.number(scale), graph.constant(np.uint8(zero_point))
-    codes = graph.op("QuantizeLinear", x, s, z)
     if bits < 8:
-        codes = graph.op("Clip", codes, graph.constant(np.uint8(0)), graph.constant(np.uint8(2**bits - 1)))
-    return graph.op("DequantizeLinear", codes, s, z)
+        ends = (float(np.float32(scale) * np.float32(code - zero_point)) for code in (0, 2**bits - 1))
+        x = graph.op("Clip", x, *map(graph.number, ends))
+    return graph.op("DequantizeLinear", graph.op("QuantizeLinear", x, s, z), s, z)
 
 
 def _signed_codes(graph: Graph, quantizer: LSQActivation, x: str, scale: str, zero_point: str) -> Codes:

@@ -110,11 +110,11 @@ def test_openvino(translator, taq, bits, scope):
     verify_products(translator(taq, bits, scope), "openvino", T)
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_every_product_runs_on_integers(translator, runtime):
+@pytest.mark.parametrize(("runtime", "batch"), [("onnxruntime", None), ("openvino", None), ("openvino", 2)])
+def test_every_product_runs_on_integers(translator, runtime, batch):
     """As the runtime reports it: 2 layers of time embedding, 8 of it in blocks, 25 convolutions, attention's 4 and 2."""
     found = translator("normalize", 4)
-    kernels = RuntimeNetwork(found.translate({}), runtime, 1).kernels()
+    kernels = RuntimeNetwork(found.translate({}), runtime, 1, batch=batch).kernels()
     assert kernels["float"] == 0
     assert kernels["int8"] == len(found.products) == 41
 
