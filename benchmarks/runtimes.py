@@ -27,8 +27,6 @@ from torch import nn
 from qdm_lightning.exporting.operators import Translator
 from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.quantization import (
-    LSQActivation,
-    LSQWeight,
     MinMax,
     NormalizedActivation,
     QuantConfig,
@@ -58,7 +56,7 @@ def flags() -> list[str]:
 def student(base: nn.Module, bits: int) -> nn.Module:
     """A copy of the U-Net with TaQ `normalize` on q, k, v, calibrated on noise at eight timesteps."""
     network = build_like(base)
-    prepare(network, QuantConfig(weight_bits=bits, act_bits=bits), Quantizers(LSQWeight, LSQActivation, NormalizedActivation))
+    prepare(network, QuantConfig(weight_bits=bits, act_bits=bits), Quantizers(attention=NormalizedActivation))
     denoiser, shape = Denoiser(network).eval(), image_shape(base)
     with torch.no_grad():
         calibrate(network, lambda: denoiser(torch.randn(8, *shape), torch.arange(60, 1000, 125)), MinMax())
