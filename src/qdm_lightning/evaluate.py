@@ -20,6 +20,7 @@ EXAMPLES = (
     ("run=outputs/NAME sampler=ddim sampler.steps=100 num_samples=50000", "another sampler, more images"),
     ("run=outputs/NAME metrics=inception", "FID, Inception Score, KID, precision and recall"),
     ("run=outputs/NAME num_samples=50000 shard=3/8", "the third of eight jobs; the command without shard= scores them all"),
+    ("run=outputs/NAME file=student.onnx", "of a file that was exported from the run, beside the run's own"),
     ("run=outputs/NAME against=[outputs/OTHER]", "beside another run's scores, if its protocol is the same"),
 )
 """For `--help`: arguments, and what they do."""

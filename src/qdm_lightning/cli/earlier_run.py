@@ -66,6 +66,8 @@ class RunCommand(Command):
         do: does the job, from the run's experiment (with `others`, a list of all runs' experiments), the settings as an
             object of `schema`, and a display of its stages.
         others: settings to the folders of further runs that are worked on beside the run; None where there are none.
+        from_file: an exported file to what stands in the place of a run's configuration, where `file=` alone is enough; `do`
+            is then given None for the experiment.
     """
 
     def __init__(
@@ -76,19 +78,20 @@ class RunCommand(Command):
         show: Callable[[Any, Any], None],
         examples: Sequence[tuple[str, str]],
         others: Callable[[Any], list[str]] | None = None,
+        from_file: Callable[[str], dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(name, examples, show)
-        self.schema, self.do, self.others = schema, do, others
+        self.schema, self.do, self.others, self.from_file = schema, do, others, from_file
         self.base: DictConfig | None = None
         self.told: list[str] = []  # about what the stored configuration names outside its folder
         register_root(name, schema)
         self.register()
 
-    def __call__(self, run: str | Path, overrides: Sequence[str] = (), progress: Progress | None = None) -> Any:
+    def __call__(self, run: str | Path | None, overrides: Sequence[str] = (), progress: Progress | None = None) -> Any:
         """Do the command's work from Python.
 
         Args:
-            run: folder of the run.
+            run: folder of the run; None where an exported file takes its place.
             overrides: what else would be typed.
             progress: where stages are shown; None chooses by the terminal.
 
@@ -97,9 +100,9 @@ class RunCommand(Command):
         """
         return self._done(self.check(self.compose(run, overrides)), progress)
 
-    def compose(self, run: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
+    def compose(self, run: str | Path | None, overrides: Sequence[str] = ()) -> DictConfig:
         """The configuration that `python -m qdm_lightning.<name> run=<run> <overrides>` would run."""
-        words = [f"run={quoted(Path(run))}", *overrides]
+        words = [*([] if run is None else [f"run={quoted(Path(run))}"]), *overrides]
         self.adopt(argparse.Namespace(overrides=words, config_dir=None, cfg=None))
         try:
             return without_hydra(composed(self.name, words))
@@ -126,10 +129,18 @@ class RunCommand(Command):
         """Read the run's folder, and take what it says as the base of what is composed."""
         typed = [o for o in parsed(args.overrides) if not o.is_hydra_override()]
         runs = [o for o in typed if o.key_or_group == "run"]
+        files = [o for o in typed if o.key_or_group == "file" and o.value() is not None]
+        if self.from_file and files:
+            if runs:
+                raise UserError(f"{runs[-1].input_line}: {files[-1].input_line} needs no run, leave it out")
+            self.base = OmegaConf.create(self.from_file(str(files[-1].value())))
+            self.register()
+            return
         if not runs or runs[-1].value() is None:
             if args.cfg:
                 return
-            raise UserError("run is missing: type run=<folder of a run>")
+            which = "a run" if not files else f"the run that {files[-1].value()} was exported from"
+            raise UserError(f"run is missing: type run=<folder of {which}>")
         if runs[-1].is_sweep_override():
             raise UserError(f"{runs[-1].input_line}: one run at a time")
         extra = _of_training(typed, {f.name for f in fields(self.schema)})
@@ -152,6 +163,8 @@ class RunCommand(Command):
         refuse_unknown(cfg)
         settings, base = OmegaConf.to_object(cfg), self.base
         assert base is not None
+        if "run" not in base:
+            return None, settings
         experiments = [self._experiment(cfg, base)]
         for other in self.others(settings) if self.others else ():
             theirs = stored(other, cfg.trust, say=self.told.append)

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from qdm_lightning.base.checks import writable
-from qdm_lightning.base.files import data_hash, remove_leftovers, sha256, write_json
+from qdm_lightning.base.files import data_hash, file_hash, remove_leftovers, sha256, write_json
 from qdm_lightning.data.module import content_hash
 from qdm_lightning.diffusion.sampling import image_seeds, timesteps
 from qdm_lightning.display.progress import Progress
 from qdm_lightning.evaluation import protocol, scores
 from qdm_lightning.evaluation.chunks import Chunk, ChunkFolder, seeds_hash
+from qdm_lightning.evaluation.exported import ExportedSubject
 from qdm_lightning.evaluation.feature_cache import Chunks, FeatureCache
 from qdm_lightning.evaluation.spec import EvaluationConfig, format_seeds, listed, parse_seeds, parse_shard
 from qdm_lightning.evaluation.subject import Subject
@@ -62,7 +63,7 @@ class Evaluator:
     """The stages of one evaluation; arguments as of `evaluate`.
 
     Attributes:
-        subject: the network that is measured.
+        subject: the network that is measured, of the run or from a file that was exported from it.
         seeds, chunks: seeds of its images, as one list, and as lists of those that share a file.
         folder: holds the chunks, and a folder for each result.
         cache: the features of its images.
@@ -70,7 +71,7 @@ class Evaluator:
 
     def __init__(self, experiment: Experiment, config: EvaluationConfig, progress: Any) -> None:
         self.experiment, self.config, self.progress = experiment, config, progress
-        self.subject = Subject.restored(experiment, config)
+        self.subject = _subject(experiment, config)
         seed = experiment.seed if config.seed is None else config.seed
         count = config.num_samples or experiment.num_samples
         self.seeds = image_seeds(seed, count) if config.seeds is None else parse_seeds(config.seeds)
@@ -124,7 +125,7 @@ class Evaluator:
             log_evaluation(self.experiment, result, folder / protocol.RESULT)
         else:
             self.progress.say(f"measured before: {folder / protocol.RESULT}")
-        if not config.out:
+        if not config.out and config.file is None:  # the run's own network
             write_json(run_dir / protocol.RESULT, result)
         return Evaluation(result, folder, others)
 
@@ -227,6 +228,25 @@ class Evaluator:
             "hardware": hardware(),
             "git": git_commit(),
         }
+
+
+def _subject(experiment: Experiment, config: EvaluationConfig) -> Subject | ExportedSubject:
+    """What is measured. Raises ValueError where `file=` was not exported from weights of the run."""
+    if config.file is None:
+        return Subject.restored(experiment, config)
+    set_up(experiment.trainer)
+    subject, run_dir = ExportedSubject.opened(config, experiment.sampler), experiment.run_dir
+    files = [
+        *run_dir.glob("checkpoints/*.ckpt"),
+        *run_dir.glob("student/*.safetensors"),
+        *run_dir.glob("teacher/unet/*.safetensors"),
+    ]
+    if subject.file.metadata["origin"]["sha256"] not in map(file_hash, files):
+        raise ValueError(
+            f"file={config.file} was exported from weights that run={run_dir} has not (it says run {subject.name}): give the "
+            "run that it is of, or export it again"
+        )
+    return subject
 
 
 def _fill_share(

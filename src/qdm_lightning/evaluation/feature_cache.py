@@ -15,9 +15,9 @@ from qdm_lightning.base.checksums import remove_checked
 from qdm_lightning.base.files import sha256
 from qdm_lightning.diffusion.images import to_uint8
 from qdm_lightning.evaluation.chunks import Chunk, ChunkFolder
+from qdm_lightning.evaluation.protocol import drawn_on
 from qdm_lightning.metrics.frechet import feature_batches
 from qdm_lightning.models.image_sampler import ImageSampler
-from qdm_lightning.runs.provenance import environment
 
 Chunks = Sequence[Sequence[int]]
 """Seeds of images, in lists of those that share a file."""
@@ -77,7 +77,7 @@ class FeatureCache:
         images = to_uint8(self.image_sampler.draw(seeds, on_step)).numpy()
         meta = {
             "seconds": {"sampling": time.perf_counter() - begin},
-            "environment": environment(self.image_sampler.device),
+            "environment": drawn_on(self.image_sampler),
         }
         if self.images is not None:
             self.images.write(seeds, {"images": images}, meta)

@@ -16,6 +16,8 @@ from qdm_lightning.base.files import read_json
 from qdm_lightning.metrics.frechet import batch_size_of
 from qdm_lightning.metrics.protocol import PROTOCOL, metric_keys
 from qdm_lightning.metrics.weights import state_hash
+from qdm_lightning.models.image_sampler import ImageSampler
+from qdm_lightning.runs.provenance import environment
 
 RESULT = "evaluation.json"
 FOLDER = "evaluations"
@@ -150,6 +152,11 @@ def _score(scores: Mapping[str, float], key: str) -> str:
         return "-"
     std = scores.get(f"{key}_std")
     return f"{scores[key]:.4g}" if std is None else f"{scores[key]:.4g} ± {std:.2g}"
+
+
+def drawn_on(image_sampler: ImageSampler) -> dict[str, Any]:
+    """What the images' last bits depend on, settings aside: machine, versions, threads, and the runtime of an exported file."""
+    return {**environment(image_sampler.device), **getattr(image_sampler.network, "provenance", {})}
 
 
 def metric_provenance(network: nn.Module) -> dict[str, Any]:

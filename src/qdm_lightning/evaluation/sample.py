@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,12 +17,13 @@ from qdm_lightning.base.checks import writable
 from qdm_lightning.base.files import atomic_path, data_hash, reading, remove_leftovers
 from qdm_lightning.diffusion.images import to_uint8
 from qdm_lightning.display.image_grids import check_png, save_grid
-from qdm_lightning.evaluation.protocol import sampler_name
+from qdm_lightning.evaluation.protocol import drawn_on, sampler_name
 from qdm_lightning.evaluation.spec import SampleConfig, parse_seeds, parse_shard
-from qdm_lightning.evaluation.subject import Subject
 from qdm_lightning.evaluation.trajectory import follow
-from qdm_lightning.runs.provenance import environment
-from qdm_lightning.training.experiment import Experiment
+
+if TYPE_CHECKING:
+    from qdm_lightning.evaluation.exported import ExportedSubject
+    from qdm_lightning.evaluation.subject import Subject
 
 FIELD = "qdm_lightning"
 """Text field of a PNG that holds its provenance as JSON."""
@@ -41,17 +42,17 @@ class Pictures:
     grid: Path | None
 
 
-def draw_pictures(experiment: Experiment, config: SampleConfig, progress: Any) -> Pictures:
-    """Draw what is missing of the pictures that `config` asks for.
+def draw_pictures(subject: Subject | ExportedSubject, config: SampleConfig, progress: Any) -> Pictures:
+    """Draw what is missing of the pictures of `subject` that `config` asks for.
 
     Raises:
-        FileNotFoundError, ValueError: bad input, or pictures of another network or sampler in the folder; nothing is written.
+        ValueError: bad input, or pictures of another network or sampler in the folder; nothing is written.
     """
-    subject, seeds = Subject.restored(experiment, config), parse_seeds(config.seeds)
+    seeds = parse_seeds(config.seeds)
     for line in subject.warnings:
         progress.say(f"warning: {line}")
     identity, sampler = data_hash(subject.identity()), sampler_name(subject.identity()["sampler"])
-    default = experiment.run_dir / "images" / f"{subject.network}_{sampler}-{identity[:8]}"
+    default = subject.folder / f"{subject.network}_{sampler}-{identity[:8]}"
     folder = Path(config.out).expanduser().resolve() if config.out else default
     share = seeds[parse_shard(config.shard)]
     missing = [seed for seed in share if not _is_drawn(folder / f"{seed}.png", identity)]
@@ -80,7 +81,7 @@ def _is_drawn(path: Path, identity: str) -> bool:
     return True
 
 
-def _draw(subject: Subject, seeds: Sequence[int], folder: Path, progress: Any) -> None:
+def _draw(subject: Subject | ExportedSubject, seeds: Sequence[int], folder: Path, progress: Any) -> None:
     """Draw and save, batch by batch, so that what was drawn stays when the process is killed."""
     image_sampler, identity = subject.image_sampler, subject.identity()
     size = image_sampler.sampler.batch_size
@@ -89,10 +90,10 @@ def _draw(subject: Subject, seeds: Sequence[int], folder: Path, progress: Any) -
             images = to_uint8(image_sampler.draw(batch, stage.advance))
             provenance = {
                 "identity": data_hash(identity),
-                "run": subject.experiment.run_dir.name,
+                "run": subject.name,
                 "origin": subject.origin,
                 **identity,
-                "environment": environment(image_sampler.device),
+                "environment": drawn_on(image_sampler),
             }
             for seed, image in zip(batch, images, strict=True):
                 save_picture(folder / f"{seed}.png", image, {"seed": seed, **provenance})
@@ -120,7 +121,7 @@ def read_picture(path: Path) -> tuple[Tensor, dict[str, Any]]:
         return torch.from_numpy(pixels).permute(2, 0, 1), json.loads(picture.info[FIELD])
 
 
-def _draw_trajectories(subject: Subject, seeds: Sequence[int], folder: Path, progress: Any) -> None:
+def _draw_trajectories(subject: Subject | ExportedSubject, seeds: Sequence[int], folder: Path, progress: Any) -> None:
     """`trajectory_<seed>.png` for each seed: x_t and the predicted x_0, the teacher's above the student's."""
     teacher = subject.teacher()
     image_samplers = ({} if teacher is None else {"teacher": teacher}) | {subject.network: subject.image_sampler}

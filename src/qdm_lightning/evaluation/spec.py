@@ -12,6 +12,7 @@ from typing import Any
 
 from qdm_lightning.base.checks import at_least, between, folder, one_of
 from qdm_lightning.diffusion.spec import SEEDS
+from qdm_lightning.runtimes.spec import RUNTIMES, runtime_of
 from qdm_lightning.training.spec import MOST_THREADS
 
 SCORES = ("fd", "is", "kid", "prc")
@@ -113,7 +114,34 @@ class RestoreConfig:
 
 
 @dataclass(kw_only=True)
-class EvaluationConfig(RestoreConfig):
+class SubjectConfig(RestoreConfig):
+    """A network of a run, or a file that `python -m qdm_lightning.export` made of one.
+
+    Args:
+        file: .onnx or .xml; None takes the run's own network.
+        runtime: executes the file, `onnxruntime` or `openvino`; None takes that of its format. Changes last bits of images.
+    """
+
+    file: str | None = None
+    runtime: str | None = checked(None, one_of, allowed=tuple(RUNTIMES))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.file is None:
+            if self.runtime is not None:
+                raise ValueError(f"runtime={self.runtime} executes an exported file: type file=FILE too, or leave it out")
+            return
+        of_run = {name: getattr(self, name) for name in ("network", "weights", "checkpoint", "compile")}
+        for setting in fields(RestoreConfig):
+            if of_run.get(setting.name, setting.default) != setting.default:
+                raise ValueError(f"{setting.name}={of_run[setting.name]} chooses within a run, file={self.file} is one network")
+        if self.accelerator not in ("auto", "cpu"):
+            raise ValueError(f"accelerator={self.accelerator} is not allowed with file=: the runtimes run on the CPU")
+        self.runtime = runtime_of(self.file, self.runtime)
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig(SubjectConfig):
     """One evaluation: how many images of which seeds, which scores, and this process's share of the work.
 
     Args:
@@ -159,6 +187,9 @@ class EvaluationConfig(RestoreConfig):
             "seed= picks the images of a run seed, seeds= names the images themselves: leave out one of them": (
                 self.seeds is not None and self.seed is not None
             ),
+            "devices= shares work among processes, each of which would need the file: leave it out with file=": (
+                self.file is not None and self.devices > 1
+            ),
             "merge=true scores what all shards left: leave out shard=": self.merge and self.shard is not None,
             f"scores=[] asks for nothing: choose from {', '.join(SCORES)}": self.scores is not None and not listed(self.scores),
         }
@@ -179,7 +210,7 @@ class EvaluationConfig(RestoreConfig):
 
 
 @dataclass(kw_only=True)
-class SampleConfig(RestoreConfig):
+class SampleConfig(SubjectConfig):
     """Pictures of chosen seeds.
 
     Args:

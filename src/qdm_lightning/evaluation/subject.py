@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +56,16 @@ class Subject:
     def warnings(self) -> list[str]:
         """What the record of a measurement must say about these weights."""
         return [self.origin["warning"]] if "warning" in self.origin else []
+
+    @property
+    def name(self) -> str:
+        """Of the run."""
+        return self.experiment.run_dir.name
+
+    @property
+    def folder(self) -> Path:
+        """Where its pictures lie, unless another place is asked for."""
+        return self.experiment.run_dir / "images"
 
     def teacher(self) -> ImageSampler | None:
         """The teacher beside this student; None where this is a teacher."""

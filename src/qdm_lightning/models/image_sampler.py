@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qdm_lightning.diffusion.sampling import sample, timesteps
 from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
-from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.quantization.layers import cached_weights
 
 
@@ -19,13 +19,13 @@ class ImageSampler:
     """Draws images by their seeds.
 
     Args:
-        network: noise estimator in eval mode, on `device`.
+        network: noise estimator in eval mode, on `device`: a `Denoiser`, or a module with the same call.
         sampler, diffusion: settings of the sampler and of the process.
         shape: (C, H, W) of an image.
         device: where the network runs.
     """
 
-    network: Denoiser
+    network: Any
     sampler: SamplerConfig
     diffusion: DiffusionConfig
     shape: tuple[int, int, int]

@@ -111,7 +111,7 @@ def test_damage_is_found_and_made_again(run_copy, whole, capsys):
 def test_other_surroundings_are_a_warning_that_the_record_keeps(run_copy, whole, monkeypatch):
     measured(run_copy, "shard=1/2")
     monkeypatch.setattr(
-        "qdm_lightning.evaluation.feature_cache.environment", lambda device: {**whole["drawn_on"][0], "threads": 7}
+        "qdm_lightning.evaluation.feature_cache.drawn_on", lambda image_sampler: {**whole["drawn_on"][0], "threads": 7}
     )
     record = measured(run_copy).record
     assert [place["threads"] for place in record["drawn_on"]] == [1, 7]
