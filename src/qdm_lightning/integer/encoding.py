@@ -1,0 +1,93 @@
+"""From float activations to codes: group norm, SiLU, rounding to the grid and the padding of the convolution, in one pass.
+
+`encode` is the one way to codes. It runs as compiled C++ (`native`) or as plain tensor operations; both give the codes that
+the simulation rounds to, code = clip(round(x / s) + z, 0, qmax).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qdm_lightning.integer import native
+from qdm_lightning.integer.grids import Grid
+
+Padding = tuple[int, int, int, int]
+"""Left, right, above, below, as `torch.nn.functional.pad`."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Codes wanted of an activation.
+
+    Args:
+        grid: of the codes.
+        padding: rows and columns of the code of zero around an image.
+        norm, silu: of the activation as group norm and SiLU leave it, or as it is.
+    """
+
+    grid: Grid
+    padding: Padding = (0, 0, 0, 0)
+    norm: bool = False
+    silu: bool = False
+
+
+def encode(
+    parts: Sequence[Tensor], targets: Sequence[Target], norm: nn.GroupNorm | None = None, shift: Tensor | None = None
+) -> list[Tensor]:
+    """Codes of one activation, (B, C, H, W) uint8 channels-last for each target, H and W with its padding.
+
+    Args:
+        parts: the activation as one or two float tensors, (B, C_i, H, W), that are concatenated along the channels.
+        targets: at most four.
+        norm: group norm over all channels, for the targets that want it.
+        shift: (B, C), added to the activation first: the time embedding.
+
+    Raises:
+        ValueError: zeros are padded and a zero point has no code of 8 bits.
+    """
+    for target in targets:
+        if any(target.padding):
+            low, high = target.grid.zero_point.aminmax()
+            if low < 0 or high > 255:
+                raise ValueError(f"zeros are padded, but the zero points {low:g}..{high:g} lie outside [0, 255]")
+    found = native.encode(parts, targets, norm, shift)
+    return _encode(parts, targets, norm, shift) if found is None else found
+
+
+def round_to_grid(x: Tensor, grid: Grid) -> Tensor:
+    """Codes of x, (B, ...), uint8 of its shape: clip(round(x / s) + z, 0, qmax)."""
+    s, z = (values.reshape(-1, *[1] * (x.ndim - 1)) for values in (grid.scale, grid.zero_point))
+    return torch.clamp(torch.round(x.float() / s) + z, 0, grid.qmax).to(torch.uint8)
+
+
+def _encode(
+    parts: Sequence[Tensor], targets: Sequence[Target], norm: nn.GroupNorm | None, shift: Tensor | None
+) -> list[Tensor]:
+    x = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+    if shift is not None:
+        x = x + shift[:, :, None, None]
+    normed = norm(x) if norm is not None and any(target.norm for target in targets) else x
+    found = []
+    for target in targets:
+        value = normed if target.norm else x
+        found.append(pad(round_to_grid(F.silu(value) if target.silu else value, target.grid), target.grid, target.padding))
+    return found
+
+
+def pad(codes: Tensor, grid: Grid, padding: Padding) -> Tensor:
+    """Codes (B, C, H, W) channels-last, within a border of the code of zero."""
+    codes = codes.contiguous(memory_format=torch.channels_last)
+    if not any(padding):
+        return codes
+    left, right, above, below = padding
+    b, c, h, w = codes.shape
+    size = (b, c, h + above + below, w + left + right)
+    zeros = grid.zero_point.to(torch.uint8).view(-1, 1, 1, 1)
+    padded = zeros.expand(size).contiguous(memory_format=torch.channels_last)
+    padded[:, :, above : above + h, left : left + w] = codes
+    return padded
