@@ -16,6 +16,8 @@ from qdm_lightning.diffusion.spec import SEEDS
 SCORES = ("fd", "is", "kid", "prc")
 """Frechet distance, Inception Score, kernel distance, precision and recall."""
 
+EXECUTIONS = ("simulated", "integer")
+
 MOST_SEEDS = 10_000_000
 
 
@@ -94,6 +96,7 @@ class RestoreConfig:
         accelerator: as in `lightning.Trainer`.
         threads: CPU threads of torch; None as the run was trained (0: torch's own choice). Changes the last bits of an image.
         compile: compile fake quantization? `auto`, `on`, `off`; None as the run was trained. Changes the last bits of an image.
+        execution: the student's quantization `simulated` in float, or `integer`: on integer codes, on the CPU.
     """
 
     network: str | None = checked(None, one_of, allowed=("student", "teacher"))
@@ -102,6 +105,7 @@ class RestoreConfig:
     accelerator: str = checked("auto", one_of, allowed=("auto", "cpu", "gpu", "cuda", "mps"))
     threads: int | None = checked(None, at_least, minimum=0)
     compile: str | None = checked(None, one_of, allowed=("auto", "on", "off"))
+    execution: str = checked("simulated", one_of, allowed=EXECUTIONS)
 
     def __post_init__(self) -> None:
         for setting in fields(self):

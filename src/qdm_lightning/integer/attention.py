@@ -7,12 +7,15 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from qdm_lightning.integer import kernels
+from qdm_lightning.integer import kernels, native
 from qdm_lightning.integer.encoding import Target, encode, round_to_grid
-from qdm_lightning.integer.grids import Grid, GridSource, grid_source
+from qdm_lightning.integer.grids import Grid, GridSource, StaticGrid, grid_source
 from qdm_lightning.integer.layers import IntegerLinear
 from qdm_lightning.integer.report import Inexact
 from qdm_lightning.quantization.attention import QuantizedAttention
+
+FARTHEST = 2**15 - 1
+"""The farthest zero point with which the compiled pass corrects its sums in 32 bits."""
 
 
 class Signed(NamedTuple):
@@ -34,7 +37,7 @@ def signed(codes: Tensor, grid: Grid) -> Signed:
 def product(a: Signed, b: Signed) -> Tensor:
     """a_hat b_hat, (B, heads, M, N) float32, of codes (B, heads, M, K) and (B, heads, K, N).
 
-    With x = s (c - o): s_a s_b (c_a c_b - o_b rows(c_a) - o_a columns(c_b) + K o_a o_b), where scales and offsets are a sample's.
+    With x = s (c - o): s_a s_b (c_a c_b - o_b rows(c_a) - o_a columns(c_b) + K o_a o_b); scales and offsets are a sample's.
     """
     left, right = a.codes.flatten(0, 1), b.codes.flatten(0, 1)
     sums = torch.stack([torch._int_mm(x, y) for x, y in zip(left, right, strict=True)]).unflatten(0, a.codes.shape[:2])
@@ -83,11 +86,12 @@ class IntegerAttention(nn.Module):
     ) -> Tensor:
         batch, spatial = hidden_states.shape[0], hidden_states.shape[2:]
         projected = _projections(attn, hidden_states, encoder_hidden_states)
-        heads = [p.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for p in projected]  # (B, heads, N, d)
         mask = attention_mask
         if mask is not None:
-            mask = attn.prepare_attention_mask(mask, heads[1].shape[2], batch).view(batch, attn.heads, -1, mask.shape[-1])
-        out = self.attend(*heads, mask).transpose(1, 2).flatten(2)
+            mask = attn.prepare_attention_mask(mask, projected[1].shape[1], batch)
+            mask = mask.view(batch, attn.heads, -1, mask.shape[-1])
+        q, k, v = projected
+        out = self.attend(q, k, v, attn.heads, mask)
         out = attn.to_out[1](attn.to_out[0](out))
         if len(spatial) == 2:
             out = out.transpose(1, 2).reshape(batch, -1, *spatial)
@@ -95,13 +99,28 @@ class IntegerAttention(nn.Module):
             out = out + hidden_states
         return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Of float q, k, v (B, heads, N, d): probs_hat v_hat, (B, heads, N, d) float32."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+        """Of float q, k, v (B, N, heads d): probs_hat v_hat, (B, N, heads d) float32."""
+        if mask is None and self.native_ready:
+            grids = [source.at(source.operand(x)) for x, source in ((q, self.query), (k, self.key), (v, self.value))]
+            grids.append(self.probabilities.at(q))
+            if all(int(grid.zero_point.abs().max()) <= FARTHEST for grid in grids):
+                return native.attention(q, k, v, heads, grids)
+        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, d)
         q_codes, k_codes, v_codes = (_operand(x, grid) for x, grid in ((q, self.query), (k, self.key), (v, self.value)))
         scores = product(q_codes, k_codes._replace(codes=k_codes.codes.mT)).mul_(q.shape[-1] ** -0.5)
         if mask is not None:
             scores = scores + mask
-        return product(_operand(scores.softmax(dim=-1), self.probabilities), v_codes)
+        probabilities = _operand(scores.softmax(dim=-1), self.probabilities)
+        return product(probabilities, v_codes).transpose(1, 2).flatten(2)
+
+    @property
+    def native_ready(self) -> bool:
+        """True where the one compiled pass computes this attention: its probabilities have a static grid from 0 on."""
+        source = self.probabilities
+        if not isinstance(source, StaticGrid) or source.silu or not native.has_vnni():
+            return False
+        return not bool(source.zero_point.any())
 
 
 def _operand(x: Tensor, source: GridSource) -> Signed:

@@ -12,6 +12,7 @@ from torch import nn
 
 from qdm_lightning.integer import kernels
 from qdm_lightning.integer.attention import IntegerAttention
+from qdm_lightning.integer.blocks import fuse
 from qdm_lightning.integer.layers import IntegerConv2d, IntegerLayer, IntegerLinear
 from qdm_lightning.integer.report import Inexact, IntegerReport, IntegerRow, Unsupported
 from qdm_lightning.quantization.attention import QuantizedAttention
@@ -56,6 +57,7 @@ def to_integer(model: nn.Module, *, allow_float: Sequence[str] = ()) -> tuple[nn
             rows.append(_converted_attention(f"{name}.processor", module, allow_float))
         elif is_weighted(module):
             rows.append(IntegerRow(name, type(module).__name__, FLOAT, FLOAT, "float", BY_CONFIGURATION))
+    fuse(result)
     return result, IntegerReport(rows)
 
 
@@ -104,7 +106,7 @@ def _converted(name: str, layer: QuantizedLayer, allow_float: Sequence[str]) -> 
         new.check()
     except Unsupported as error:
         return row("float", _reason(name, error, allow_float)), layer
-    return row("onednn"), new
+    return row("winograd" if getattr(new, "winograd", None) is not None else "onednn"), new
 
 
 def _integer_layer(layer: QuantizedLayer) -> Any:
@@ -130,4 +132,4 @@ def _converted_attention(name: str, module: Any, allow_float: Sequence[str]) -> 
     except Unsupported as error:
         return row("float", _reason(name, error, allow_float))
     module.set_processor(new)
-    return row("int_mm")
+    return row("vnni" if new.native_ready else "int_mm")

@@ -28,18 +28,20 @@ class Target:
         grid: of the codes.
         padding: rows and columns of the code of zero around an image.
         norm, silu: of the activation as group norm and SiLU leave it, or as it is.
+        repeat: each pixel so many times, both ways: nearest-neighbour upsampling.
     """
 
     grid: Grid
     padding: Padding = (0, 0, 0, 0)
     norm: bool = False
     silu: bool = False
+    repeat: int = 1
 
 
 def encode(
     parts: Sequence[Tensor], targets: Sequence[Target], norm: nn.GroupNorm | None = None, shift: Tensor | None = None
 ) -> list[Tensor]:
-    """Codes of one activation, (B, C, H, W) uint8 channels-last for each target, H and W with its padding.
+    """Codes of one activation, (B, C, H, W) uint8 channels-last for each target, H and W with its repeats and padding.
 
     Args:
         parts: the activation as one or two float tensors, (B, C_i, H, W), that are concatenated along the channels.
@@ -48,7 +50,7 @@ def encode(
         shift: (B, C), added to the activation first: the time embedding.
 
     Raises:
-        ValueError: zeros are padded and a zero point has no code of 8 bits.
+        ValueError: zeros are padded and a zero point has no code of 8 bits; an activation is NaN.
     """
     for target in targets:
         if any(target.padding):
@@ -59,8 +61,15 @@ def encode(
     return _encode(parts, targets, norm, shift) if found is None else found
 
 
-def round_to_grid(x: Tensor, grid: Grid) -> Tensor:
-    """Codes of x, (B, ...), uint8 of its shape: clip(round(x / s) + z, 0, qmax)."""
+def round_to_grid(x: Tensor, grid: Grid, silu: bool = False) -> Tensor:
+    """Codes of x, or of silu(x), (B, ..., C), uint8 of its shape: clip(round(x / s) + z, 0, qmax). Raises as `encode`."""
+    image = x.float().contiguous().view(x.shape[0], 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+    return encode([image], [Target(grid, silu=silu)])[0].permute(0, 2, 3, 1).reshape(x.shape)
+
+
+def _round(x: Tensor, grid: Grid) -> Tensor:
+    if bool(x.isnan().any()):
+        raise ValueError("an activation is not a number (NaN): it has no code")
     s, z = (values.reshape(-1, *[1] * (x.ndim - 1)) for values in (grid.scale, grid.zero_point))
     return torch.clamp(torch.round(x.float() / s) + z, 0, grid.qmax).to(torch.uint8)
 
@@ -75,7 +84,10 @@ def _encode(
     found = []
     for target in targets:
         value = normed if target.norm else x
-        found.append(pad(round_to_grid(F.silu(value) if target.silu else value, target.grid), target.grid, target.padding))
+        codes = _round(F.silu(value) if target.silu else value, target.grid)
+        if target.repeat > 1:
+            codes = codes.repeat_interleave(target.repeat, dim=2).repeat_interleave(target.repeat, dim=3)
+        found.append(pad(codes, target.grid, target.padding))
     return found
 
 

@@ -50,7 +50,7 @@ extern "C" {
 struct Target {
   uint8_t* out;
   const float *scale, *zero_point;  // one, or one for each sample
-  int64_t per_sample, qmax, norm, silu, left, right, above, below;
+  int64_t per_sample, qmax, norm, silu, repeat, left, right, above, below;  // each pixel `repeat` times both ways
 };
 
 struct Activation {
@@ -141,32 +141,35 @@ bool write_codes(const float* x, const float* a, const float* b, int64_t count, 
 // Rows [begin, end) of a sample's padded codes. True as `write_codes`.
 bool write_rows(const Activation& x, const Target& t, int64_t n, int64_t begin, int64_t end, const float* a, const float* b,
                 bool shifted) {
-  const int64_t total = x.channels[0] + x.channels[1], columns = x.width + t.left + t.right;
-  const int64_t rows = x.height + t.above + t.below;
+  const int64_t total = x.channels[0] + x.channels[1], inner = x.width * t.repeat, columns = inner + t.left + t.right;
+  const int64_t rows = x.height * t.repeat + t.above + t.below;
   const float s = t.scale[t.per_sample ? n : 0], z = t.zero_point[t.per_sample ? n : 0], qmax = static_cast<float>(t.qmax);
   const bool affine = t.norm || shifted;
   bool good = true;
   for (int64_t row = begin; row < end; ++row) {
     uint8_t* out = t.out + (n * rows + row) * columns * total;
-    const int64_t h = row - t.above;
-    if (h < 0 || h >= x.height) {
+    const int64_t h = (row - t.above) / t.repeat;
+    if (row < t.above || h >= x.height) {
       std::memset(out, static_cast<int>(z), columns * total);
       continue;
     }
     if (t.left) std::memset(out, static_cast<int>(z), t.left * total);
-    if (t.right) std::memset(out + (t.left + x.width) * total, static_cast<int>(z), t.right * total);
-    for (int64_t w = 0; w < x.width; ++w)
+    if (t.right) std::memset(out + (t.left + inner) * total, static_cast<int>(z), t.right * total);
+    for (int64_t w = 0; w < x.width; ++w) {
+      uint8_t* pixel = out + (t.left + w * t.repeat) * total;
       for (int64_t part = 0, offset = 0; part < 2; offset += x.channels[part++]) {
         const int64_t count = x.channels[part];
         if (!count) continue;
         const float* values = x.part[part] + ((n * x.height + h) * x.width + w) * count;
-        uint8_t* own = out + (t.left + w) * total + offset;
+        uint8_t* own = pixel + offset;
         const float *ac = a + offset, *bc = b + offset;
         if (affine && t.silu) good &= write_codes<true, true>(values, ac, bc, count, s, z, qmax, own);
         else if (affine) good &= write_codes<true, false>(values, ac, bc, count, s, z, qmax, own);
         else if (t.silu) good &= write_codes<false, true>(values, ac, bc, count, s, z, qmax, own);
         else good &= write_codes<false, false>(values, ac, bc, count, s, z, qmax, own);
       }
+      for (int64_t again = 1; again < t.repeat; ++again) std::memcpy(pixel + again * total, pixel, total);
+    }
   }
   return good;
 }
@@ -204,7 +207,7 @@ extern "C" int encode(const Activation* activation, const Target* targets, int64
       const float *a = &scales[n * total], *b = &biases[n * total];
       const bool shifted = x.shift && !t.norm;
       if (shifted) { ones.assign(total, 1.0f); a = ones.data(); b = shift(n); }
-      const int64_t rows = x.height + t.above + t.below;
+      const int64_t rows = x.height * t.repeat + t.above + t.below;
       if (!write_rows(x, t, n, cut * rows / cuts, (cut + 1) * rows / cuts, a, b, shifted)) {
 #pragma omp atomic write
         good = 0;

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qdm_lightning.integer import kernels
+from qdm_lightning.integer import kernels, native
 from qdm_lightning.integer.encoding import Padding, Target, encode, round_to_grid
 from qdm_lightning.integer.grids import Grid, grid_source
 from qdm_lightning.integer.report import Unsupported
@@ -65,6 +65,7 @@ class IntegerLayer(nn.Module):
         self.grid = grid_source(layer.input_quantizer, shape)
         self._folded: dict[int, Tensor] = {}
         self._packed: Any = None
+        self._winograd: native.WinogradConv | None = None
 
     def folded_bias(self, grid: Grid) -> Tensor:
         """b - s z s_o sum w_o, (O,), or (B, O) where each sample has a grid of its own."""
@@ -79,7 +80,7 @@ class IntegerLayer(nn.Module):
         return bias[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded": {}, "_packed": None}  # packed weights can't be copied
+        return {**self.__dict__, "_folded": {}, "_packed": None, "_winograd": None}  # packed weights can't be copied
 
 
 class IntegerConv2d(IntegerLayer):
@@ -101,15 +102,27 @@ class IntegerConv2d(IntegerLayer):
             if isinstance(layer.padding, str)
             else [p for q in reversed(layer.padding) for p in (q, q)]
         )
+        ones = all(n == 1 for n in (*self.stride, *self.dilation, self.groups))
+        self.plain = ones and not flat
         self.padding = cast(Padding, (*around, *([0, 0] if flat else [])))
 
     @property
     def packed(self) -> kernels.PackedConv:
+        """oneDNN's convolution."""
         if self._packed is None:
             self._packed = kernels.PackedConv(
                 self.weight.contiguous(), cast(Any, self.stride), cast(Any, self.dilation), self.groups
             )
         return cast(kernels.PackedConv, self._packed)
+
+    @property
+    def winograd(self) -> native.WinogradConv | None:
+        """The convolution in fewer products, where this processor gains by it and the codes are narrow enough."""
+        if not self.plain or kernels.instruction_set() != "vnni" or not native.has_vnni():
+            return None
+        if self._winograd is None and native.WinogradConv.suits(self.weight, self.grid.qmax):
+            self._winograd = native.WinogradConv(self.weight, self.grid.qmax)
+        return self._winograd
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) or (B, C, W) float, as the convolution it was."""
@@ -124,18 +137,26 @@ class IntegerConv2d(IntegerLayer):
         out = self.convolve(codes, grid)
         return out.squeeze(2) if self.flat else out
 
-    def convolve(self, codes: Tensor, grid: Grid, residual: Tensor | None = None) -> Tensor:
-        """Of padded codes (B, C, H, W) channels-last: (B, O, H', W') float32 channels-last, plus `residual`, overwritten."""
-        bias = self.folded_bias(grid)
-        if not grid.per_sample:
-            return self.packed(codes, self.weight_scale, bias, grid.scale.item(), residual)
-        out = self.packed(codes, self.weight_scale, None, 1.0)
-        out.mul_(grid.scale[:, None, None, None]).add_(bias[:, :, None, None])
+    def convolve(self, codes: Tensor, grid: Grid, residual: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
+        """Of padded codes (B, C, H, W) channels-last: (B, O, H', W') float32 channels-last, plus `residual`.
+
+        With `overwrite` the residual's memory may become the result's.
+        """
+        bias, scale = self.folded_bias(grid), 1.0 if grid.per_sample else grid.scale.item()
+        own = None if grid.per_sample else bias
+        winograd = self.winograd if codes.shape[2] % 2 == codes.shape[3] % 2 == 0 else None
+        if winograd is not None and not grid.per_sample:
+            return winograd(codes, self.weight_scale, bias, scale, residual)
+        if residual is not None and overwrite and not grid.per_sample:
+            return self.packed(codes, self.weight_scale, own, scale, residual)
+        out = self.packed(codes, self.weight_scale, own, scale)
+        if grid.per_sample:
+            out.mul_(grid.scale[:, None, None, None]).add_(bias[:, :, None, None])
         return out if residual is None else out.add_(residual)
 
     @torch.no_grad()
     def check(self) -> None:
-        """The kernel against sums in float64, on codes that make each extreme sum of a probed channel.
+        """The kernels against sums in float64, on codes that make the extreme sums of the channel with the widest weights.
 
         Raises:
             Inexact: they differ.
@@ -143,11 +164,15 @@ class IntegerConv2d(IntegerLayer):
         weight = self.weight.double()
         probed = self.weight.flatten(1).int().abs().sum(1).argmax()
         positive = (self.weight[probed : probed + 1] > 0).repeat(1, self.groups, 1, 1)
-        codes = torch.cat([positive, ~positive, positive | True]).to(torch.uint8) * self.grid.qmax
+        extremes = torch.cat([positive, ~positive, positive | True])
+        codes = nn.functional.pad(extremes.to(torch.uint8), (0, 1, 0, 1)) * self.grid.qmax
         codes = codes.repeat_interleave(self.dilation[0], dim=2).repeat_interleave(self.dilation[1], dim=3)
+        codes = codes.contiguous(memory_format=torch.channels_last)
         expected = torch.conv2d(codes.double(), weight, stride=self.stride, dilation=self.dilation, groups=self.groups)
-        found = self.packed(codes.contiguous(memory_format=torch.channels_last), torch.ones(len(weight)), None, 1.0)
-        kernels.check_exact(found, expected, "the convolution")
+        ones, zeros = torch.ones(len(weight)), torch.zeros(len(weight))
+        tried: list[Any] = [self.packed, *([] if self.winograd is None else [self.winograd])]
+        for kernel in tried:
+            kernels.check_exact(kernel(codes, ones, zeros, 1.0), expected, f"its {type(kernel).__name__}")
 
 
 class IntegerLinear(IntegerLayer):
@@ -164,6 +189,9 @@ class IntegerLinear(IntegerLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ..., I) float to (B, ..., O) float32."""
+        if self.grid.static:
+            grid = self.grid.at(x)
+            return self.multiply(round_to_grid(x, grid, self.silu), grid)
         operand = self.grid.operand(x)
         grid = self.grid.at(operand)
         return self.multiply(round_to_grid(operand, grid), grid)

@@ -32,7 +32,7 @@ def _structure(name: str, *fields: tuple[Any, str]) -> type[ctypes.Structure]:
 
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 _Target = _structure(
-    "_Target", (_POINTER, "out scale zero_point"), (_INTEGER, "per_sample qmax norm silu left right above below")
+    "_Target", (_POINTER, "out scale zero_point"), (_INTEGER, "per_sample qmax norm silu repeat left right above below")
 )
 _Activation = _structure(
     "_Activation",
@@ -66,7 +66,7 @@ def _load() -> tuple[Any, str]:
 
         source = Path(__file__).with_name("kernels.cpp").read_text("utf-8")
         return CppCodeCache.load(source, device_type="cpu", extra_flags=_FLAGS), ""
-    except Exception as error:  # whatever a missing or broken compiler raises; kept in the record, or raised by `on`
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # no compiler, or a broken one; kept in the record
         return None, f"compiling failed: {one_line(error)}"
 
 
@@ -133,11 +133,12 @@ def encode(
     wanted, found, kept = (_Target * len(targets))(), [], []
     for own, target in zip(wanted, targets, strict=True):
         left, right, above, below = target.padding
-        size = (batch, channels, height + above + below, width + left + right)
+        size = (batch, channels, height * target.repeat + above + below, width * target.repeat + left + right)
         codes = torch.empty(size, dtype=torch.uint8, memory_format=torch.channels_last)
         scale, zero_point = target.grid.scale.contiguous(), target.grid.zero_point.contiguous()
         own.out, own.scale, own.zero_point = codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr()
         own.per_sample, own.qmax, own.norm, own.silu = target.grid.per_sample, target.grid.qmax, target.norm, target.silu
+        own.repeat = target.repeat
         own.left, own.right, own.above, own.below = target.padding
         found.append(codes)
         kept += [scale, zero_point]
@@ -158,7 +159,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, grids: Sequence[Grid]
     `grids` are those of q, k, v and of the probabilities, whose zero points are 0; all zero points lie within +-32767.
     """
     q, k, v = (x.float().contiguous() for x in (q, k, v))
-    out, kept = torch.empty_like(q), []
+    kept: list[Tensor] = []
+    out = torch.empty_like(q)
     own = [_grid(grid, kept) for grid in grids]
     sizes = (q.shape[0], heads, q.shape[1], k.shape[1], q.shape[2] // heads)
     library().attention(ctypes.byref(_Attention(*(x.data_ptr() for x in (q, k, v, out)), *sizes, *own)))
@@ -168,8 +170,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, grids: Sequence[Grid]
 class WinogradConv:
     """A 3x3 convolution of codes up to `qmax` by F(2x2, 3x3) on integers, exactly: 16 products for 36.
 
-    With B, G, A of Lavin and Gray (arXiv 1509.09308), 4 y = A^T [(2G) w (2G)^T * B^T q B] A. Of codes up to 6 bits, B^T q B spans
-    4 qmax < 256 values; of weight codes of 4 bits, (2G) w (2G)^T lies within +-72.
+    With B, G, A of Lavin and Gray (arXiv 1509.09308), 4 y = A^T [(2G) w (2G)^T * B^T q B] A. Of codes up to 6 bits,
+    B^T q B spans 4 qmax < 256 values; of weight codes of 4 bits, (2G) w (2G)^T lies within +-72.
     """
 
     def __init__(self, weight: Tensor, qmax: int) -> None:
@@ -183,9 +185,7 @@ class WinogradConv:
         offset[5] = 0  # the one product of two sums
         self.first = (-offset * padded.sum(2)).to(torch.int32).contiguous()
 
-    def __call__(
-        self, codes: Tensor, scales: Tensor, bias: Tensor, scale: float, residual: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, codes: Tensor, scales: Tensor, bias: Tensor, scale: float, residual: Tensor | None = None) -> Tensor:
         """As `kernels.PackedConv`; `residual` is left as it is."""
         batch, channels, height, width = codes.shape
         size = (batch, self.outputs, height - 2, width - 2)

@@ -24,9 +24,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qdm_lightning.base.checks import one_line
+from qdm_lightning.base.checks import one_line, one_of
 from qdm_lightning.base.files import atomic_folder, read_json, write_json
 from qdm_lightning.base.trust import is_ours, targets
+from qdm_lightning.integer import to_integer
 from qdm_lightning.quantization.preparation import Quantizers, prepare
 from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from qdm_lightning.quantization.spec import QuantConfig
@@ -83,7 +84,7 @@ def _settings(student: Any, experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def load_student(folder: str | Path, *, trusted: Collection[str] = ()) -> nn.Module:
+def load_student(folder: str | Path, *, trusted: Collection[str] = (), execution: str = "simulated") -> nn.Module:
     """The quantized student of a run: a `UNet2DModel` in eval mode, on the CPU, channels-last, as it was measured.
 
     A call quantizes its weights; under `with quantization.cached_weights(student):` many calls do that once.
@@ -95,11 +96,14 @@ def load_student(folder: str | Path, *, trusted: Collection[str] = ()) -> nn.Mod
     Args:
         folder: folder of a run, or its `student` folder.
         trusted: dotted paths outside this package that the file may name as quantizers; they are imported and run.
+        execution: `simulated`, fake quantization in float, or `integer`, on integer codes (`integer.to_integer`).
 
     Raises:
         FileNotFoundError: no student there.
-        ValueError: a damaged or foreign file, a quantizer that is not trusted or cannot be imported, weights that do not fit.
+        ValueError: another `execution`, or a student that can't be integer; a damaged or foreign file, a quantizer that is not
+            trusted or cannot be imported, weights that do not fit.
     """
+    one_of("execution", execution, ("simulated", "integer"))
     place = _place(Path(folder).expanduser())
     settings = read_settings(place)
     quantizers = Quantizers(
@@ -115,7 +119,8 @@ def load_student(folder: str | Path, *, trusted: Collection[str] = ()) -> nn.Mod
         unet.load_state_dict(state)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{place}: {CONFIG} and {WEIGHTS} do not make a student: {one_line(error)}") from error
-    return cast(nn.Module, unet.to(memory_format=torch.channels_last).eval())
+    student = cast(nn.Module, unet.to(memory_format=torch.channels_last).eval())
+    return to_integer(student)[0] if execution == "integer" else student
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
