@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_PUBLIC = {"to_integer": "conversion", "IntegerReport": "report", "provenance": "kernels"}
+_PUBLIC = {"to_integer": "conversion", "IntegerReport": "report", "provenance": "kernels", "verify": "verification"}
 
 __all__ = sorted(_PUBLIC)
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from qdm_lightning.integer import kernels, native
-from qdm_lightning.integer.encoding import Target, encode, round_to_grid
-from qdm_lightning.integer.grids import Grid, GridSource, StaticGrid, grid_source
+from qdm_lightning.integer.encoding import encode, round_to_grid
+from qdm_lightning.integer.grids import Grid, GridSource, StaticGrid, Target, grid_source
 from qdm_lightning.integer.layers import IntegerLinear
 from qdm_lightning.integer.report import Inexact
 from qdm_lightning.quantization.attention import QuantizedAttention
@@ -138,7 +138,7 @@ def _projections(attn: Any, x: Tensor, context: Tensor | None) -> list[Tensor]:
         targets = [Target(grid, norm=normed, silu=layer.silu) for grid, layer in zip(grids, layers, strict=True)]
         codes = encode([x], targets, attn.group_norm)
         rows = [c.permute(0, 2, 3, 1).flatten(1, 2) for c in codes]
-        return [layer.multiply(c, grid) for layer, c, grid in zip(layers, rows, grids, strict=True)]
+        return [layer.compute(c, grid) for layer, c, grid in zip(layers, rows, grids, strict=True)]
     if x.ndim == 4:
         x = x.flatten(2).transpose(1, 2)
     if attn.group_norm is not None:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qdm_lightning.integer.encoding import Padding, Target, encode
+from qdm_lightning.integer.encoding import encode
+from qdm_lightning.integer.grids import Padding, Target
 from qdm_lightning.integer.layers import IntegerConv2d
 
 
@@ -71,14 +72,14 @@ class IntegerResnetBlock(nn.Module):
             direct = shortcut.grid.at(parts[0])
             targets.append(Target(direct, shortcut.padding, silu=shortcut.silu))
         codes, *rest = encode(parts, targets, cast(nn.GroupNorm, self.norm1))
-        hidden = first.convolve(codes, grid)
+        hidden = first.compute(codes, grid)
         grid = second.grid.at(hidden)
         target = Target(grid, second.padding, norm=True, silu=silu or second.silu)
         codes = encode([hidden], [target], cast(nn.GroupNorm, self.norm2), self._time(temb))[0]
         if shortcut is not None:
-            out = second.convolve(codes, grid, shortcut.convolve(rest[0], direct), overwrite=True)
+            out = second.compute(codes, grid, shortcut.compute(rest[0], direct), overwrite=True)
         else:
-            out = second.convolve(codes, grid, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+            out = second.compute(codes, grid, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
         return out if self.output_scale_factor == 1 else out / self.output_scale_factor
 
     def _time(self, temb: Tensor | None) -> Tensor | None:
@@ -122,7 +123,13 @@ class IntegerUpBlock(nn.Module):
         return hidden_states
 
 
-class IntegerDownsample(nn.Module):
+class IntegerSampler(nn.Module):
+    """What changes the size of an image by a convolution."""
+
+    conv: IntegerConv2d
+
+
+class IntegerDownsample(IntegerSampler):
     """`Downsample2D`: a convolution of stride 2, perhaps padded on the right and below alone."""
 
     replaces = "Downsample2D"
@@ -139,13 +146,13 @@ class IntegerDownsample(nn.Module):
 
     def forward(self, hidden_states: Tensor, *_: Any) -> Tensor:
         """(B, C, H, W) to (B, C, H / 2, W / 2)."""
-        conv = cast(IntegerConv2d, self.conv)
+        conv = self.conv
         grid = conv.grid.at(hidden_states)
         padding = cast(Padding, tuple(a + b for a, b in zip(conv.padding, self.more, strict=True)))
-        return conv.convolve(encode([hidden_states], [Target(grid, padding, silu=conv.silu)])[0], grid)
+        return conv.compute(encode([hidden_states], [Target(grid, padding, silu=conv.silu)])[0], grid)
 
 
-class IntegerUpsample(nn.Module):
+class IntegerUpsample(IntegerSampler):
     """`Upsample2D`: nearest neighbours and a convolution."""
 
     replaces = "Upsample2D"
@@ -162,11 +169,11 @@ class IntegerUpsample(nn.Module):
 
     def forward(self, hidden_states: Tensor, output_size: int | None = None, *_: Any) -> Tensor:
         """(B, C, H, W) to (B, C, 2 H, 2 W), or to `output_size`."""
-        conv = cast(IntegerConv2d, self.conv)
+        conv = self.conv
         repeat = 2 if output_size is None else 1
         x = hidden_states if output_size is None else F.interpolate(hidden_states, size=output_size, mode="nearest")
         grid = conv.grid.at(x)
-        return conv.convolve(encode([x], [Target(grid, conv.padding, silu=conv.silu, repeat=repeat)])[0], grid)
+        return conv.compute(encode([x], [Target(grid, conv.padding, silu=conv.silu, repeat=repeat)])[0], grid)
 
 
 class IntegerEnd(nn.Module):
@@ -186,4 +193,4 @@ class IntegerEnd(nn.Module):
         """(B, C, H, W) to (B, O, H, W)."""
         grid = self.conv.grid.at(x)
         codes = encode([x], [Target(grid, self.conv.padding, norm=True, silu=self.silu or self.conv.silu)], self.norm)[0]
-        return cast(Tensor, self.conv.convolve(codes, grid))
+        return cast(Tensor, self.conv.compute(codes, grid))

@@ -7,35 +7,13 @@ the simulation rounds to, code = clip(round(x / s) + z, 0, qmax).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qdm_lightning.integer import native
-from qdm_lightning.integer.grids import Grid
-
-Padding = tuple[int, int, int, int]
-"""Left, right, above, below, as `torch.nn.functional.pad`."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """Codes wanted of an activation.
-
-    Args:
-        grid: of the codes.
-        padding: rows and columns of the code of zero around an image.
-        norm, silu: of the activation as group norm and SiLU leave it, or as it is.
-        repeat: each pixel so many times, both ways: nearest-neighbour upsampling.
-    """
-
-    grid: Grid
-    padding: Padding = (0, 0, 0, 0)
-    norm: bool = False
-    silu: bool = False
-    repeat: int = 1
+from qdm_lightning.integer.grids import Grid, Padding, Target
 
 
 def encode(

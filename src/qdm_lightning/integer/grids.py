@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,28 @@ class Grid(NamedTuple):
     @property
     def per_sample(self) -> bool:
         return self.scale.numel() > 1
+
+
+Padding = tuple[int, int, int, int]
+"""Left, right, above, below, as `torch.nn.functional.pad`."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Codes wanted of an activation.
+
+    Args:
+        grid: of the codes.
+        padding: rows and columns of the code of zero around an image.
+        norm, silu: of the activation as group norm and SiLU leave it, or as it is.
+        repeat: each pixel so many times, both ways: nearest-neighbour upsampling.
+    """
+
+    grid: Grid
+    padding: Padding = (0, 0, 0, 0)
+    norm: bool = False
+    silu: bool = False
+    repeat: int = 1
 
 
 class GridSource(nn.Module):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from qdm_lightning.integer import kernels, native
-from qdm_lightning.integer.encoding import Padding, Target, encode, round_to_grid
-from qdm_lightning.integer.grids import Grid, grid_source
+from qdm_lightning.integer.encoding import encode, round_to_grid
+from qdm_lightning.integer.grids import Grid, Padding, Target, grid_source
 from qdm_lightning.integer.report import Unsupported
 from qdm_lightning.quantization.layers import QuantConv1d, QuantConv2d, QuantizedLayer, QuantLinear
 from qdm_lightning.quantization.quantizer import WeightQuantizer
@@ -79,6 +79,10 @@ class IntegerLayer(nn.Module):
             self._folded[grid.group] = bias[0]
         return bias[0]
 
+    def compute(self, codes: Tensor, grid: Grid) -> Tensor:
+        """The layer's output, float32, of the codes of its input."""
+        raise NotImplementedError
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_folded": {}, "_packed": None, "_winograd": None}  # packed weights can't be copied
 
@@ -134,10 +138,10 @@ class IntegerConv2d(IntegerLayer):
             operand = self.grid.operand(x)
             grid = self.grid.at(operand)
             codes = encode([operand.unsqueeze(2) if self.flat else operand], [Target(grid, self.padding)])[0]
-        out = self.convolve(codes, grid)
+        out = self.compute(codes, grid)
         return out.squeeze(2) if self.flat else out
 
-    def convolve(self, codes: Tensor, grid: Grid, residual: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
+    def compute(self, codes: Tensor, grid: Grid, residual: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
         """Of padded codes (B, C, H, W) channels-last: (B, O, H', W') float32 channels-last, plus `residual`.
 
         With `overwrite` the residual's memory may become the result's.
@@ -191,12 +195,12 @@ class IntegerLinear(IntegerLayer):
         """(B, ..., I) float to (B, ..., O) float32."""
         if self.grid.static:
             grid = self.grid.at(x)
-            return self.multiply(round_to_grid(x, grid, self.silu), grid)
+            return self.compute(round_to_grid(x, grid, self.silu), grid)
         operand = self.grid.operand(x)
         grid = self.grid.at(operand)
-        return self.multiply(round_to_grid(operand, grid), grid)
+        return self.compute(round_to_grid(operand, grid), grid)
 
-    def multiply(self, codes: Tensor, grid: Grid) -> Tensor:
+    def compute(self, codes: Tensor, grid: Grid) -> Tensor:
         """Of codes (B, ..., I) uint8: (B, ..., O) float32."""
         rows = codes.reshape(-1, codes.shape[-1])
         bias = self.folded_bias(grid)

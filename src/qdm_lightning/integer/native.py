@@ -18,8 +18,7 @@ from qdm_lightning.base.checks import one_line
 from qdm_lightning.quantization import compiled
 
 if TYPE_CHECKING:
-    from qdm_lightning.integer.encoding import Target
-    from qdm_lightning.integer.grids import Grid
+    from qdm_lightning.integer.grids import Grid, Target
 
 _FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-Wno-maybe-uninitialized")
 
