@@ -1,4 +1,4 @@
-"""A denoising step on integer codes beside what else computes it on this machine: PyTorch FP32, FP32 compiled, bf16, the simulation.
+"""A denoising step on integer codes beside what else computes it here: PyTorch FP32, FP32 compiled, bf16, the simulation.
 
     python benchmarks/integer.py [--rounds 11] [--threads 2] [--taq normalize]
 
@@ -12,13 +12,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -45,7 +42,7 @@ from qdm_lightning.quantization import (
     compiled,
     prepare,
 )
-from qdm_lightning.runs.provenance import hardware, peak_memory as peak_memory_so_far
+from qdm_lightning.runs.provenance import hardware
 
 TAQ = {"off": None, "normalize": NormalizedActivation, "ema": EMANormalizedActivation, "scale": GroupedActivation}
 Step = Callable[[], None]
@@ -184,13 +181,6 @@ def show(pairs: Pairs, base: str, title: str) -> dict[str, Any]:
         found[name] = value
         print(f"{name:14} {median(last for _, last in own) * 1e3:9.1f} ms   {value['ratio']:.2f} x {base} {value['interval']}")
     return found
-
-
-def peak_memory(variant: str, options: argparse.Namespace) -> int:
-    """Bytes by which two steps raise the peak of a fresh process's resident memory over that before its network."""
-    command = [sys.executable, __file__, "--memory-of", variant, "--model", options.model, "--threads", str(options.threads)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(out.splitlines()[-1])
 
 
 def main() -> None:
