@@ -147,7 +147,7 @@ def test_a_missing_compiler_leaves_tensor_operations_and_its_reason(monkeypatch)
         assert native.provenance() == {"codes": "eager", "reason": "compiling failed: no g++"}
         assert round_to_grid(torch.ones(1, 4), grid([1.0], [0.0], 4)).tolist() == [[1, 1, 1, 1]]
         compiled.set_mode("on")
-        with pytest.raises(RuntimeError, match="trainer.compile=on, but compiling failed: no g\\+\\+"):
+        with pytest.raises(RuntimeError, match=r"trainer.compile=on, but compiling failed: no g\+\+"):
             native.library()
     finally:
         native._load.cache_clear()

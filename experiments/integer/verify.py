@@ -1,7 +1,7 @@
 """Integer execution against the simulation over many images: digits by default, or a diffusers folder's network.
 
-    python benchmarks/verify_integer.py [--images 2048] [--steps 50] [--bits 2 3 4 8] [--taq off ema scale normalize]
-    python benchmarks/verify_integer.py --teacher FOLDER --images 512
+    python experiments/integer/verify.py [--images 2048] [--steps 50] [--bits 2 3 4 8] [--taq off ema scale normalize]
+    python experiments/integer/verify.py --teacher FOLDER --images 512
 
 For each student, calibrated and not trained: layer by layer, outputs from the same codes and codes from the same activation;
 then image by image, by the same seeds, the mean squared deviation of integer from simulated images, beside that of a simulation
