@@ -17,7 +17,7 @@ from qdm_lightning.quantization import (
     GroupedActivation,
     LSQActivation,
     LSQWeight,
-    MSESearch,
+    MinMax,
     NormalizedActivation,
     QuantConfig,
     Quantizers,
@@ -64,7 +64,7 @@ def calibrated(model, bits, taq="off", scope="all", shape=(3, 9, 7), **quantizer
             else:
                 model(x)
 
-    calibrate(model, run, MSESearch(steps=4, max_values=512))
+    calibrate(model, run, MinMax())
     return model.eval()
 
 
@@ -177,7 +177,7 @@ def test_a_nan_is_no_code():
 def test_layers_of_32_bits_stay_float_and_say_so():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 3, 1))
     prepare(model, QuantConfig(weight_bits=32, act_bits=32, first_last_bits=8))
-    calibrate(model, lambda: model(torch.randn(2, 3, 4, 4)), MSESearch(steps=4))
+    calibrate(model, lambda: model(torch.randn(2, 3, 4, 4)), MinMax())
     integer, report = to_integer(model)
     assert report.float_layers == [("1", "32 bits by its configuration")]
     assert isinstance(integer[1], nn.Conv2d)
