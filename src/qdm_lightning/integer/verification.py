@@ -136,6 +136,8 @@ def _recorded(unit: nn.Module) -> Iterator[list[tuple[IntegerLayer, Tensor, Grid
 def _compare(name: str, layer: IntegerLayer, codes: Tensor, grid: Grid, calls: dict[str, Any], t: Tensor | None) -> Comparison:
     (x,), expected, _ = calls[name]
     operand = layer.grid.operand(x)
+    if not layer.grid.static:  # the grid of the simulation's own activation
+        grid = layer.grid.at(operand)
     if isinstance(layer, IntegerConv2d):
         rounded = round_to_grid(operand.movedim(1, -1), grid).movedim(-1, 1)
         own = pad(rounded.unsqueeze(2) if layer.flat else rounded, grid, layer.padding)
