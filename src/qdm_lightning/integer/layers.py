@@ -65,7 +65,7 @@ class IntegerLayer(nn.Module):
         self.grid = grid_source(layer.input_quantizer, shape)
         self._folded: dict[int, Tensor] = {}
         self._packed: Any = None
-        self._winograd: native.WinogradConv | None = None
+        self._winograd: list[native.WinogradConv | None] = []  # empty before it was asked for
 
     def folded_bias(self, grid: Grid) -> Tensor:
         """b - s z s_o sum w_o, (O,), or (B, O) where each sample has a grid of its own."""
@@ -84,7 +84,7 @@ class IntegerLayer(nn.Module):
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded": {}, "_packed": None, "_winograd": None}  # packed weights can't be copied
+        return {**self.__dict__, "_folded": {}, "_packed": None, "_winograd": []}  # packed weights can't be copied
 
 
 class IntegerConv2d(IntegerLayer):
@@ -124,9 +124,10 @@ class IntegerConv2d(IntegerLayer):
         """The convolution in fewer products, where this processor gains by it and the codes are narrow enough."""
         if not self.plain or kernels.instruction_set() != "vnni" or not native.has_vnni():
             return None
-        if self._winograd is None and native.WinogradConv.suits(self.weight, self.grid.qmax):
-            self._winograd = native.WinogradConv(self.weight, self.grid.qmax)
-        return self._winograd
+        if not self._winograd:
+            suits = native.WinogradConv.suits(self.weight, self.grid.qmax)
+            self._winograd.append(native.WinogradConv(self.weight, self.grid.qmax) if suits else None)
+        return self._winograd[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) or (B, C, W) float, as the convolution it was."""

@@ -208,6 +208,6 @@ class WinogradConv:
 
 
 def _transformed(weight: Tensor) -> Tensor:
-    """(2G) w (2G)^T, (16, O, C) int64."""
-    g = torch.tensor([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]])
-    return torch.einsum("ia,ocab,jb->ijoc", g, weight.long(), g).flatten(0, 1)
+    """(2G) w (2G)^T, (16, O, C) float32 integers."""
+    g = torch.tensor([[2.0, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]])
+    return torch.einsum("ia,ocab,jb->ijoc", g, weight.float(), g).flatten(0, 1)
