@@ -59,7 +59,7 @@ def test_a_diagnosis_shows_the_error_of_the_integers(run_copy):
     ],
 )
 def test_bad_input(override, message, tiny_run):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         sample(tiny_run, ["execution=integer", override], silent())
 
 
