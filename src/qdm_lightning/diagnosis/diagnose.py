@@ -65,7 +65,7 @@ def diagnose(experiments: Sequence[Experiment], config: DiagnosisConfig, progres
     subjects = [Subject.restored(experiment, config) for experiment in experiments]
     for line in (line for subject in subjects for line in subject.warnings):
         progress.say(f"warning: {line}")
-    layers = choose_layers(layers_of(subjects[0].image_sampler.network), listed(config.layers) or None)
+    layers = choose_layers(layers_of(subjects[0].simulated), listed(config.layers) or None)
     runs = {
         name: _RunDiagnosis(
             subject, _activations(subject, layers, config, progress), _trajectory_error(subject, config, progress)
@@ -104,7 +104,7 @@ def _named(subjects: Sequence[Subject]) -> dict[str, Subject]:
 
 def _activations(subject: Subject, layers: Sequence[str], config: DiagnosisConfig, progress: Any) -> dict[str, Distribution]:
     """Distributions by layer; layers that this run has not are left out, with a line that says so."""
-    experiment, network = subject.experiment, subject.image_sampler.network
+    experiment, network = subject.experiment, subject.simulated
     own = layers_of(network)
     absent = [name for name in layers if name not in own]
     if absent:
@@ -184,6 +184,7 @@ def _record(run: _RunDiagnosis) -> dict[str, Any]:
         "run": str(run.subject.experiment.run_dir),
         "network": run.subject.network,
         "origin": run.subject.origin,
+        "execution": run.subject.execution,
         "activations": {name: asdict(distribution) for name, distribution in run.activations.items()},
         "oscillation": {name: {kind: d.oscillation(kind) for kind in ("raw", "grid")} for name, d in run.activations.items()},
         "error": None if run.error is None else asdict(run.error),

@@ -190,6 +190,7 @@ class Evaluator:
             "network": subject.network,
             "bits": [experiment.quant.weight_bits, experiment.quant.act_bits] if subject.network == "student" else None,
             "origin": subject.origin,
+            "execution": subject.execution,
             "sampler": asdict(experiment.sampler),
             "network_calls": len(timesteps(experiment.sampler, experiment.diffusion)),
             "diffusion": asdict(experiment.diffusion),

@@ -78,6 +78,11 @@ class ExportedSubject:
         return {**origin, "step": self.file.metadata["origin"].get("step"), "exported_from": self.file.metadata["origin"]}
 
     @property
+    def execution(self) -> str:
+        """The runtime: an export of a student runs on integers there."""
+        return str(self.image_sampler.network.runtime)
+
+    @property
     def warnings(self) -> list[str]:
         """What the record must say about the weights that were exported."""
         origin = self.file.metadata["origin"]

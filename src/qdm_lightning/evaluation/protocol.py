@@ -112,7 +112,8 @@ def table(records: Sequence[Mapping[str, Any]]) -> Table:
         shown.add_column(Text(visible(name)), justify="right" if name in keys else "left", overflow="fold")
     for record in records:
         bits = f" W{record['bits'][0]}A{record['bits'][1]}" if record.get("bits") else ""
-        network = f"{record['network']}{bits}, {record['origin']['weights']}"
+        how = f", {record['execution']}" if record.get("execution", "simulated") != "simulated" else ""
+        network = f"{record['network']}{bits}, {record['origin']['weights']}{how}"
         measured = f"{record['protocol']['num_samples']} images, {_short(record['protocol']['reference'])}"
         cells = [run_label(record["name"]), network, sampler_name(record["sampler"]), *([measured] if mixed else [])]
         cells += [_score(record["scores"], key) for key in keys]

@@ -18,6 +18,8 @@ from qdm_lightning.training.spec import MOST_THREADS
 SCORES = ("fd", "is", "kid", "prc")
 """Frechet distance, Inception Score, kernel distance, precision and recall."""
 
+EXECUTIONS = ("simulated", "integer")
+
 MOST_SEEDS = 10_000_000
 
 
@@ -96,6 +98,7 @@ class RestoreConfig:
         accelerator: as in `lightning.Trainer`.
         threads: CPU threads of torch; None as the run was trained (0: torch's own choice). Changes the last bits of an image.
         compile: compile fake quantization? `auto`, `on`, `off`; None as the run was trained. Changes the last bits of an image.
+        execution: the student's quantization `simulated` in float, or `integer`: on integer codes, on the CPU.
     """
 
     network: str | None = checked(None, one_of, allowed=("student", "teacher"))
@@ -104,6 +107,7 @@ class RestoreConfig:
     accelerator: str = checked("auto", one_of, allowed=("auto", "cpu", "gpu", "cuda", "mps"))
     threads: int | None = checked(None, between, low=0, high=MOST_THREADS)
     compile: str | None = checked(None, one_of, allowed=("auto", "on", "off"))
+    execution: str = checked("simulated", one_of, allowed=EXECUTIONS)
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -131,7 +135,7 @@ class SubjectConfig(RestoreConfig):
             if self.runtime is not None:
                 raise ValueError(f"runtime={self.runtime} executes an exported file: type file=FILE too, or leave it out")
             return
-        of_run = {name: getattr(self, name) for name in ("network", "weights", "checkpoint", "compile")}
+        of_run = {name: getattr(self, name) for name in ("network", "weights", "checkpoint", "compile", "execution")}
         for setting in fields(RestoreConfig):
             if of_run.get(setting.name, setting.default) != setting.default:
                 raise ValueError(f"{setting.name}={of_run[setting.name]} chooses within a run, file={self.file} is one network")

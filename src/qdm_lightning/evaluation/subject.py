@@ -11,6 +11,7 @@ import torch
 from qdm_lightning.base.files import data_hash
 from qdm_lightning.diffusion.sampling import timesteps
 from qdm_lightning.evaluation.spec import RestoreConfig
+from qdm_lightning.integer import provenance, to_integer
 from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.models.image_sampler import ImageSampler
 from qdm_lightning.training.devices import measuring_device, set_up
@@ -26,30 +27,43 @@ class Subject:
         experiment: the run's own, with the sampler of this command.
         network: `student` or `teacher`.
         origin: where its weights come from: `file`, `weights`, `sha256`, `step`, and a `warning` where there is cause.
+        execution: `simulated` or `integer`.
         image_sampler: draws with it.
+        simulated: the network with its quantizers, whatever draws.
     """
 
     experiment: Experiment
     network: str
     origin: dict[str, Any]
+    execution: str
     image_sampler: ImageSampler
+    simulated: Denoiser
 
     @classmethod
     def restored(cls, experiment: Experiment, config: RestoreConfig) -> Subject:
         """The network that `config` means.
 
         Raises:
-            FileNotFoundError, ValueError: the run has no such network, or the sampler has more steps than T.
+            FileNotFoundError, ValueError: the run has no such network, the sampler has more steps than T, or the network can't
+                run on integer codes.
         """
         set_up(experiment.trainer)
         device = measuring_device(config.accelerator)
         network = config.network or ("teacher" if experiment.quant.is_float else "student")
+        if config.execution == "integer":
+            if network == "teacher":
+                raise ValueError("execution=integer is for a quantized network, the teacher has full precision: leave it out")
+            if device.type != "cpu":
+                raise ValueError(f"execution=integer runs on the CPU, not on {device.type}: type accelerator=cpu")
         weights = restore(experiment, network, config.weights, config.checkpoint, device)
+        drawing = weights.network if config.execution == "simulated" else Denoiser(to_integer(weights.network.unet)[0])
         return cls(
             experiment=experiment,
             network=network,
             origin=weights.origin,
-            image_sampler=_image_sampler(experiment, weights.network, device),
+            execution=config.execution,
+            image_sampler=_image_sampler(experiment, drawing.eval(), device),
+            simulated=weights.network,
         )
 
     @property
@@ -81,6 +95,7 @@ class Subject:
             "network": self.network,
             "weights": self.origin["weights"],
             "checkpoint_sha256": self.origin["sha256"],
+            **({} if self.execution == "simulated" else {"execution": self.execution, **provenance()}),
             "settings_sha256": data_hash({name: self.experiment.resolved[name] for name in names}),
             "sampler": asdict(self.experiment.sampler),
             "diffusion": asdict(self.experiment.diffusion),

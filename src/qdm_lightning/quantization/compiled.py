@@ -155,6 +155,11 @@ def set_mode(mode: str) -> None:
     _backend.mode, _backend.chosen, _backend.reason = mode, "unused", ""
 
 
+def mode() -> str:
+    """What `set_mode` chose."""
+    return _backend.mode
+
+
 def provenance() -> dict[str, str]:
     """What computed: {"fake_quantization": "compiled" | "eager" | "unused", "reason": ...}, as a run's metrics keep it."""
     return {"fake_quantization": _backend.chosen, "reason": _backend.reason}

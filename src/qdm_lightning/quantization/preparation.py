@@ -91,6 +91,11 @@ def prepare(
     return QuantizationReport(rows)
 
 
+def is_weighted(module: nn.Module) -> bool:
+    """True for a layer that multiplies by weights of its own."""
+    return isinstance(module, _WEIGHTED)
+
+
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules by name, each once, without those whose weights a parent computes with itself."""
     inside = {id(child) for m in model.modules() if isinstance(m, _WHOLE) for child in m.modules() if child is not m}

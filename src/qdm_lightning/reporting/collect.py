@@ -186,7 +186,8 @@ def _evaluations(run: Run, notes: list[str]) -> Iterator[Result]:
             protocol, origin, floor = _protocol(record), record["origin"], _floats(record.get("floor", {}))
             teacher = next((scores for alike, scores in of_teacher if run.student and alike == protocol), {})
             weights = f"{origin.get('weights')} of {Path(str(origin.get('file'))).name}"
-            yield Result(run, source, {**protocol, "weights": weights}, _scores(record), teacher, floor, record)
+            execution = {"execution": record["execution"]} if record.get("execution", "simulated") != "simulated" else {}
+            yield Result(run, source, {**protocol, "weights": weights, **execution}, _scores(record), teacher, floor, record)
 
 
 def _floats(values: Mapping[str, float]) -> dict[str, float]:

@@ -128,8 +128,9 @@ class Group:
     def title(self) -> str:
         """Short: images, sampler, feature network, and who measured."""
         p, distances = self.protocol, " and ".join(self.distances) or "no distance"
+        how = f", {p['execution']} execution" if "execution" in p else ""
         sampler = f"{p.get('sampler.kind', 'sampler')} with {p.get('sampler.steps', '?')} steps"
-        return f"{p.get('num_samples', '?')} images, {sampler}, {distances}, {p['measured']}"
+        return f"{p.get('num_samples', '?')} images, {sampler}, {distances}, {p['measured']}{how}"
 
     def measured(self, measure: str) -> list[Cell]:
         """The cells that have the measure."""

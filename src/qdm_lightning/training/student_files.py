@@ -31,10 +31,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qdm_lightning.base.checks import UserError, one_line
+from qdm_lightning.base.checks import UserError, one_line, one_of
 from qdm_lightning.base.files import atomic_folder, read_json, write_json
 from qdm_lightning.base.trust import check_targets, targets
 from qdm_lightning.diffusion.spec import DiffusionConfig
+from qdm_lightning.integer import to_integer
 from qdm_lightning.models.diffusers_io import pipeline_scheduler, read_diffusion
 from qdm_lightning.quantization.packing import load_packed, packed_state
 from qdm_lightning.quantization.preparation import Quantizers, prepare
@@ -128,7 +129,7 @@ def save_student(student: nn.Module, experiment: Experiment, folder: Path) -> No
         save_file(packed_state(student), new / WEIGHTS, metadata={"format": "pt", KEY: json.dumps(settings)})
 
 
-def load_student(folder: str | Path, *, trusted: Collection[str] = ()) -> nn.Module:
+def load_student(folder: str | Path, *, trusted: Collection[str] = (), execution: str = "simulated") -> nn.Module:
     """The quantized student of a run: a `UNet2DModel` in eval mode, on the CPU, channels-last, as it was measured.
 
     A call quantizes its weights; under `with quantization.cached_weights(student):` many calls do that once.
@@ -142,12 +143,14 @@ def load_student(folder: str | Path, *, trusted: Collection[str] = ()) -> nn.Mod
     Args:
         folder: folder of a run, or its `student` folder.
         trusted: dotted paths outside this package that the file may name as quantizers; they are imported and run.
+        execution: `simulated`, fake quantization in float, or `integer`, on integer codes (`integer.to_integer`).
 
     Raises:
         FileNotFoundError: no student there.
-        ValueError: a damaged or foreign file, a quantizer that is not trusted or cannot be imported, weights that do not fit,
-            or are of another student or (in a run's folder) another run.
+        ValueError: another `execution`, or a student that can't be integer; a damaged or foreign file, a quantizer that is not
+            trusted or cannot be imported, weights that do not fit, or are of another student or (in a run's folder) run.
     """
+    one_of("execution", execution, ("simulated", "integer"))
     folder = Path(folder).expanduser()
     files = read_student(folder)
     quantizers = _quantizers(files.settings, files.config, tuple(trusted))
@@ -163,7 +166,8 @@ def load_student(folder: str | Path, *, trusted: Collection[str] = ()) -> nn.Mod
         load_packed(unet, state)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{files.config} and its weights do not make a student: {one_line(error)}") from error
-    return cast(nn.Module, unet.to(memory_format=torch.channels_last).eval())
+    student = cast(nn.Module, unet.to(memory_format=torch.channels_last).eval())
+    return to_integer(student)[0] if execution == "integer" else student
 
 
 def read_student(folder: Path) -> StudentFiles:
