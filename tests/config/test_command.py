@@ -148,7 +148,7 @@ def test_what_was_trained_stays_when_the_run_ends_with_one_line(trained, folder,
         train("hydra.run.dir=run", work=work)
     assert capsys.readouterr().err == "error: train/loss is nan\n"
     kept = {path.name for path in (folder / "run").glob("*")}
-    assert kept == ({"train.log", "config.yaml", "checkpoints", ".lock"} if trained else set())
+    assert kept == ({"train.log", "config.yaml", ".config.yaml.sha256", "checkpoints", ".lock"} if trained else set())
     assert (folder / "run").exists() == trained
 
 
@@ -212,7 +212,7 @@ def test_a_schedule_that_no_file_tells_must_be_typed(folder, train, capsys, give
         train(*words)
     assert end.value.code == 2
     [line] = capsys.readouterr().err.strip().splitlines()
-    assert f"{words[1]} has no scheduler_config.json beside it" in line
+    assert "/unet_ema has no scheduler_config.json beside it" in line
     assert "type it, such as diffusion.num_train_timesteps=1000 diffusion.beta_start=0.0001" in line
     assert not (folder / "outputs").exists()
     [(settings, _)] = train(*words, "diffusion.beta_schedule=squaredcos_cap_v2")

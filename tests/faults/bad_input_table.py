@@ -446,6 +446,9 @@ SAMPLE = {
     f"{RUN} seeds=4294967296": "seeds lie in [0, 4294967295]",
     f"{RUN} out={{A}}/text.txt": "text.txt is a file",
     f"{RUN} out={{A}}/text.txt/below": "text.txt is a file",
+    f"{RUN} execution=fast": "execution=fast is not allowed",
+    f"{RUN} runtime=openvino": "type file=FILE too",
+    "file={A}/text.txt": "text.txt",
     f"{RUN} trajectory=perhaps": "trajectory must be true or false",
     f"{RUN} trajectory=true trajectory_seeds=0": "trajectory_seeds=0 is not allowed",
     f"{RUN} shard=0/3": "shard=0/3 is not allowed",
@@ -475,6 +478,19 @@ DIAGNOSE = {
     f"{RUN} out={{A}}/text.txt": "text.txt is a file",
     f"{RUN} network=nobody": "network=nobody is not allowed",
     f"{RUN} logger=nothing": "logger=nothing is not an option",
+}
+
+EXPORT = {
+    "": "run is missing",
+    "run={A}/pics": "has no config.yaml",
+    "run={A}/no_teacher": "has no teacher yet",
+    f"{RUN} format=gguf": "format=gguf is not allowed",
+    f"{RUN} network=nobody": "network=nobody is not allowed",
+    f"{RUN} checkpoint=last.ckpt": "checkpoint=last.ckpt: no such file",
+    f"{RUN} threads=-1": "threads=-1 is not allowed",
+    f"{RUN} sampler.eta=3": "sampler.eta=3.0 is not allowed",
+    f"{RUN} model.dropout=0.1": "belongs to training",
+    f"{RUN} opset=9": "opset",
 }
 
 REPORT = {
@@ -558,6 +574,7 @@ TABLE: dict[str, dict[str, str]] = {
     "evaluate": EVALUATE,
     "sample": SAMPLE,
     "diagnose": DIAGNOSE,
+    "export": EXPORT,
     "report": REPORT,
     "cost": COST,
     "convert": CONVERT,
