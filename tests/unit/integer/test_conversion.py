@@ -26,6 +26,7 @@ from qdm_lightning.quantization import (
     prepare,
 )
 from qdm_lightning.quantization.functional import fake_quantize
+from qdm_lightning.quantization.timestep import timesteps
 
 TAQ = {
     "off": None,
@@ -62,7 +63,8 @@ def calibrated(model, bits, taq="off", scope="all", shape=(3, 9, 7), **quantizer
             if isinstance(model, UNet2DModel):
                 Denoiser(model)(x, STEPS)
             else:
-                model(x)
+                with timesteps(STEPS):
+                    model(x)
 
     calibrate(model, run, MinMax())
     return model.eval()
@@ -91,24 +93,26 @@ def _mode(request):
 
 
 @pytest.mark.usefixtures("_mode")
+@pytest.mark.parametrize("taq", TAQ)
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
-def test_layers_of_any_kind_equal_the_simulation(bits):
-    model = calibrated(Network(), bits)
+def test_layers_of_any_kind_equal_the_simulation(bits, taq):
+    model = calibrated(Network(), bits, taq)
     integer, report = to_integer(model)
     assert report.float_layers == []
     assert [type(m).__name__ for m in integer.children()] == ["IntegerConv2d"] * 4 + ["IntegerLinear"]
     x = torch.randn(3, 3, 9, 7)
-    for found in verify(model, integer, lambda network: network(x)):
-        assert found.error < 2e-6
-        assert found.flipped == 0
-    torch.testing.assert_close(integer(x), model(x), rtol=1e-5, atol=1e-5)
+    for t in (torch.tensor([400]), torch.tensor([10, 600, 999])):
+        with torch.no_grad(), timesteps(t):
+            for found in verify(model, integer, lambda network: network(x)):
+                assert found.error < 5e-6, found
+                assert found.flipped <= 1, found
+                assert found.farthest <= 1, found
 
 
-@pytest.mark.usefixtures("_mode")
-@pytest.mark.parametrize("scope", ["attention", "all"])
 @pytest.mark.parametrize("taq", TAQ)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_unet_equals_its_simulation_layer_by_layer(bits, taq, scope):
+@pytest.mark.parametrize(("mode", "bits", "scope"), [("auto", 4, "all"), ("off", 8, "attention")])
+def test_a_unet_equals_its_simulation_layer_by_layer(mode, bits, taq, scope):
+    compiled.set_mode(mode)
     model = unet(bits, taq, scope)
     integer, report = to_integer(model)
     assert report.float_layers == []
