@@ -148,7 +148,8 @@ def network_settings(model: Any) -> dict[str, Any]:
         return asdict(model)
     if not isinstance(model, PretrainedConfig):
         return {}
-    folder = Path(model.path).expanduser()
+    path = str(model.path)
+    folder = Path(path).expanduser()
     for file in (folder / "unet" / "config.json", folder / "config.json"):
         if file.is_file():
             found = read_json(file)
@@ -158,9 +159,9 @@ def network_settings(model: Any) -> dict[str, Any]:
                 if value is not None and not (several and all(type(one) is int and one > 0 for one in several)):
                     raise ValueError(f"{file} is damaged: {name}={value}")
             return found
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model.path):
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         raise FileNotFoundError(
-            f"{model.path} has no config.json of a network: give a diffusers folder, or a hub id such as google/ddpm-cifar10-32"
+            f"{path} has no config.json of a network: give a diffusers folder, or a hub id such as google/ddpm-cifar10-32"
         )
     return {}
 

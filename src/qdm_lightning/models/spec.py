@@ -89,4 +89,8 @@ class PretrainedConfig:
     """`model=pretrained`: architecture and weights of a diffusers folder or hub id, `model.path=<folder>`."""
 
     _target_: str = "qdm_lightning.models.diffusers_io.load_unet"
-    path: str
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("model=pretrained needs a path: type model.path=<folder>")
