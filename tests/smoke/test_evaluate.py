@@ -12,12 +12,15 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from qdm_lightning.cli.app import BAD_INPUT
 from qdm_lightning.diagnose import diagnose
 from qdm_lightning.display.progress import Progress
 from qdm_lightning.evaluate import evaluate
 from qdm_lightning.sample import sample
+from qdm_lightning.training.checkpoint_io import load_checkpoint
+from qdm_lightning.training.network_settings import KEY
 
 COMMANDS = {"evaluate": evaluate, "sample": sample, "diagnose": diagnose}
 
@@ -179,6 +182,10 @@ def test_a_run_with_a_quantizer_of_the_users_own_must_be_trusted(run_copy, capsy
     monkeypatch.setattr(sys, "argv", ["evaluate", f"run={run_copy}"])
     config = run_copy / "config.yaml"
     config.write_text(config.read_text().replace("qdm_lightning.quantization.quantizer.LSQActivation", f"{__name__}.Own"))
+    for file in run_copy.glob("checkpoints/*.ckpt"):
+        checkpoint = load_checkpoint(file)
+        checkpoint[KEY]["quant"]["act_quantizer"]["_target_"] = f"{__name__}.Own"
+        torch.save(checkpoint, file)
     with pytest.raises(SystemExit):
         evaluate.main()
     said = capsys.readouterr().err

@@ -122,7 +122,7 @@ def test_another_noise_schedule_is_refused_until_it_is_typed(tmp_path):
     with pytest.raises(ValueError, match=r"trained on another noise schedule: type " + " ".join(wanted)):
         run(tmp_path / "folder", tmp_path, 3)
     left = {file.name for file in (tmp_path / "runs").rglob("*") if file.is_file()}
-    assert left == {"config.yaml", ".lock"}  # the command removes them
+    assert left == {"config.yaml", ".config.yaml.sha256", ".lock"}  # the command removes them
     result = run(tmp_path / "folder", tmp_path, 3, *wanted)
     assert DDPMScheduler.from_pretrained(result.run_dir / "teacher" / "scheduler").config.beta_end == 0.03
     again = run(

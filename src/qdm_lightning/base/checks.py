@@ -69,10 +69,15 @@ def positive(name: str, value: float) -> None:
 
 
 def writable(name: str, folder: Path) -> None:
-    """Make a folder, and raise UserError where no file can be written in it. `name` is the setting that says where it is."""
+    """Raise UserError where no file can be written in a folder, which need not be there yet, and is not made.
+
+    Args:
+        name: the setting that says where it is.
+        folder: absolute.
+    """
+    there = next((place for place in (folder, *folder.parents) if place.exists()), folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=there) as file:
             file.write(bytes(4096))
     except OSError as error:
         raise UserError(f"{name}={folder} cannot be written ({error.strerror}): give another folder") from error

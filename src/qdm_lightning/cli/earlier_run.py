@@ -203,7 +203,8 @@ class RunCommand(Command):
             progress.say(line)
         with before_it_began(progress):
             result = self.do(*checked, progress)
-        check_there(Path(self.base.run))
+        if "run" in self.base:  # not of an exported file
+            check_there(Path(self.base.run))
         return result
 
     def work(self, checked: tuple[Any, Any], folder: Path) -> None:

@@ -26,7 +26,7 @@ from qdm_lightning.evaluation.subject import Subject
 from qdm_lightning.metrics.reference import Reference, import_reference, reference
 from qdm_lightning.metrics.weights import state_hash
 from qdm_lightning.runs.provenance import environment, git_commit, hardware, versions
-from qdm_lightning.training.devices import set_up, share
+from qdm_lightning.training.devices import check_processes, set_up, share
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.publishing import log_evaluation
 from qdm_lightning.training.spec import TrainerConfig
@@ -71,6 +71,7 @@ class Evaluator:
 
     def __init__(self, experiment: Experiment, config: EvaluationConfig, progress: Any) -> None:
         self.experiment, self.config, self.progress = experiment, config, progress
+        check_processes(config.accelerator, config.devices)
         self.subject = _subject(experiment, config)
         seed = experiment.seed if config.seed is None else config.seed
         count = config.num_samples or experiment.num_samples

@@ -71,6 +71,13 @@ def measuring_device(accelerator: str) -> torch.device:
     return torch.device("cpu")
 
 
+def check_processes(accelerator: str, devices: int) -> None:
+    """Raise ValueError at far more processes than cores, where `accelerator` is the CPU."""
+    most = PROCESSES_A_CORE * (os.cpu_count() or 1)
+    if measuring_device(accelerator).type == "cpu" and devices > most:
+        raise ValueError(f"devices={devices} is not allowed: this machine has {os.cpu_count()} cores, at most {most} processes")
+
+
 def share(work: Work, accelerator: str, devices: int) -> None:
     """Run `work` in `devices` processes at once and wait for all of them.
 
@@ -79,11 +86,8 @@ def share(work: Work, accelerator: str, devices: int) -> None:
         devices: how many; more than the machine has is an error of Lightning's.
 
     Raises:
-        ValueError: fewer devices than asked for, or far more processes than cores.
+        ValueError: fewer devices than asked for.
     """
-    most = PROCESSES_A_CORE * (os.cpu_count() or 1)
-    if measuring_device(accelerator).type == "cpu" and devices > most:
-        raise ValueError(f"devices={devices} is not allowed: this machine has {os.cpu_count()} cores, at most {most} processes")
     try:
         with quiet("lightning.fabric"):
             fabric = Fabric(accelerator=accelerator, devices=devices, strategy="ddp_spawn")

@@ -9,7 +9,7 @@ from pathlib import Path
 from qdm_lightning.base.checks import UserError
 from qdm_lightning.base.files import atomic_path
 from qdm_lightning.training.checkpoint_io import load_checkpoint
-from qdm_lightning.training.checkpoints import BEST, LAST, STATE
+from qdm_lightning.training.checkpoints import BEST, LAST, STATE, best_loss
 
 TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks")
 """What a checkpoint must hold beside its weights, where training goes on from it."""
@@ -62,7 +62,10 @@ def mend_best(checkpoints: Path, point: ResumePoint) -> str:
         load_checkpoint(checkpoints / BEST)
         return ""
     except (ValueError, FileNotFoundError) as error:
-        if load_checkpoint(point.file)["callbacks"].get(STATE, {}).get("step") != point.step:
+        reached = load_checkpoint(point.file)
+        if best_loss(reached) is None:  # none was validated yet
+            return ""
+        if reached["callbacks"].get(STATE, {}).get("step") != point.step:
             raise UserError(
                 f"{error}; the best student is lost: remove {checkpoints} to train from the start, or measure the last one, "
                 f"python -m qdm_lightning.evaluate run={checkpoints.parent} checkpoint=last"

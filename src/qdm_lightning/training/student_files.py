@@ -28,7 +28,7 @@ from typing import Any, cast
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from qdm_lightning.base.checks import UserError, one_line, one_of
@@ -126,7 +126,17 @@ def save_student(student: nn.Module, experiment: Experiment, folder: Path) -> No
         DDPMPipeline(unet=student, scheduler=scheduler).save_config(new)
         scheduler.save_pretrained(new / "scheduler")
         write_json(new / CONFIG, config)
-        save_file(packed_state(student), new / WEIGHTS, metadata={"format": "pt", KEY: json.dumps(settings)})
+        (new / WEIGHTS).write_bytes(_same_bytes(save(packed_state(student), {"format": "pt", KEY: json.dumps(settings)})))
+
+
+def _same_bytes(content: bytes) -> bytes:
+    """A safetensors file with its metadata in order: the library writes them in another one each time."""
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[begin:]
 
 
 def load_student(folder: str | Path, *, trusted: Collection[str] = (), execution: str = "simulated") -> nn.Module:

@@ -13,6 +13,7 @@ def ran(code: str, **environment: str) -> subprocess.CompletedProcess:
         from qdm_lightning.base import signals
         from qdm_lightning.base.signals import Interrupted, check, deferred, handled, received
         def send(number): os.kill(os.getpid(), number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what they run in the background
     """
     code = textwrap.dedent(head) + textwrap.dedent(code)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment or None)

@@ -61,7 +61,7 @@ def test_files_round_trip_and_published_ones_are_read(tmp_path):
     published = load_moments(tmp_path / "published.npz")
     assert published.count is None
     assert abs(frechet(published, moments)) < 1e-6
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours.npz", "published.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".ours.npz.sha256", "ours.npz", "published.npz"]
 
 
 def test_unfit_files_are_refused(tmp_path):

@@ -20,6 +20,7 @@ from qdm_lightning.train import train
 from qdm_lightning.training.checkpoint_io import load_checkpoint
 from qdm_lightning.training.checkpoints import best_loss
 from qdm_lightning.training.module import DiffusionModule
+from qdm_lightning.training.student_files import WEIGHTS
 from qdm_lightning.training.trainer import StageProgress
 
 
@@ -58,7 +59,7 @@ def test_a_moved_run_keeps_its_best(tmp_path, monkeypatch):
     result = train(stored(moved), Progress("silent"))
     assert (result.metrics["student"]["resumed_from"], result.metrics["student"]["best_step"]) == (4, 2)
     assert result.metrics["student"]["val_loss"] == best_loss(load_checkpoint(whole / "checkpoints" / "last.ckpt")) == 2.0
-    for name in ("student/model.safetensors", "samples.png"):
+    for name in (f"student/{WEIGHTS}", "samples.png"):
         assert (moved / name).read_bytes() == (whole / name).read_bytes()
     of_both = [csv.DictReader((folder / "metrics.csv").read_text().splitlines()) for folder in (whole, moved)]
     rows = [

@@ -71,7 +71,7 @@ def run(tmp_path_factory, composed):
 @pytest.fixture
 def own(run, tmp_path):
     """A copy of the run to be given files of others."""
-    return Path(shutil.copytree(run(), tmp_path / "own"))
+    return Path(shutil.copytree(run(), tmp_path / "own", ignore=shutil.ignore_patterns(".*.sha256")))
 
 
 def experiment(folder):
