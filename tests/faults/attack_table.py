@@ -296,7 +296,7 @@ PICTURES = {
     "wide bmp": b"BM" + struct.pack("<IHHIIiiHHIIiiII", 10**6, 0, 0, 54, 40, 2**30, 2**20, 1, 24, 0, 0, 0, 0, 0, 0),
     "wide gif": b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b",\x00\x00\x00\x00\xff\xff\xff\xff\x00\x02",
     "wide ppm": b"P5 1000000 1000000 255\n",
-    "png without end": bomb_png(8, 8)[:50],
+    "cut png": bomb_png(8, 8)[:50],
 }
 
 
@@ -439,7 +439,7 @@ def _files() -> Iterator[tuple[str, Attack]]:
     yield "evaluate: best.ckpt", Attack(partial(pickled, best), "evaluate", evaluate)
     yield "sample: best.ckpt", Attack(partial(pickled, best), "sample", sample)
     yield "diagnose: best.ckpt", Attack(partial(pickled, best), "diagnose", diagnose)
-    yield "train: last.ckpt", Attack(partial(pickled, last), "train", "run={F}/run")
+    yield "train: last.ckpt", Attack(partial(pickled, last), "train", "run={F}/run", harmless=True)  # best.ckpt is taken
     yield "evaluate: a checkpoint", Attack(partial(pickled, "x.ckpt"), "evaluate", f"{evaluate} checkpoint={{F}}/x.ckpt")
     yield "evaluate: a plain pickle", Attack(partial(plain_pickle, "x.ckpt"), "evaluate", f"{evaluate} checkpoint={{F}}/x.ckpt")
     yield "convert: a checkpoint", Attack(partial(pickled, "x.ckpt"), "convert", "{F}/x.ckpt out")
