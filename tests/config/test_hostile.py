@@ -7,7 +7,7 @@ import sys
 import attacks
 import pytest
 
-EVERY = 14
+EVERY = 26
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ def test_a_sweep_writes_a_file_each_and_nothing_else(tmp_path):
         (["+unknown=1"], "unknown is not a setting"),
         (["quant.act_bits=9"], "quant.act_bits=9 is not allowed: choose one of 2, 3"),
         (["image_shape=[3,32]"], "image_shape=[3, 32] is not allowed: give [channels,height,width]"),
-        (["model=pretrained"], "model.path is missing"),
+        (["model=pretrained"], "type model.path=<folder>"),
         (["json=."], "json=. cannot be written: give the name of a file"),
         (["-m", "quant=w4a4,w2a2", "json=cost.json"], "json=cost.json would hold the last job alone"),
     ],

@@ -23,7 +23,7 @@ from qdm_lightning.models.unet import build_unet
 from qdm_lightning.quantization import MSESearch, QuantConfig, calibrate, compiled, prepare
 from qdm_lightning.quantization.preparation import Quantizers
 from qdm_lightning.quantization.quantizer import LSQActivation, LSQWeight
-from qdm_lightning.quantization.taq import EMANormalizedActivation, GroupedActivation, NormalizedActivation
+from qdm_lightning.quantization.taq import EMANormalizedActivation, GroupedActivation
 from qdm_lightning.training.checkpoint_io import load_checkpoint
 from qdm_lightning.training.module import DiffusionModule
 from qdm_lightning.training.network_settings import network_settings
@@ -43,7 +43,6 @@ NETWORK = {
     "norm_num_groups": 4,
 }
 VARIANTS = {
-    "normalize": (NormalizedActivation, {"mode": "replace"}),
     "ema": (partial(EMANormalizedActivation, groups=10), {"mode": "add"}),
     "scale": (
         partial(GroupedActivation, groups=10),

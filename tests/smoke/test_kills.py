@@ -11,7 +11,7 @@ def test_kills_are_survived(tmp_path):
         sys.executable,
         script,
         "--count",
-        "4",
+        "2",
         "--keep",
         tmp_path,
         "--moments",
