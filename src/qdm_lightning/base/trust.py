@@ -34,6 +34,7 @@ ROLES = {
     "quant.act_quantizer": _ACTIVATION,
     "quant.calibrator": tuple(f"quantization.calibration.{name}" for name in ("MSESearch", "MinMax", "Percentile")),
     "taq": _ACTIVATION,
+    "nem.weighting": tuple(f"diffusion.weighting.{name}" for name in ("Uniform", "MinSNR", "Propagation")),
     "metrics": ("metrics.digits.DigitsFeatures", "metrics.inception.InceptionFeatures", "metrics.resnet20.ResNet20Features"),
     "logger": ("loggers.wandb_logger", "loggers.tensorboard_logger"),
 }

@@ -129,6 +129,7 @@ def build(cfg: DictConfig) -> Experiment:
         quantizers=_quantizers(values, taq_scope(settings.taq)),
         calibrator=_factory("quant.calibrator", values["quant"]["calibrator"]),
         nem=settings.nem,
+        weighting=_factory("nem.weighting", values["nem"]["weighting"])(),
         sampler=settings.sampler,
         teacher=settings.teacher,
         optimizer=settings.optimizer,

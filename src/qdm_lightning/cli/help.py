@@ -55,12 +55,17 @@ def first_comment(file: Path) -> str:
 
 
 def options(group: str, folders: Sequence[Path] = (CONF_DIR,)) -> list[Option]:
-    """Options of `group`, in folders below it too (`paper/cifar10`), sorted; the first folder that has a name describes it."""
+    """Options of `group`, in folders below it too (`paper/cifar10`) but those of other groups (`nem/weighting`), sorted.
+
+    The first folder that has a name describes it.
+    """
     found: dict[str, Option] = {}
+    others = tuple(f"{other}/" for other in defaults("train") if other.startswith(f"{group}/"))
     for folder in folders:
         for file in sorted((folder / group).rglob("*.yaml")):
             name = file.relative_to(folder / group).with_suffix("").as_posix()
-            found.setdefault(name, Option(name, first_comment(file)))
+            if not f"{group}/{name}".startswith(others):
+                found.setdefault(name, Option(name, first_comment(file)))
     return [found[name] for name in sorted(found)]
 
 

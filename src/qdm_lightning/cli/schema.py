@@ -150,7 +150,14 @@ def register_root(name: str, schema: type) -> None:
     root = OmegaConf.structured(schema)
     if issubclass(schema, TrainConfig):
         quant = root.quant
-        for node in (root.callbacks, quant.rules, quant.weight_quantizer, quant.act_quantizer, quant.calibrator):
+        for node in (
+            root.callbacks,
+            quant.rules,
+            quant.weight_quantizer,
+            quant.act_quantizer,
+            quant.calibrator,
+            root.nem.weighting,
+        ):
             OmegaConf.set_struct(node, False)
     ConfigStore.instance().store(name=f"base_{name}", node=root)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from qdm_lightning.diffusion.images import to_float
 from qdm_lightning.diffusion.process import add_noise, noise_scheduler
+from qdm_lightning.diffusion.sampling import spread
 from qdm_lightning.diffusion.spec import DiffusionConfig
-from qdm_lightning.evaluation.trajectory import spread
 from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.quantization.quantizer import ActivationQuantizer, LSQProbability
 

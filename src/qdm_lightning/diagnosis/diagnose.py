@@ -13,12 +13,11 @@ from qdm_lightning.base.files import write_json
 from qdm_lightning.diagnosis.activations import Distribution, activation_distributions, choose_layers, layers_of
 from qdm_lightning.diagnosis.spec import DiagnosisConfig
 from qdm_lightning.diagnosis.trajectory_error import TrajectoryError, trajectory_error
-from qdm_lightning.diffusion.sampling import image_seeds
+from qdm_lightning.diffusion.sampling import image_seeds, spread
 from qdm_lightning.display.plots import BoxPanel, Line, Panel, save_png
 from qdm_lightning.evaluation.protocol import run_label
 from qdm_lightning.evaluation.spec import listed
 from qdm_lightning.evaluation.subject import Subject
-from qdm_lightning.evaluation.trajectory import spread
 from qdm_lightning.loggers import opened
 from qdm_lightning.loggers.media import log_pictures
 from qdm_lightning.quantization.layers import cached_weights

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
@@ -44,6 +45,17 @@ def timesteps(sampler: SamplerConfig, diffusion: DiffusionConfig) -> list[int]:
         return [i * total // steps for i in reversed(range(steps))]
     spacing = math.sqrt(0.8 * total) / max(steps - 1, 1)
     return sorted({min(int((spacing * i) ** 2), total - 1) for i in range(steps)}, reverse=True)
+
+
+def spread(values: Sequence[Any], points: int) -> list[Any]:
+    """At most `points` of `values`, evenly spread, first and last among them.
+
+    >>> spread([9, 8, 7, 6, 5, 4, 3, 2, 1, 0], 4)
+    [9, 6, 3, 0]
+    """
+    if len(values) <= points:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (points - 1))] for i in range(points)]
 
 
 def predicted_x0(x: Tensor, eps: Tensor, alpha_bar: Tensor, clip: bool) -> Tensor:

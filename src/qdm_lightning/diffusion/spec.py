@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from qdm_lightning.base.checks import at_least, between, one_of, positive
 
@@ -33,6 +35,9 @@ class DiffusionConfig:
         one_of("diffusion.beta_schedule", self.beta_schedule, SCHEDULES)
 
 
+UNIFORM = "qdm_lightning.diffusion.weighting.Uniform"
+
+
 @dataclass(kw_only=True)
 class NeMConfig:
     """Noise-estimating mimicking (config group `nem`): which loss trains the student.
@@ -40,6 +45,7 @@ class NeMConfig:
     Args:
         mode: `replace` trains on L_NeM alone, `add` on L_simple + weight * L_NeM, `off` on L_simple alone.
         weight: lambda of `add`.
+        weighting: `_target_` (and options) of L_NeM's weights over t, see `diffusion.weighting`; `nem/weighting=` chooses.
         on_policy_fraction: share of each batch from the student's own sampling trajectory (0: none; `replace` only).
         on_policy_refresh: training steps between two refreshes of the buffer of trajectory states.
         on_policy_buffer: how many trajectory states the buffer holds.
@@ -47,6 +53,7 @@ class NeMConfig:
 
     mode: str = "replace"
     weight: float = 1.0
+    weighting: Any = field(default_factory=lambda: {"_target_": UNIFORM})
     on_policy_fraction: float = 0.0
     on_policy_refresh: int = 100
     on_policy_buffer: int = 1024
@@ -54,6 +61,15 @@ class NeMConfig:
     def __post_init__(self) -> None:
         one_of("nem.mode", self.mode, ("off", "replace", "add"))
         positive("nem.weight", self.weight)
+        if not (isinstance(self.weighting, Mapping) and self.weighting.get("_target_")):
+            raise ValueError(
+                f"nem.weighting={self.weighting} is not allowed: choose by nem/weighting=uniform, min_snr or propagation, "
+                "or name your own by nem.weighting._target_=<package.module.Class>"
+            )
+        if self.mode == "off" and self.weighting["_target_"] != UNIFORM:
+            raise ValueError(
+                f"nem.weighting={self.weighting['_target_']} weights L_NeM, which nem.mode=off has not: type nem=replace"
+            )
         between("nem.on_policy_fraction", self.on_policy_fraction, 0.0, 1.0)
         at_least("nem.on_policy_refresh", self.on_policy_refresh, 1)
         at_least("nem.on_policy_buffer", self.on_policy_buffer, 1)

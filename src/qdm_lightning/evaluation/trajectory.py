@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qdm_lightning.diffusion.process import alphas_cumprod
-from qdm_lightning.diffusion.sampling import predicted_x0, timesteps
+from qdm_lightning.diffusion.sampling import predicted_x0, spread, timesteps
 from qdm_lightning.models.image_sampler import ImageSampler
 
 
@@ -50,14 +49,3 @@ def follow(
     x, eps = (torch.stack([torch.cat([pair[k] for pair in states[step]]) for step in t]) for k in (0, 1))
     alpha_bars = alphas_cumprod(image_sampler.diffusion)[t].reshape(-1, 1, 1, 1, 1)
     return Trajectory(t, x, eps, predicted_x0(x, eps, alpha_bars, image_sampler.sampler.clip_sample), images)
-
-
-def spread(values: Sequence[Any], points: int) -> list[Any]:
-    """At most `points` of `values`, evenly spread, first and last among them.
-
-    >>> spread([9, 8, 7, 6, 5, 4, 3, 2, 1, 0], 4)
-    [9, 6, 3, 0]
-    """
-    if len(values) <= points:
-        return list(values)
-    return [values[round(i * (len(values) - 1) / (points - 1))] for i in range(points)]

@@ -33,7 +33,7 @@ def labels(config: Mapping[str, Any]) -> dict[str, str]:
     sampler = {"sampler": f"{config['sampler']['kind']}-{config['sampler']['steps']}"}
     if is_teacher(config):
         return {"job": "teacher", **sampler}
-    mimicking = "on_policy" if nem.get("on_policy_fraction") else str(nem["mode"])
+    mimicking = ("on_policy" if nem.get("on_policy_fraction") else str(nem["mode"])) + _weighting(nem)
     return {
         "job": quant["mode"],
         "bits": f"w{quant['weight_bits']}a{quant['act_bits']}",
@@ -41,6 +41,12 @@ def labels(config: Mapping[str, Any]) -> dict[str, str]:
         "nem": "off" if quant["mode"] == "ptq" else mimicking,
         **sampler,
     }
+
+
+def _weighting(nem: Mapping[str, Any]) -> str:
+    """`-propagation`, `-minsnr`, or the class of a user's own; empty where every timestep counts alike."""
+    name = str(nem.get("weighting", {}).get("_target_", "Uniform")).rpartition(".")[2]
+    return "" if name == "Uniform" else f"-{name.lower()}"
 
 
 def _taq(node: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from qdm_lightning.base.files import read_json, write_json
 from qdm_lightning.data.module import ImageDataModule
 from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig, SamplerConfig
+from qdm_lightning.diffusion.weighting import Uniform, Weighting
 from qdm_lightning.metrics.frechet import check_network
 from qdm_lightning.quantization.observer import Calibrator
 from qdm_lightning.quantization.preparation import Quantizers
@@ -36,6 +37,7 @@ class Experiment:
         quantizers: factories of the student's quantizers, TaQ's scope applied.
         calibrator: makes the search for the first scales.
         feature_network: network whose features the distance compares.
+        weighting: weights of L_NeM over t.
         loggers: factories `logger(run_dir=..., run_tags=..., config=...)` of the loggers other than metrics.csv.
         resolved: the resolved configuration as plain data.
         resume: go on from the run folder's last checkpoint.
@@ -56,6 +58,7 @@ class Experiment:
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     feature_network: nn.Module
+    weighting: Weighting = field(default_factory=Uniform)
     loggers: list[Callable[..., Any]] = field(default_factory=list)
     callbacks: list[Callback] = field(default_factory=list)
     paths: PathsConfig = field(default_factory=PathsConfig)

@@ -48,10 +48,13 @@ class DiffusionModule(LightningModule):
         flip: mirror images at random.
         prefix: prefix of the logged names, such as `teacher/`.
         teacher_bf16: run the teacher in bfloat16 in training steps; its noise estimate is float32 again before the loss.
+        weights: w(t) of L_NeM, (T,), see `diffusion.weighting`; None stands for 1.
 
     Attributes:
         between_steps: what the trainer does before each step.
     """
+
+    weights: Tensor | None
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class DiffusionModule(LightningModule):
         flip: bool,
         prefix: str = "",
         teacher_bf16: bool = False,
+        weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         if teacher is None and nem.mode != "off":
@@ -75,6 +79,7 @@ class DiffusionModule(LightningModule):
         self.settings, self.warnings = dict(settings), list[str]()
         self.max_steps, self.seed, self.flip, self.prefix = max_steps, seed, flip, prefix
         self.teacher_bf16 = teacher_bf16
+        self.register_buffer("weights", weights, persistent=False)
         self.student = Denoiser(network)
         share_dropout(self.student)
         self.teacher = None if teacher is None else Denoiser(teacher).requires_grad_(False).eval()
@@ -133,10 +138,13 @@ class DiffusionModule(LightningModule):
         generator = step_generator(self.seed, self.global_step)
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))  # dropout
         x, t, eps = self._noisy_batch(images, generator)
-        return student_errors(self.nem, eps, self._teacher_noise(x, t), self.student(x, t)), t
+        return student_errors(self.nem, eps, self._teacher_noise(x, t), self.student(x, t), self._weights_at(t)), t
 
     def training_step(self, images: Tensor, batch_idx: int) -> Tensor:
         return self.errors(images)[0].mean()
+
+    def _weights_at(self, t: Tensor) -> Tensor | None:
+        return None if self.weights is None else self.weights[t]
 
     def _teacher_noise(self, x: Tensor, t: Tensor) -> Tensor | None:
         if self.teacher is None or self.nem.mode == "off":
@@ -155,7 +163,10 @@ class DiffusionModule(LightningModule):
         """`val/loss` is the training loss of the averaged student on the validation set; L_simple and L_NeM are logged too."""
         x0, t, eps = batch
         eps_q, eps_fp = self.estimates(x0, t, eps)
-        values = {"val/loss": student_errors(self.nem, eps, eps_fp, eps_q), "val/simple": per_sample_mse(eps, eps_q)}
+        values = {
+            "val/loss": student_errors(self.nem, eps, eps_fp, eps_q, self._weights_at(t)),
+            "val/simple": per_sample_mse(eps, eps_q),
+        }
         if eps_fp is not None:
             values["val/nem"] = per_sample_mse(eps_fp, eps_q)
         means = {f"{self.prefix}{name}": value.mean() for name, value in values.items()}

@@ -35,6 +35,7 @@ from qdm_lightning.training.checkpoints import LAST
 from qdm_lightning.training.devices import deterministic_or_one_line, measuring_device, set_up
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.module import DiffusionModule
+from qdm_lightning.training.propagation import propagation
 from qdm_lightning.training.publishing import log_layers, log_results, log_scales
 from qdm_lightning.training.restore import check_checkpoints
 from qdm_lightning.training.resume import resume_point
@@ -147,6 +148,7 @@ class Run:
                     logger.go_back(of_teacher=False, step=0)
             with self.timed("calibration"):
                 calibrate_student(unet, e, self.progress)
+        weights = None if e.nem.mode == "off" else e.weighting(e.diffusion, partial(self.propagation, teacher))
         module = DiffusionModule(
             unet,
             teacher.unet,
@@ -158,6 +160,7 @@ class Run:
             seed=e.seed,
             flip=e.data.flip,
             teacher_bf16=e.trainer.teacher_bf16,
+            weights=weights,
         )
         fitted: Mapping[str, Any] = {"steps": 0}
         if e.quant.mode == "qat":
@@ -166,6 +169,12 @@ class Run:
         self.metrics["student"] = {"bits": [e.quant.weight_bits, e.quant.act_bits], **fitted, "cost": cost}
         save_student(module.ema_student.unet, e, self.folder / "student")
         return module
+
+    def propagation(self, teacher: Denoiser) -> Tensor:
+        """How far an error at each timestep travels to the teacher's images, (T,), see `error_propagation`."""
+        e, drawn_by = self.experiment, self.image_sampler(teacher.to(self.device))
+        with self.timed("propagation"):
+            return propagation(drawn_by, e.resolved["model"], Path(e.paths.cache).expanduser(), self.folder, self.progress)
 
     def quantized(self, teacher: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         """The student's U-Net, not calibrated, and its cost; says and writes what got how many bits."""

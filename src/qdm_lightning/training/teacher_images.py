@@ -39,7 +39,7 @@ def teacher_images(
         draw: draws the images, where they are not in the cache.
         say: prints a line.
     """
-    file = cache / "teacher_images" / f"{_key(image_sampler, seeds, model)}.safetensors"
+    file = cache / "teacher_images" / f"{images_key(image_sampler, seeds, model)}.safetensors"
     if file.exists():
         try:
             cached = _read(file, (len(seeds), *image_sampler.shape))
@@ -55,7 +55,8 @@ def teacher_images(
     return images
 
 
-def _key(drawn_by: ImageSampler, seeds: Sequence[int], model: Any) -> str:
+def images_key(drawn_by: ImageSampler, seeds: Sequence[int], model: Any) -> str:
+    """A short hash of everything that the images of `seeds` depend on, to their last bits."""
     unet: Any = drawn_by.network.unet
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}  # `_` marks where it came from
     where = {name: value for name, value in environment(drawn_by.device).items() if name != "fake_quantization"}

@@ -1,8 +1,9 @@
 import numpy as np
 import torch
 
+from qdm_lightning.diffusion.sampling import spread
 from qdm_lightning.evaluation.subject import Subject
-from qdm_lightning.evaluation.trajectory import follow, spread
+from qdm_lightning.evaluation.trajectory import follow
 from qdm_lightning.sample import sample
 
 

@@ -25,7 +25,7 @@ TINY = {
 SETTINGS = {"format": 2, "taq": {}, "quant": {"weight_bits": 4}, "diffusion": {}, "unet": {}}
 
 
-def module(mode="replace", teacher=True, flip=False, dropout=0.0, settings=SETTINGS, **nem):
+def module(mode="replace", teacher=True, flip=False, dropout=0.0, settings=SETTINGS, weights=None, **nem):
     torch.manual_seed(0)
     network, frozen = build_unet(**TINY, dropout=dropout), build_unet(**TINY, dropout=0.5)
     return DiffusionModule(
@@ -38,6 +38,7 @@ def module(mode="replace", teacher=True, flip=False, dropout=0.0, settings=SETTI
         max_steps=10,
         seed=3,
         flip=flip,
+        weights=weights,
     )
 
 
@@ -150,3 +151,21 @@ def test_the_held_out_set_is_fixed_and_covers_all_timesteps():
     assert one.by_bucket(one.t.double()) == sorted(one.by_bucket(one.t.double()))
     assert len(one.by_bucket(one.t.double())) == BUCKETS
     assert torch.equal(to_float(torch.tensor([0, 255], dtype=torch.uint8)), torch.tensor([-1.0, 1.0]))
+
+
+def test_weights_multiply_the_mimicking_error_of_each_sample_alone():
+    """In training and in validation; `add` leaves L_simple as it is."""
+    weights = torch.rand(1000) + 0.5
+    for mode in ("replace", "add"):
+        m = module(mode, weights=weights, **({"weight": 2.0} if mode == "add" else {}))
+        x, t, eps = noisy(m, images())
+        with torch.no_grad():
+            eps_q, eps_fp = m.student(x, t), m.teacher(x, t)
+            mimicking = weights[t] * (eps_fp - eps_q).square().mean((1, 2, 3))
+            simple = (eps - eps_q).square().mean((1, 2, 3))
+        expected = mimicking if mode == "replace" else simple + 2 * mimicking
+        logged = {}
+        m.log_dict = lambda values, logged=logged, **options: logged.update(values)
+        m.validation_step((to_float(images()), t, eps), 0)
+        torch.testing.assert_close(logged["val/loss"], expected.mean())
+        torch.testing.assert_close(logged["val/nem"], (eps_fp - eps_q).square().mean())

@@ -308,6 +308,17 @@ def test_post_training_quantization_takes_no_step(first):
     assert result.metrics["student"]["image_mse"] > 0
 
 
+def test_weighted_by_propagation(first):
+    """S(t) is measured once for the teacher and the sampler, and lies in the run; a run that goes on has the same weights."""
+    runs = [run(first[0], "nem/weighting=propagation", "trainer.max_steps=2", name=f"weighted_{k}") for k in (0, 1)]
+    measured = [json.loads((result.run_dir / "propagation.json").read_text()) for result in runs]
+    assert measured[0] == measured[1]
+    assert len(measured[0]["t"]) == len(measured[0]["S"]) == 2
+    assert runs[0].module.weights.mean() == pytest.approx(1)
+    assert runs[0].module.weights.unique().numel() > 2
+    assert torch.equal(runs[0].module.weights, runs[1].module.weights)
+
+
 def test_on_policy_runs_and_resumes(first):
     result = run(first[0], "nem=on_policy", "nem.on_policy_buffer=40", "nem.on_policy_refresh=2", name="on_policy")
     assert "trajectory_buffer" in load_checkpoint(result.run_dir / "checkpoints" / "last.ckpt")
