@@ -313,7 +313,7 @@ def test_weighted_by_propagation(first):
     runs = [run(first[0], "nem/weighting=propagation", "trainer.max_steps=2", name=f"weighted_{k}") for k in (0, 1)]
     measured = [json.loads((result.run_dir / "propagation.json").read_text()) for result in runs]
     assert measured[0] == measured[1]
-    assert len(measured[0]["t"]) == len(measured[0]["S"]) == 2
+    assert len(measured[0]["t"]) == len(measured[0]["S"]) == 3  # of the sampler
     assert runs[0].module.weights.mean() == pytest.approx(1)
     assert runs[0].module.weights.unique().numel() > 2
     assert torch.equal(runs[0].module.weights, runs[1].module.weights)
