@@ -1,10 +1,13 @@
-"""A denoising step on integer codes beside what else computes it here: PyTorch FP32, FP32 compiled, bf16, the simulation.
+"""A denoising step on integer codes beside what else computes it here: PyTorch FP32, FP32 compiled, bf16, the simulation,
+OpenVINO FP32 and bf16, NNCF's W8A8, and our file in ONNX Runtime.
 
-    python benchmarks/integer.py [--rounds 11] [--threads 2] [--taq normalize]
+    python benchmarks/integer.py [--rounds 11] [--threads 2] [--taq normalize] [--files FOLDER]
 
 W4A4 and W8A8 with TaQ and quantized attention, the 35.7 M CIFAR-10 U-Net with random weights, calibrated briefly; batch 16 and
-1; interleaved pairs. Ratios belong to the instruction set that is printed. The last line is one JSON object; each `speedup` is
-the time of PyTorch FP32 eager, in its better layout, over that of W4A4 on integer codes, each `speedup_<peer>` the peer's.
+1; interleaved pairs. Ratios belong to the instruction set that is printed. The last line is one JSON object; `speedup` is the
+time of PyTorch FP32 eager, in its better layout, over that of W4A4 on integer codes, each `speedup_<peer>` the peer's time over
+that of W4A4; `roofline` compares each kind of operation with what this machine can do, `peak_megabytes` is a step's memory
+beyond the weights (other runtimes keep theirs from step to step: not told).
 """
 
 from __future__ import annotations
@@ -12,13 +15,17 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+import roofline
+import runtimes
 import torch
 from models import build
 from pairs import Pairs, interleave, ratio
@@ -45,6 +52,10 @@ from qdm_lightning.quantization import (
 from qdm_lightning.runs.provenance import hardware
 
 TAQ = {"off": None, "normalize": NormalizedActivation, "ema": EMANormalizedActivation, "scale": GroupedActivation}
+PEERS = ("openvino_fp32", "openvino_bf16", "nncf_w8a8", "nncf_w8a8_bf16", "w4a4_onnxruntime", "w4a4_openvino")
+"""Of `benchmarks/runtimes.py`: what other runtimes make of the network, and of our files."""
+
+SHAPE = (3, 32, 32)
 Step = Callable[[], None]
 
 
@@ -61,10 +72,9 @@ def student(base: nn.Module, bits: int, taq: str) -> Denoiser:
     return network
 
 
-def step(network: nn.Module, batch: int, layout: torch.memory_format, autocast: bool = False) -> Step:
+def step(network: Any, batch: int, layout: torch.memory_format, autocast: bool = False) -> Step:
     """A closure that makes one denoising step on a fixed batch."""
-    config = next(m.config for m in network.modules() if hasattr(m, "config"))
-    x = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size).contiguous(memory_format=layout)
+    x = torch.randn(batch, *SHAPE).contiguous(memory_format=layout)
     t = torch.full((batch,), 500)
 
     def run() -> None:
@@ -101,6 +111,12 @@ def steps(made: dict[str, Any], batch: int, compile_fp32: bool) -> dict[str, Ste
     if compile_fp32:
         found["fp32_compile"] = step(torch.compile(base), batch, last)
     return found
+
+
+def peers(base: nn.Module, folder: Path, threads: int, batch: int) -> dict[str, Step]:
+    """The steps of other runtimes, by name."""
+    found = runtimes.networks(base, folder, threads, batch)
+    return {name: step(found[name], batch, torch.contiguous_format) for name in PEERS}
 
 
 def kinds(run: Step, repeats: int = 3) -> dict[str, float]:
@@ -162,12 +178,11 @@ KERNELS = {
 
 def ddim(network: nn.Module, batch: int) -> Step:
     """A closure that draws a batch by DDIM-50."""
-    config = next(m.config for m in network.modules() if hasattr(m, "config"))
-    sampler, shape = SamplerConfig(kind="ddim", steps=50, batch_size=batch), (config.in_channels, *[config.sample_size] * 2)
+    sampler = SamplerConfig(kind="ddim", steps=50, batch_size=batch)
 
     def run() -> None:
         with torch.no_grad(), cached_weights(network):
-            sample(network, sampler, DiffusionConfig(), shape=shape, seeds=list(range(batch)), device=torch.device("cpu"))
+            sample(network, sampler, DiffusionConfig(), shape=SHAPE, seeds=list(range(batch)), device=torch.device("cpu"))
 
     return run
 
@@ -188,29 +203,41 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--model", default="unet_cifar10")
     parser.add_argument("--taq", default="normalize", choices=list(TAQ))
     parser.add_argument("--batches", type=int, nargs="*", default=[16, 1])
     parser.add_argument("--only", nargs="*", help="of the variants, beside fp32")
     parser.add_argument("--no-compile", action="store_true", help="leave out FP32 under torch.compile")
-    parser.add_argument("--ddim", type=int, default=1, help="rounds of DDIM-50 at batch 16")
+    parser.add_argument("--no-runtimes", action="store_true", help="leave out OpenVINO, NNCF and ONNX Runtime")
+    parser.add_argument(
+        "--files", type=Path, help="where their files lie, made if they are not there; default: a temporary one"
+    )
+    parser.add_argument("--ddim", type=int, default=3, help="rounds of DDIM-50 at batch 16")
     parser.add_argument("--profile", action="store_true", help="the tables by kind of operation alone")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     compiled.set_mode("on")
-    made = networks(build(options.model), options.taq)
+    base = build("unet_cifar10")
+    made = networks(base, options.taq)
     isa = provenance()
     print(
         f"{hardware()['processor']}, {options.threads} threads, instruction set {isa['isa']}, {isa}, torch {torch.__version__}"
     )
     found: dict[int, dict[str, Any]] = {}
+    memory: dict[str, dict[str, float]] = {}
     caches = ExitStack()
     caches.enter_context(cached_weights(made["simulated"]))
+    folder = options.files or Path(caches.enter_context(tempfile.TemporaryDirectory()))
+    if not options.no_runtimes and not options.profile:
+        folder.mkdir(parents=True, exist_ok=True)
+        runtimes.write_files(base, folder)
     for batch in [] if options.profile else options.batches:
         runs = steps(made, batch, not options.no_compile)
+        runs |= {} if options.no_runtimes else peers(base, folder, options.threads, batch)
         runs = {name: run for name, run in runs.items() if options.only is None or name in ("fp32", *options.only)}
         found[batch] = show(interleave(runs, "fp32", options.rounds, options.warmup), "fp32", f"batch {batch}, one step")
+        memory[str(batch)] = {name: roofline.peak_megabytes(run) for name, run in runs.items() if name not in PEERS}
+        print(f"megabytes of a step at its peak, beyond what lies there before it: {memory[str(batch)]}")
     tables = {}
     for name in ("fp32", "w4a4", "w8a8"):
         run = step(made[name], options.batches[0], torch.channels_last)
@@ -219,12 +246,22 @@ def main() -> None:
         print(f"\n{name}, batch {options.batches[0]}: ms by kind of operation")
         for kind, value in tables[name].items():
             print(f"  {kind:36} {value:8.2f}")
+    peak = roofline.machine()
+    with roofline.counted(made["w4a4"]) as needs:
+        step(made["w4a4"], options.batches[0], torch.channels_last)()
+    bounds = roofline.roofline(needs, tables["w4a4"], peak)
+    print(f"\nw4a4 against this machine's {', '.join(f'{value / 1e9:.0f} G{name}/s' for name, value in peak.items())}")
+    for kind, own in bounds.items():
+        print(f"  {kind:36} {own}")
     drawn: dict[str, Any] = {}
     if options.ddim and not options.profile:
         batch = options.batches[0]
         runs = {name: ddim(made[name], batch) for name in ("fp32", "w4a4")}
         drawn = show(interleave(runs, "fp32", options.ddim, 0), "fp32", f"batch {batch}, DDIM-50 end to end")
-    print(json.dumps(record(options, isa, found, drawn, tables, made["w4a4_report"].float_layers)))
+    last = record(options, isa, found, drawn, tables, made["w4a4_report"].float_layers)
+    last |= {"machine": {name: float(f"{value:.3g}") for name, value in peak.items()}, "roofline": bounds}
+    print(json.dumps({**last, "peak_megabytes": memory}))
+    caches.close()
 
 
 def record(
@@ -250,7 +287,7 @@ def record(
 
     return {
         "benchmark": "integer",
-        "model": options.model,
+        "model": "unet_cifar10",
         "taq": options.taq,
         "threads": options.threads,
         "torch": torch.__version__,
@@ -260,12 +297,17 @@ def record(
         "speedup_interval": over(16, "fp32", "interval"),
         "speedup_batch1": over(1, "fp32"),
         "speedup_ddim50": drawn.get("w4a4", {}).get("ratio"),
+        "speedup_ddim50_interval": drawn.get("w4a4", {}).get("interval"),
         "speedup_w8a8": round(over(16, "fp32") / over(16, "w8a8"), 3) if over(16, "w8a8") else None,
         "speedup_compile": over(16, "fp32_compile"),
         "speedup_bf16": over(16, "bf16"),
         "speedup_simulated": over(16, "simulated"),
-        "speedup_openvino_bf16": None,
-        "speedup_nncf": None,
+        "speedup_openvino_fp32": over(16, "openvino_fp32"),
+        "speedup_openvino_bf16": over(16, "openvino_bf16"),
+        "speedup_nncf": over(16, "nncf_w8a8"),
+        "speedup_nncf_bf16": over(16, "nncf_w8a8_bf16"),
+        "speedup_onnxruntime": over(16, "w4a4_onnxruntime"),
+        "speedup_exported": over(16, "w4a4_openvino"),
         "float_layers": len(float_layers),
         "ms_by_kind": tables,
     }

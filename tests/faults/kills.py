@@ -257,7 +257,9 @@ class Kills:
     def prepared(self, name: str, root: Path) -> list[str]:
         """Make a new folder for a command of that name; the command."""
         if name in COMMANDS:
-            shutil.copytree(self.reference("normalize"), root)
+            made = self.reference("normalize")
+            shutil.copytree(made / "run", root / "run")  # which names the cache beside the original
+            shutil.rmtree(made / "cache" / "references", ignore_errors=True)  # made again, so that a kill can meet it
             return COMMANDS[name].split()
         root.mkdir()
         if name not in ("teacher", "fp32"):

@@ -104,7 +104,7 @@ class IntegerAttention(nn.Module):
         if mask is None and self.native_ready:
             grids = [source.at(source.operand(x)) for x, source in ((q, self.query), (k, self.key), (v, self.value))]
             grids.append(self.probabilities.at(q))
-            if all(int(grid.zero_point.abs().max()) <= FARTHEST for grid in grids):
+            if all(-FARTHEST <= z <= FARTHEST for grid in grids for z in grid.zero_points):
                 return native.attention(q, k, v, heads, grids)
         q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, d)
         q_codes, k_codes, v_codes = (_operand(x, grid) for x, grid in ((q, self.query), (k, self.key), (v, self.value)))

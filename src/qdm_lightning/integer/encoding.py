@@ -32,7 +32,7 @@ def encode(
     """
     for target in targets:
         if any(target.padding):
-            low, high = target.grid.zero_point.aminmax()
+            low, high = target.grid.zero_points
             if low < 0 or high > 255:
                 raise ValueError(f"zeros are padded, but the zero points {low:g}..{high:g} lie outside [0, 255]")
     found = native.encode(parts, targets, norm, shift)

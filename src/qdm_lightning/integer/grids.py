@@ -18,17 +18,32 @@ from qdm_lightning.quantization.timestep import current_timesteps, timesteps
 class Grid(NamedTuple):
     """x_hat = s (code - z) with codes in [0, qmax]; one s and z for all samples of a pass, or one for each.
 
-    `scale`, `zero_point` are (1,) or (B,), float32, z integer; `group` names a static grid, None is one for this pass alone.
+    `scale`, `zero_point` are (1,) or (B,), float32, z integer; `group` names a static grid, None is one for this pass alone;
+    `known` is a static grid's s and z as numbers.
     """
 
     scale: Tensor
     zero_point: Tensor
     qmax: int
     group: int | None = None
+    known: tuple[float, float] | None = None
 
     @property
     def per_sample(self) -> bool:
         return self.scale.numel() > 1
+
+    @property
+    def step(self) -> float:
+        """The one s as a number."""
+        return self.scale.item() if self.known is None else self.known[0]
+
+    @property
+    def zero_points(self) -> tuple[float, float]:
+        """The least and the greatest z."""
+        if self.known is not None:
+            return self.known[1], self.known[1]
+        low, high = self.zero_point.aminmax()
+        return low.item(), high.item()
 
 
 Padding = tuple[int, int, int, int]
@@ -108,7 +123,8 @@ class StaticGrid(GridSource):
         """The grid of one group."""
         if group not in self._grids:
             row = slice(group, group + 1)
-            self._grids[group] = Grid(self.scale[row], self.zero_point[row], self.qmax, group)
+            known = (self.scale[group].item(), self.zero_point[group].item())
+            self._grids[group] = Grid(self.scale[row], self.zero_point[row], self.qmax, group, known)
         return self._grids[group]
 
     def current_groups(self, rows: int) -> list[int]:

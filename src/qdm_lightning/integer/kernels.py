@@ -59,11 +59,15 @@ def pack_linear(weight: Tensor, rows: int | None = None) -> Tensor:
     return torch.ops.onednn.qlinear_prepack(weight, None if rows is None else [rows, weight.shape[1]])
 
 
+@cache
+def _zeros(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32)
+
+
 def linear(codes: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """scale scales_o sum_i codes_i w_oi + bias_o, (M, O) float32, of codes (M, I) uint8."""
-    zeros = torch.zeros(scales.numel(), dtype=torch.int32)
     return torch.ops.onednn.qlinear_pointwise(
-        codes, scale, 0, packed, scales, zeros, bias, 1.0, 0, torch.float32, "none", [], ""
+        codes, scale, 0, packed, scales, _zeros(scales.numel()), bias, 1.0, 0, torch.float32, "none", [], ""
     )
 
 

@@ -147,7 +147,7 @@ class IntegerConv2d(IntegerLayer):
 
         With `overwrite` the residual's memory may become the result's.
         """
-        bias, scale = self.folded_bias(grid), 1.0 if grid.per_sample else grid.scale.item()
+        bias, scale = self.folded_bias(grid), 1.0 if grid.per_sample else grid.step
         own = None if grid.per_sample else bias
         winograd = self.winograd if codes.shape[2] % 2 == codes.shape[3] % 2 == 0 else None
         if winograd is not None and not grid.per_sample:
@@ -206,7 +206,7 @@ class IntegerLinear(IntegerLayer):
         rows = codes.reshape(-1, codes.shape[-1])
         bias = self.folded_bias(grid)
         if not grid.per_sample:
-            out = kernels.linear(rows, self.packed, self.weight_scale, bias, grid.scale.item())
+            out = kernels.linear(rows, self.packed, self.weight_scale, bias, grid.step)
             return out.view(*codes.shape[:-1], -1)
         out = kernels.linear(rows, self.packed, self.weight_scale, None, 1.0).view(*codes.shape[:-1], -1)
         middle = [1] * (codes.ndim - 2)
