@@ -1,4 +1,4 @@
-"""A seeded run is what it was: losses of 40 student steps and the images of 16 seeds, kept in tests/assets/trace.npz.
+"""A seeded run is what it was: losses of 24 student steps and the images of 16 seeds, kept in tests/assets/trace.npz.
 
 `python tests/oracle/test_trace.py` writes the file anew. Equality is exact where instruction set and version of torch are those
 that the file tells, and to a tolerance elsewhere.
@@ -29,11 +29,12 @@ VARIANTS = {
 RUN = [
     "model.block_out_channels=[8,16]",
     "model.norm_num_groups=4",
+    "model.layers_per_block=1",
     "data.batch_size=16",
-    "teacher.max_steps=20",
+    "teacher.max_steps=10",
     "trainer=cpu",
-    "trainer.max_steps=40",
-    "trainer.val_every=10",
+    "trainer.max_steps=24",
+    "trainer.val_every=12",
     "trainer.val_images=64",
     "trainer.log_every=1",
     "trainer.compile=off",
@@ -51,7 +52,7 @@ def surroundings() -> str:
 
 
 def run(variant: str, folder: Path) -> dict[str, np.ndarray]:
-    """Losses (40,) float64 and images (16, 1, 8, 8) float32 of one variant."""
+    """Losses (24,) float64 and images (16, 1, 8, 8) float32 of one variant."""
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         cfg = compose("train", [*RUN, *VARIANTS[variant], f"paths.cache={folder / 'cache'}", f"paths.output={folder / 'runs'}"])
     result = train(cfg, Progress("silent"))
@@ -67,7 +68,7 @@ def test_trace(variant, tmp_path):
     with np.load(FILE, allow_pickle=False) as kept:
         expected = {name: kept[name] for name in kept.files}
     found = run(variant, tmp_path)
-    assert found[f"{variant}/losses"].shape == (40,)
+    assert found[f"{variant}/losses"].shape == (24,)
     for name, values in found.items():
         if str(expected["surroundings"]) == surroundings():
             np.testing.assert_array_equal(values, expected[name])
