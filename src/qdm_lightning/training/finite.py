@@ -41,11 +41,18 @@ class FiniteValues(Callback):
         self.folder, self.lower = folder, lower
         self._images, self._loss = torch.empty(0), torch.zeros(())
         self._buffers: list[Tensor] = []
+        self._looked_at: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._statistics: list[Tensor] = []
         self._stopped = False
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Walk the networks once: from here on their tensors change in place."""
+        assert isinstance(module, DiffusionModule)
+        self._looked_at, self._statistics = _looked_at(module), list(module.student.buffers())
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert isinstance(module, DiffusionModule)
-        self._images, self._buffers = batch, [buffer.clone() for buffer in module.student.buffers()]
+        self._images, self._buffers = batch, [buffer.clone() for buffer in self._statistics]
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
         self._loss = loss.detach()
@@ -53,20 +60,20 @@ class FiniteValues(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
         assert isinstance(module, DiffusionModule)
         gradients = torch.stack(module.gradient_norms())
-        state = torch.stack([self._loss, *_extents(module)])
+        state = torch.stack([self._loss, *_extents(*self._looked_at)])
         if self._agreed(trainer, torch.cat([gradients, state])):
             return
         if _skips_steps(trainer) and self._agreed(trainer, state):
             return  # the scaler leaves the step out, and lowers its scale
-        self._rewind(module)
+        self._rewind()
         again = self._cause(trainer, module, gradients)
-        self._rewind(module)
+        self._rewind()
         cause = _first_known(trainer, next(_state_causes(module), again))
         self._stop(trainer, module, f"in step {trainer.global_step + 1} {cause}", "before this step")
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, DiffusionModule)
-        if not self._agreed(trainer, torch.stack(_extents(module))):
+        if not self._agreed(trainer, torch.stack(_extents(*_looked_at(module)))):
             cause = _first_known(trainer, next(_state_causes(module), ""))
             self._stop(trainer, module, f"after step {trainer.global_step} {cause}", "then")
 
@@ -84,9 +91,9 @@ class FiniteValues(Callback):
         if isinstance(exception, NotFiniteError) and not self._stopped and trainer.world_size == 1:
             trainer.save_checkpoint(self.folder / DIVERGED, weights_only=False)
 
-    def _rewind(self, module: DiffusionModule) -> None:
+    def _rewind(self) -> None:
         """TaQ's statistics, as they were before the step's forward pass."""
-        for buffer, before in zip(module.student.buffers(), self._buffers, strict=True):
+        for buffer, before in zip(self._statistics, self._buffers, strict=True):
             buffer.copy_(before)
 
     def _agreed(self, trainer: Trainer, values: Tensor) -> bool:
@@ -154,10 +161,14 @@ def _state(module: DiffusionModule) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, b) for name, b in network.named_buffers(prefix.rstrip(".")) if b.is_floating_point())
 
 
-def _extents(module: DiffusionModule) -> list[Tensor]:
-    """The greatest magnitude in the state, and infinity where a scale or its inverse is not finite: two scalars."""
-    tensors = [tensor.detach() for _, tensor in _state(module)]
+def _looked_at(module: DiffusionModule) -> tuple[list[Tensor], list[Tensor]]:
+    """The state's tensors, and those of them that are log s."""
     logs = [m.log_scale.detach() for m in module.modules() if isinstance(m, LearnedGrid)]
+    return [tensor.detach() for _, tensor in _state(module)], logs
+
+
+def _extents(tensors: list[Tensor], logs: list[Tensor]) -> list[Tensor]:
+    """The greatest magnitude in the state, and infinity where a scale or its inverse is not finite: two scalars."""
     largest = nn.utils.get_total_norm(tensors, torch.inf)
     scales = torch.cat(logs).abs().max() if logs else torch.zeros_like(largest)
     return [largest, torch.where(scales <= LARGEST_LOG_SCALE, scales, torch.inf)]
