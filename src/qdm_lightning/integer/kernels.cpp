@@ -75,51 +75,77 @@ int has_vnni() {
 
 namespace {
 
-// Sums over pixels [begin, end) of x + shift - center, or of its square, added to sums (C).
-void add_sums(const Activation& x, int64_t n, int64_t begin, int64_t end, const float* center, bool square, double* sums) {
-  const int64_t total = x.channels[0] + x.channels[1];
-  constexpr int64_t run = 16;  // few enough that float sums stay exact to their rounding
-  std::vector<float> partial(total);
-  for (int64_t first = begin; first < end; first += run) {
-    std::fill(partial.begin(), partial.end(), 0.0f);
-    for (int64_t pixel = first; pixel < std::min(end, first + run); ++pixel) {
-      for (int64_t part = 0, offset = 0; part < 2; offset += x.channels[part++]) {
-        const int64_t count = x.channels[part];
-        const float* values = x.part[part] + (n * x.height * x.width + pixel) * count;
-        float* own = partial.data() + offset;
-        const float* middle = center + offset;
-        if (square) {
-#pragma omp simd
-          for (int64_t c = 0; c < count; ++c) { const float d = values[c] - middle[c]; own[c] += d * d; }
-        } else {
-#pragma omp simd
-          for (int64_t c = 0; c < count; ++c) own[c] += values[c] - middle[c];
-        }
-      }
-    }
-    for (int64_t c = 0; c < total; ++c) sums[c] += partial[c];
+constexpr int64_t kRun = 16;    // pixels: few enough that float sums stay exact to their rounding
+constexpr int64_t kLanes = 16;  // channels at once
+typedef float Lanes __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+// A value of each channel of a sample that is near its mean, so that squares of what is left lose no digits: (C).
+void centers_of(const Activation& x, int64_t n, float* center) {
+  const int64_t pixels = x.height * x.width, taken = std::min(kRun, pixels);
+  for (int64_t part = 0, offset = 0; part < 2; offset += x.channels[part++]) {
+    const int64_t count = x.channels[part];
+    const float* values = x.part[part] + n * pixels * count;
+    std::fill(center + offset, center + offset + count, 0.0f);
+    for (int64_t pixel = 0; pixel < taken; ++pixel)
+      for (int64_t c = 0; c < count; ++c) center[offset + c] += values[pixel * count + c] / taken;
   }
 }
 
-// Group norm of x + shift as y = x a_c + b_c: its a and b of one sample.
-void affine(const Activation& x, const double* sums, const double* squares, const float* shift, float* a, float* b,
-            float* center, bool means_only) {
+// Sums over pixels [begin, end) of x - center and of its square, added to sums and squares (C).
+void add_sums(const Activation& x, int64_t n, int64_t begin, int64_t end, const float* center, double* sums, double* squares) {
+  const int64_t pixels = x.height * x.width;
+  for (int64_t first = begin; first < end; first += kRun) {
+    const int64_t last = std::min(end, first + kRun);
+    for (int64_t part = 0, offset = 0; part < 2; offset += x.channels[part++]) {
+      const int64_t count = x.channels[part], whole = count / kLanes * kLanes;
+      const float* values = x.part[part] + n * pixels * count;
+      for (int64_t c = 0; c < whole; c += kLanes) {
+        const Lanes middle = *reinterpret_cast<const Lanes*>(center + offset + c);
+        Lanes sum = {}, square = {};
+        for (int64_t pixel = first; pixel < last; ++pixel) {
+          const float* own = values + pixel * count + c;
+          __builtin_prefetch(own + kRun * count);  // the next run's: the order is not the memory's
+          const Lanes d = *reinterpret_cast<const Lanes*>(own) - middle;
+          sum += d;
+          square += d * d;
+        }
+        for (int64_t i = 0; i < kLanes; ++i) {
+          sums[offset + c + i] += sum[i];
+          squares[offset + c + i] += square[i];
+        }
+      }
+      for (int64_t c = whole; c < count; ++c) {
+        float sum = 0, square = 0;
+        for (int64_t pixel = first; pixel < last; ++pixel) {
+          const float d = values[pixel * count + c] - center[offset + c];
+          sum += d;
+          square += d * d;
+        }
+        sums[offset + c] += sum;
+        squares[offset + c] += square;
+      }
+    }
+  }
+}
+
+// Group norm of x + shift as y = x a_c + b_c: its a and b of one sample, of the sums of x - center and of its square.
+void affine(const Activation& x, const float* center, const double* sums, const double* squares, const float* shift, float* a,
+            float* b) {
   const int64_t total = x.channels[0] + x.channels[1], width = total / x.groups, pixels = x.height * x.width;
   for (int64_t g = 0; g < x.groups; ++g) {
     double sum = 0, square = 0;
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      sum += sums[c] + (shift ? shift[c] : 0.0) * pixels;
-      if (!means_only) square += squares[c];
-    }
+    const auto middle = [&](int64_t c) { return center[c] + (shift ? static_cast<double>(shift[c]) : 0.0); };
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) sum += sums[c] + middle(c) * pixels;
     const double mean = sum / (width * pixels);
-    const double rstd = means_only ? 0 : 1 / std::sqrt(square / (width * pixels) + x.eps);
     for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      const double own = shift ? shift[c] : 0.0;
-      center[c] = static_cast<float>(mean - own);
-      if (means_only) continue;
+      const double away = middle(c) - mean;
+      square += squares[c] + away * (2 * sums[c] + away * pixels);
+    }
+    const double rstd = 1 / std::sqrt(square / (width * pixels) + x.eps);
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
       const double factor = rstd * (x.gamma ? x.gamma[c] : 1.0f);
       a[c] = static_cast<float>(factor);
-      b[c] = static_cast<float>((own - mean) * factor + (x.beta ? x.beta[c] : 0.0f));
+      b[c] = static_cast<float>(((shift ? shift[c] : 0.0) - mean) * factor + (x.beta ? x.beta[c] : 0.0f));
     }
   }
 }
@@ -183,24 +209,23 @@ extern "C" int encode(const Activation* activation, const Target* targets, int64
   // Samples side by side, each from the cache a second time; a sample alone is cut into rows.
   const int64_t threads = omp_get_max_threads(), cuts = x.batch >= threads ? 1 : std::min<int64_t>(threads, x.height);
   std::vector<double> sums(x.batch * cuts * total), squares(x.batch * cuts * total);
-  std::vector<float> scales(x.batch * total, 1.0f), biases(x.batch * total, 0.0f), centers(x.batch * total, 0.0f);
+  std::vector<float> scales(x.batch * total, 1.0f), biases(x.batch * total, 0.0f), centers(x.batch * cuts * total);
   int good = 1;
   const auto shift = [&](int64_t n) { return x.shift ? x.shift + n * total : nullptr; };
-  const auto gather = [&](int64_t n, bool means_only) {
-    for (int64_t cut = 1; cut < cuts; ++cut)
-      for (int64_t c = 0; c < total; ++c) {
-        auto& own = means_only ? sums : squares;
-        own[n * cuts * total + c] += own[(n * cuts + cut) * total + c];
-      }
-    affine(x, &sums[n * cuts * total], &squares[n * cuts * total], shift(n), &scales[n * total], &biases[n * total],
-           &centers[n * total], means_only);
+  const auto measure = [&](int64_t n, int64_t cut) {
+    const int64_t at = (n * cuts + cut) * total;
+    centers_of(x, n, &centers[at]);
+    add_sums(x, n, cut * pixels / cuts, (cut + 1) * pixels / cuts, &centers[at], &sums[at], &squares[at]);
   };
-  const auto pass = [&](int64_t n, int64_t cut, int step) {
-    const int64_t begin = cut * pixels / cuts, end = (cut + 1) * pixels / cuts, at = (n * cuts + cut) * total;
-    if (step < 2) {
-      add_sums(x, n, begin, end, &centers[n * total], step == 1, step == 0 ? &sums[at] : &squares[at]);
-      return;
+  const auto gather = [&](int64_t n) {
+    const int64_t at = n * cuts * total;
+    for (int64_t i = total; i < cuts * total; ++i) {
+      sums[at + i % total] += sums[at + i];
+      squares[at + i % total] += squares[at + i];
     }
+    affine(x, &centers[at], &sums[at], &squares[at], shift(n), &scales[n * total], &biases[n * total]);
+  };
+  const auto write = [&](int64_t n, int64_t cut) {
     for (int64_t i = 0; i < count; ++i) {
       const Target& t = targets[i];
       std::vector<float> ones;
@@ -218,19 +243,18 @@ extern "C" int encode(const Activation* activation, const Target* targets, int64
   if (cuts == 1) {
 #pragma omp for schedule(dynamic)
     for (int64_t n = 0; n < x.batch; ++n) {
-      if (x.groups)
-        for (int step = 0; step < 2; ++step) { pass(n, 0, step); gather(n, step == 0); }
-      pass(n, 0, 2);
+      if (x.groups) { measure(n, 0); gather(n); }
+      write(n, 0);
     }
   } else {
-    for (int step = x.groups ? 0 : 2; step < 3; ++step) {
+    if (x.groups) {
 #pragma omp for schedule(static)
-      for (int64_t task = 0; task < x.batch * cuts; ++task) pass(task / cuts, task % cuts, step);
-      if (step < 2) {
+      for (int64_t task = 0; task < x.batch * cuts; ++task) measure(task / cuts, task % cuts);
 #pragma omp single
-        for (int64_t n = 0; n < x.batch; ++n) gather(n, step == 0);
-      }
+      for (int64_t n = 0; n < x.batch; ++n) gather(n);
     }
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < x.batch * cuts; ++task) write(task / cuts, task % cuts);
   }
   return good;
 }
