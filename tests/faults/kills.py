@@ -196,7 +196,7 @@ def compare(one: Any, two: Any, at: str = "") -> str:
     return "" if one == two or (one != one and two != two) else f"{at}: {str(one)[:60]}, not {str(two)[:60]}"
 
 
-TIMES = {"seconds", "step_seconds", "resumed_from", "peak_memory_bytes", "finished", "run", "name", "trained_by"}
+TIMES = {"seconds", "step_seconds", "resumed_from", "peak_memory_bytes", "finished", "run", "name", "trained_by", "git"}
 """What two runs with the same result may have different in their records."""
 
 
@@ -211,6 +211,8 @@ def state(root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for file in sorted(path for path in root.rglob("*") if path.is_file()):
         name = file.relative_to(root).as_posix()
+        if name.startswith("cache/references/"):  # of evaluate, where the run that was copied has its cache
+            continue
         if file.suffix == ".ckpt":
             import torch
 
