@@ -1,9 +1,6 @@
 """`python -m qdm_lightning.train`: a teacher, its quantized student, and a measurement of both.
 
-`train(cfg)` is the same from Python:
-
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        result = train(compose("train", overrides=["quant=w3a3"]))
+`train(["quant=w3a3"])` is the same from Python: what would be typed, as a list. `qdm_lightning.run_training` is this function.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ def companions(group: str, name: str) -> str:
         ("teacher", "pretrained"): "teacher.path=some/network data=images data.path=PATH data.image_size=16",
         ("metrics", "custom"): "metrics._target_=qdm_lightning.metrics.digits.DigitsFeatures",
         ("metrics", "resnet20"): "metrics.weights=PATH",
+        ("sampler", "diffusers"): "sampler.scheduler._target_=diffusers.DEISMultistepScheduler",
         ("data", name): UNET_FOR.get(name, ""),
         ("model", name): DATA_FOR.get(name, ""),
         ("experiment", name): "metrics=digits" if name.startswith("paper/") else "",

@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
+import qdm_lightning
 from qdm_lightning import load_student
+from qdm_lightning.base.checks import UserError
 from qdm_lightning.cli.help import COMMANDS
 from qdm_lightning.cli.schema import CONF_DIR
 from qdm_lightning.cli.validate import validate
@@ -68,6 +71,33 @@ def test_the_plain_loop_learns():
     exec(block("plain-loop"), scope)
     assert float(scope["loss"].detach()) < 1.5  # type: ignore[attr-defined]
     assert len(scope["report"].quantized) == 3  # type: ignore[attr-defined]
+
+
+def test_the_python_api(tmp_path):
+    scope: dict[str, object] = {}
+    words = [*TINY, f"paths.cache={tmp_path}", f"paths.output={tmp_path / 'o'}"]
+    exec(block("python").replace('"debug=trial"', ", ".join(map(repr, words))), scope)
+    images, result = scope["images"], scope["result"]
+    assert images.shape == (16, 1, 8, 8)  # type: ignore[attr-defined]
+    assert result.metrics["student"]["image_mse"] > 0  # type: ignore[attr-defined]
+    draw = qdm_lightning.draw_images
+    assert torch.equal(draw(scope["student"], [3]), images[3:4])  # type: ignore[index]
+    assert all(callable(getattr(qdm_lightning, name)) for name in qdm_lightning.__all__ if name != "__version__")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("quant=w3a3", r"give a list of overrides, such as train\(\['quant=w3a3'\]\)"),
+        (["seed=0,1"], "seed=0,1: one run at a time from Python"),
+        (["hydra.run.dir=x"], "one run at a time from Python, in a new folder below"),
+        (["run=x", "seed=1"], "run=x goes on as the run's own config.yaml says"),
+        (["quant=w5"], "quant=w5"),
+    ],
+)
+def test_what_python_may_not_ask_for_is_one_line(words, message):
+    with pytest.raises(UserError, match=message):
+        qdm_lightning.run_training(words)
 
 
 def test_a_quantizer_of_the_users_own(tmp_path, monkeypatch, capsys):

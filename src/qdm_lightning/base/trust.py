@@ -40,6 +40,15 @@ ROLES = {
 }
 """What a stored configuration may name in each of its nodes, below the package."""
 
+SCHEDULERS = tuple(
+    f"diffusers.{name}Scheduler"
+    for name in (
+        *("DPMSolverMultistep", "UniPCMultistep", "DEISMultistep", "SASolver", "PNDM"),
+        *("HeunDiscrete", "EulerDiscrete", "EulerAncestralDiscrete"),
+    )
+)
+"""What it may name as `sampler.scheduler`."""
+
 
 def targets(plain: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Each (`key` of the node, its `_target_`) in a plain configuration of dicts and lists, to any depth."""
@@ -89,6 +98,7 @@ def check_targets(
         raise ValueError(f"the stored configuration has {name}, which no run of ours writes: it would change what is called")
     for key, target in targets(plain):
         ours = [f"{PACKAGE}.{name}" for name in ROLES.get("logger" if key.startswith("logger.") else key, ())]
+        ours += SCHEDULERS if key == "sampler.scheduler" else ()
         allowed = target is None or (isinstance(target, str) and (target in trusted or target in ours))
         if not allowed:
             raise ValueError(

@@ -114,10 +114,13 @@ def build(cfg: DictConfig) -> Experiment:
 
     from torch.nn import Module
 
+    from qdm_lightning.diffusion.sampling import timesteps
     from qdm_lightning.training.experiment import Experiment
 
     _check_device(settings.trainer)
     check_sizes(settings, network_settings(settings.model))
+    if settings.sampler.scheduler:
+        timesteps(settings.sampler, settings.diffusion)  # raises where its scheduler does not take what is given
     return Experiment(
         seed=settings.seed,
         run_dir=new_folder(cfg),

@@ -148,17 +148,12 @@ def register_root(name: str, schema: type) -> None:
     """Tell Hydra's ConfigStore the root `base_<name>`; any name may be added to its open nodes: no `+` to type."""
     _ROOTS.append(schema)
     root = OmegaConf.structured(schema)
+    free = ["sampler.scheduler"] if "sampler" in root else []
     if issubclass(schema, TrainConfig):
-        quant = root.quant
-        for node in (
-            root.callbacks,
-            quant.rules,
-            quant.weight_quantizer,
-            quant.act_quantizer,
-            quant.calibrator,
-            root.nem.weighting,
-        ):
-            OmegaConf.set_struct(node, False)
+        free += ["callbacks", "nem.weighting", "quant.rules"]
+        free += ["quant.weight_quantizer", "quant.act_quantizer", "quant.calibrator"]
+    for key in free:
+        OmegaConf.set_struct(OmegaConf.select(root, key), False)
     ConfigStore.instance().store(name=f"base_{name}", node=root)
 
 

@@ -17,7 +17,17 @@ from omegaconf import DictConfig, OmegaConf
 from qdm_lightning.base.checks import UserError
 from qdm_lightning.cli.app import Command
 from qdm_lightning.cli.build import build, check_one_folder
-from qdm_lightning.cli.compose import before_it_began, for_shell, given_beside_run, parse, parsed, stored, trusted
+from qdm_lightning.cli.compose import (
+    before_it_began,
+    composed,
+    for_shell,
+    given_beside_run,
+    parse,
+    parsed,
+    stored,
+    trusted,
+    without_hydra,
+)
 from qdm_lightning.cli.schema import plain
 from qdm_lightning.cli.validate import refuse_unknown
 from qdm_lightning.diffusion.spec import SCHEDULES
@@ -29,11 +39,12 @@ if TYPE_CHECKING:
     from qdm_lightning.training.run import Result
 
 
-def train(cfg: DictConfig, progress: Progress | None = None) -> Result:
+def train(cfg: DictConfig | Sequence[str], progress: Progress | None = None) -> Result:
     """Build the experiment that `cfg` describes and run it in its folder; a folder that holds that very run is gone on with.
 
     Args:
-        cfg: composed from `conf/train.yaml`, or what `compose.stored(folder)` returns, to go on with that run.
+        cfg: what is typed after `python -m qdm_lightning.train`, such as ["quant=w3a3", "seed=1"], or ["run=FOLDER"] to go on
+            with a run; or a configuration composed from `conf/train.yaml`.
         progress: where stages are shown; None chooses by the terminal.
 
     Returns:
@@ -46,8 +57,26 @@ def train(cfg: DictConfig, progress: Progress | None = None) -> Result:
 
     progress = progress or Progress()
     with before_it_began(progress):
+        if not isinstance(cfg, DictConfig):
+            cfg = _as_typed(cfg)
         check_one_folder(cfg, typed=False)
         return _run(build(cfg), progress)
+
+
+def _as_typed(words: Sequence[str]) -> DictConfig:
+    """The configuration of one run from what would be typed. Raises UserError at what only the command can do."""
+    if isinstance(words, str):
+        raise UserError(f"train({words!r}): give a list of overrides, such as train([{words!r}])")
+    args = parse(words)
+    for override in parsed(args.overrides):
+        if args.multirun or override.is_hydra_override() or override.is_sweep_override():
+            raise UserError(f"{override.input_line}: one run at a time from Python, in a new folder below paths.output")
+    cfg = without_hydra(composed("train", args.overrides, args.config_dir))
+    if cfg.run is None:
+        return cfg
+    if len(args.overrides) > 1:
+        raise UserError(f"run={cfg.run} goes on as the run's own {CONFIG} says: leave the rest out")
+    return stored(cfg.run)
 
 
 def _run(experiment: Experiment, progress: Progress) -> Result:

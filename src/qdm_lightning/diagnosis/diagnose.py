@@ -81,7 +81,7 @@ def diagnose(experiments: Sequence[Experiment], config: DiagnosisConfig, progres
     record = {
         "runs": {name: _record(run) for name, run in runs.items()},
         "num_images": config.num_images,
-        "sampler": asdict(experiments[0].sampler),
+        "sampler": experiments[0].sampler.settings(),
         "diffusion": asdict(experiments[0].diffusion),
         "environment": environment(subjects[0].image_sampler.device),
         "versions": versions(),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from qdm_lightning.diffusion.sampling import Network, spread, step_function, timesteps
+from qdm_lightning.diffusion.sampling import Network, spread, timesteps
+from qdm_lightning.diffusion.solvers import Solver, make_solver
 from qdm_lightning.diffusion.spec import SEEDS, DiffusionConfig, SamplerConfig
 
 SIZE = 0.1
@@ -32,7 +34,7 @@ def error_propagation(
 ) -> dict[int, float]:
     """S(t) = E || x(eps + e at t) - x(eps) ||^2 / E || e ||^2 over images x, at timesteps spread over the sampler's, falling.
 
-    e is white noise, another for each image, added to the noise estimate at the one step t; a stochastic sampler draws the
+    e is white noise, another for each image, added to the noise estimates at the one timestep t; a stochastic sampler draws the
     same noise with it and without.
 
     Args:
@@ -42,17 +44,19 @@ def error_propagation(
         points: how many of the sampler's timesteps are tried, the first among them.
         on_step: called after every call of the network.
     """
-    calls, step = timesteps(sampler, diffusion), step_function(sampler, diffusion)
-    tried = spread(calls, points)
+    calls = timesteps(sampler, diffusion)
+    tried = spread(list(dict.fromkeys(calls)), points)
 
     def estimate(x: Tensor, t: int) -> Tensor:
         eps = network(x, torch.full((len(x),), t, dtype=torch.int64, device=device)).float()
         on_step()
         return eps
 
-    def image(x: Tensor, below: int, generators: list[torch.Generator]) -> Tensor:
-        for t in calls[calls.index(below) + 1 :]:
-            x = step(estimate(x, t), t, x, generators)
+    def finished(solver: Solver, x: Tensor, after: int, error: Tensor, generators: list[torch.Generator]) -> Tensor:
+        """The image of the state after call number `after`, with the error at further calls at that timestep."""
+        for t in calls[after + 1 :]:
+            eps = estimate(solver.network_input(x, t), t)
+            x = solver.step(eps + error if t == calls[after] else eps, t, x, generators)
         return x.clamp(-1, 1).double()
 
     squares, unit = dict.fromkeys(tried, 0.0), 0.0
@@ -60,14 +64,15 @@ def error_propagation(
         generators = [torch.Generator().manual_seed(int(seed)) for seed in part]
         drawn = [torch.Generator().manual_seed((FIRST_SEED + int(seed)) % SEEDS) for seed in part]
         error = SIZE * randn_tensor((len(part), *shape), drawn, torch.device(device), torch.float32)
-        x = randn_tensor((len(part), *shape), generators, torch.device(device), torch.float32)
-        images = {}
-        for t in calls:
-            eps = estimate(x, t)
-            if t in squares:
-                copies = [generator.clone_state() for generator in generators]
-                images[t] = image(step(eps + error, t, x, copies), t, copies)
-            x = step(eps, t, x, generators)
+        solver = make_solver(sampler, diffusion)
+        x = solver.start(randn_tensor((len(part), *shape), generators, torch.device(device), torch.float32))
+        images: dict[int, Tensor] = {}
+        for number, t in enumerate(calls):
+            eps = estimate(solver.network_input(x, t), t)
+            if t in squares and t not in images:
+                branch, copies = copy.deepcopy(solver), [generator.clone_state() for generator in generators]
+                images[t] = finished(branch, branch.step(eps + error, t, x, copies), number, error, copies)
+            x = solver.step(eps, t, x, generators)
         exact = x.clamp(-1, 1).double()
         unit += float(error.double().square().sum())
         for t, perturbed in images.items():
@@ -78,7 +83,7 @@ def error_propagation(
 def network_calls(sampler: SamplerConfig, diffusion: DiffusionConfig, images: int, points: int) -> int:
     """How often `error_propagation` calls the network."""
     calls = timesteps(sampler, diffusion)
-    once = len(calls) + sum(len(calls) - 1 - calls.index(t) for t in spread(calls, points))
+    once = len(calls) + sum(len(calls) - 1 - calls.index(t) for t in spread(list(dict.fromkeys(calls)), points))
     return once * -(-images // sampler.batch_size)
 
 

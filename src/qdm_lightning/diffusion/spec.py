@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qdm_lightning.base.checks import at_least, between, one_of, positive
@@ -80,18 +80,48 @@ class NeMConfig:
             )
 
 
+SOLVERS = {
+    "diffusers.DPMSolverMultistepScheduler": "dpmsolver",
+    "diffusers.UniPCMultistepScheduler": "unipc",
+    "diffusers.DEISMultistepScheduler": "deis",
+    "diffusers.SASolverScheduler": "sasolver",
+    "diffusers.HeunDiscreteScheduler": "heun",
+    "diffusers.EulerDiscreteScheduler": "euler",
+    "diffusers.EulerAncestralDiscreteScheduler": "eulerancestral",
+    "diffusers.PNDMScheduler": "pndm",
+}
+"""Schedulers of diffusers that sample our process, and what records call them. Others are of another process, or call the
+network between its timesteps."""
+
+OF_THE_PROCESS = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+    *("prediction_type", "variance_type", "use_flow_sigmas", "flow_shift", "use_dynamic_shifting", "time_shift_type"),
+)
+"""Settings of a scheduler that are the network's."""
+
+
+def solver_name(sampler: Mapping[str, Any]) -> str:
+    """What records call a sampler, from its plain settings: `ddim`, `ddpm`, or as `SOLVERS` has it."""
+    target = (sampler.get("scheduler") or {}).get("_target_")
+    return SOLVERS.get(str(target), str(target)) if target else str(sampler["kind"])
+
+
 @dataclass(kw_only=True)
 class SamplerConfig:
     """How images are drawn (config group `sampler`).
 
     Args:
-        kind: `ddpm` (ancestral) or `ddim`.
+        kind: `ddpm` (ancestral), `ddim`, or `diffusers`: a scheduler of diffusers, which `scheduler` names.
         steps: denoising steps, 2 to T; a single one would be at t = 0, whose image is the start noise.
         batch_size: images that go through the network together; the last batch is padded to it.
         eta: DDIM's noise, 0 (deterministic) to 1.
         spacing: DDIM's timesteps, `uniform` or `quadratic`.
         variance: DDPM's, `fixed_large` (beta_t) or `fixed_small` (the posterior's).
         clip_sample: clip the predicted x_0 to [-1, 1] at every step.
+        scheduler: `_target_`, one of `SOLVERS`, and arguments of it that are not the process's own.
+
+    Raises:
+        ValueError: a setting outside its range, that belongs to another sampler, or a scheduler that is not supported.
     """
 
     kind: str = "ddim"
@@ -101,13 +131,35 @@ class SamplerConfig:
     spacing: str = "uniform"
     variance: str = "fixed_large"
     clip_sample: bool = True
+    scheduler: Any = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        one_of("sampler.kind", self.kind, ("ddim", "ddpm"))
+        one_of("sampler.kind", self.kind, ("ddim", "ddpm", "diffusers"))
         at_least("sampler.steps", self.steps, 2)
         at_least("sampler.batch_size", self.batch_size, 1)
         between("sampler.eta", self.eta, 0.0, 1.0)
         one_of("sampler.spacing", self.spacing, ("uniform", "quadratic"))
         one_of("sampler.variance", self.variance, ("fixed_large", "fixed_small"))
-        if self.kind == "ddpm" and (self.eta or self.spacing != "uniform"):
+        if self.kind != "ddim" and (self.eta or self.spacing != "uniform"):
             raise ValueError("sampler.eta and sampler.spacing belong to DDIM: type sampler=ddim, or leave them out")
+        if self.kind == "diffusers":
+            self._check_scheduler()
+        elif self.scheduler:
+            raise ValueError(f"sampler.scheduler is not for sampler.kind={self.kind}: type sampler=dpmsolver, unipc or heun")
+
+    def _check_scheduler(self) -> None:
+        target = self.scheduler.get("_target_") if isinstance(self.scheduler, Mapping) else self.scheduler
+        one_of("sampler.scheduler._target_", target, SOLVERS)
+        if self.variance != "fixed_large":
+            raise ValueError("sampler.variance belongs to DDPM: type sampler=ddpm, or leave it out")
+        for name, value in self.scheduler.items():
+            if name in OF_THE_PROCESS:
+                raise ValueError(f"sampler.scheduler.{name} is the process's, which the network was trained on: leave it out")
+            if name in ("thresholding", "clip_sample"):
+                raise ValueError(f"sampler.scheduler.{name} is not allowed: type sampler.clip_sample=true or false")
+            if not isinstance(value, bool | int | float | str | list | None):
+                raise ValueError(f"sampler.scheduler.{name}={value} is not allowed: give a number, a word or a list of them")
+
+    def settings(self) -> dict[str, Any]:
+        """As plain data for a record: `scheduler` where there is one, so that older records compare."""
+        return {name: value for name, value in asdict(self).items() if name != "scheduler" or value}

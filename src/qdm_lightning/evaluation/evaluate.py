@@ -192,7 +192,7 @@ class Evaluator:
             "bits": [experiment.quant.weight_bits, experiment.quant.act_bits] if subject.network == "student" else None,
             "origin": subject.origin,
             "execution": subject.execution,
-            "sampler": asdict(experiment.sampler),
+            "sampler": experiment.sampler.settings(),
             "network_calls": len(timesteps(experiment.sampler, experiment.diffusion)),
             "diffusion": asdict(experiment.diffusion),
             "images": {**images, "shape": list(subject.image_sampler.shape)},

@@ -98,7 +98,7 @@ class ExportedSubject:
             "weights": self.origin["weights"],
             "checkpoint_sha256": self.file.sha256,
             "settings_sha256": self.file.metadata["settings_sha256"],
-            "sampler": asdict(self.image_sampler.sampler),
+            "sampler": self.image_sampler.sampler.settings(),
             "diffusion": asdict(self.file.diffusion),
             "shape": list(self.image_sampler.shape),
         }

@@ -13,6 +13,7 @@ from torch import nn
 
 from qdm_lightning.base.checks import visible
 from qdm_lightning.base.files import read_json
+from qdm_lightning.diffusion.spec import solver_name
 from qdm_lightning.metrics.frechet import batch_size_of
 from qdm_lightning.metrics.protocol import PROTOCOL, metric_keys
 from qdm_lightning.metrics.weights import state_hash
@@ -138,9 +139,15 @@ def sampler_name(sampler: Mapping[str, Any]) -> str:
     ('ddim50', 'ddim50_quadratic_eta0.5')
     >>> sampler_name({**base, "kind": "ddpm", "steps": 1000, "variance": "fixed_small", "clip_sample": False})
     'ddpm1000_fixed_small_noclip'
+    >>> solver = {"_target_": "diffusers.DPMSolverMultistepScheduler", "timestep_spacing": "trailing", "solver_order": 3}
+    >>> sampler_name({**base, "kind": "diffusers", "steps": 20, "scheduler": solver})
+    'dpmsolver20_trailing_solver_order3'
     """
-    parts = [f"{sampler['kind']}{sampler['steps']}"]
-    if sampler["kind"] == "ddim":
+    parts = [f"{solver_name(sampler)}{sampler['steps']}"]
+    if sampler.get("scheduler"):
+        options = {name: value for name, value in sampler["scheduler"].items() if name != "_target_"}
+        parts += [re.sub(r"[^\w.+-]+", "-", v if isinstance(v, str) else f"{n}{v}") for n, v in options.items()]
+    elif sampler["kind"] == "ddim":
         parts += [sampler["spacing"]] if sampler["spacing"] != "uniform" else []
         parts += [f"eta{sampler['eta']:g}"] if sampler["eta"] else []
     else:

@@ -97,7 +97,7 @@ class Subject:
             "checkpoint_sha256": self.origin["sha256"],
             **({} if self.execution == "simulated" else {"execution": self.execution, **provenance()}),
             "settings_sha256": data_hash({name: self.experiment.resolved[name] for name in names}),
-            "sampler": asdict(self.experiment.sampler),
+            "sampler": self.experiment.sampler.settings(),
             "diffusion": asdict(self.experiment.diffusion),
             "shape": list(self.image_sampler.shape),
         }

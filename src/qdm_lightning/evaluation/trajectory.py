@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qdm_lightning.diffusion.process import alphas_cumprod
-from qdm_lightning.diffusion.sampling import predicted_x0, spread, timesteps
+from qdm_lightning.diffusion.sampling import spread, timesteps
+from qdm_lightning.diffusion.solvers import predicted_x0
 from qdm_lightning.models.image_sampler import ImageSampler
 
 
@@ -38,7 +39,8 @@ def follow(
     Args:
         on_step: called after every step, as by `ImageSampler.draw`.
     """
-    t = spread(timesteps(image_sampler.sampler, image_sampler.diffusion), points)
+    calls = timesteps(image_sampler.sampler, image_sampler.diffusion)
+    t = spread(list(dict.fromkeys(calls)), points)
     states: dict[int, list[tuple[Tensor, Tensor]]] = {step: [] for step in t}
 
     def on_state(step: int, x: Tensor, eps: Tensor) -> None:

@@ -80,7 +80,7 @@ def _metadata(subject: Subject, checked: list[Verified]) -> dict[str, Any]:
         "quant": {name: settings["quant"][name] for name in QUANT} if student else None,
         "taq": settings["taq"] if student else None,
         "settings_sha256": subject.identity()["settings_sha256"],
-        "sampler": asdict(experiment.sampler),
+        "sampler": experiment.sampler.settings(),
         "diffusion": asdict(experiment.diffusion),
         "shape": list(subject.image_sampler.shape),
         "verified": [one.as_dict() for one in checked],

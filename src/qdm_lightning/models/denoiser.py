@@ -6,11 +6,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from qdm_lightning.quantization.timestep import timesteps
-
 
 class Denoiser(nn.Module):
-    """A diffusers `UNet2DModel` as `network(x, t) -> eps`, which also tells quantizers their timesteps."""
+    """A diffusers `UNet2DModel`, prepared or not, as `network(x, t) -> eps`."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -18,5 +16,4 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """The noise estimate, (B, C, H, W), of x_t (B, C, H, W) at timesteps t (B,)."""
-        with timesteps(t):
-            return cast(Tensor, self.unet(x, t, return_dict=False)[0])
+        return cast(Tensor, self.unet(x, t, return_dict=False)[0])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qdm_lightning.diffusion.sampling import sample, timesteps
 from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
+from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.quantization.layers import cached_weights
 
 
@@ -53,3 +54,30 @@ class ImageSampler:
                 on_step=on_step,
                 on_state=on_state,
             )
+
+
+def draw_images(
+    unet: Any, seeds: Sequence[int], sampler: SamplerConfig | None = None, diffusion: DiffusionConfig | None = None
+) -> Tensor:
+    """Images of a U-Net in memory, (len(seeds), C, H, W) float32 in [-1, 1] on the CPU; image i depends on its seed alone.
+
+    Args:
+        unet: a `UNet2DModel` in eval mode, prepared or not, on any device.
+        seeds: one for each image, 0..2^32-1.
+        sampler: how; DDIM with 50 steps, 16 images together, where None.
+        diffusion: the process that the network was trained on. None: what a student's files say, else DDPM's linear one.
+
+    Raises:
+        ValueError: settings that the sampler refuses, or a network in training mode, whose dropout would draw other images.
+    """
+    if unet.training:
+        raise ValueError("the network is in training mode: call eval() before it draws")
+    said = getattr(getattr(unet, "hf_quantizer", None), "settings", {}).get("diffusion")
+    size = unet.config.sample_size
+    return ImageSampler(
+        network=Denoiser(unet),
+        sampler=sampler or SamplerConfig(batch_size=16),
+        diffusion=diffusion or DiffusionConfig(**(said or {})),
+        shape=(unet.config.in_channels, *((size, size) if isinstance(size, int) else size)),
+        device=next(iter(unet.state_dict().values())).device,
+    ).draw(list(seeds))

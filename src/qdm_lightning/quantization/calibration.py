@@ -81,20 +81,21 @@ class MSESearch:
         return best[3], best[4]
 
 
-def calibrate(model: nn.Module, run: Callable[[], None], calibrator: Calibrator, seed: int = 0) -> None:
+def calibrate(model: nn.Module, run: Callable[[], object], calibrator: Calibrator | None = None, seed: int = 0) -> None:
     """Start every quantizer of a prepared `model` from data.
 
     Args:
         model: prepared by `prepare`.
-        run: passes the calibration batches through the model, each under `timesteps(t)`. Quantizers are off meanwhile,
-            so that all see the full-precision activations.
-        calibrator: the search.
+        run: passes the calibration batches through the model, under `timesteps(t)` where it does not tell its own.
+            Quantizers are off meanwhile, so that all see the full-precision activations.
+        calibrator: the search; `MSESearch()` where None.
         seed: seed of the random subsample that is kept of each activation.
 
     Raises:
         RuntimeError: a quantizer saw no input, so that it could not be started.
         UserError: an input, a weight or a scale is NaN or infinite.
     """
+    calibrator = calibrator or MSESearch()
     quantizers = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
     observers = {name: Observer(torch.Generator().manual_seed(seed)) for name in quantizers}
     layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qdm_lightning.quantization.timestep import current_timesteps
+from qdm_lightning.quantization.timestep import given_timesteps
 
 SAMPLES_PER_ROW = 128
 """Values drawn at random of each sample of a calibration batch. Its least and greatest are kept apart: as two of so few they
@@ -45,7 +45,7 @@ class Observer:
         ends = torch.stack(torch.aminmax(rows, dim=1), dim=1)
         if rows.shape[1] > SAMPLES_PER_ROW:
             rows = rows[:, torch.randint(rows.shape[1], (SAMPLES_PER_ROW,), generator=self.generator).to(rows.device)]
-        times = current_timesteps(x.shape[0])
+        times = given_timesteps(x.shape[0])
         self.parts.append(
             (rows.float().cpu(), ends.float().cpu(), torch.empty(0, dtype=torch.int64) if times is None else times.cpu())
         )

@@ -15,6 +15,7 @@ from qdm_lightning.quantization.layers import SWAPS, QuantizedLayer, swap
 from qdm_lightning.quantization.quantizer import ActivationQuantizer, LSQActivation, LSQProbability, LSQWeight, WeightQuantizer
 from qdm_lightning.quantization.spec import QuantConfig
 from qdm_lightning.quantization.summary import FLOAT, LayerRow, QuantizationReport
+from qdm_lightning.quantization.timestep import tell_own_timesteps
 
 UNET_FIRST_LAST = ("conv_in", "conv_out", "time_embedding.*", "*time_emb_proj")
 """Names of the first and last layers in diffusers' U-Nets: two convolutions, and the layers of the time embedding."""
@@ -58,7 +59,8 @@ def prepare(
 
     Quantized are convolutions (1-d, 2-d), linear layers and the operands and probabilities of diffusers' attention. What has
     32 bits stays the very float layer, so that a model prepared at 32 bits computes what it did, bit for bit. The quantizers
-    must then be started from data by `calibrate`.
+    must then be started from data by `calibrate`. A model whose `forward` takes the timestep (`timestep.NAMES`) tells it to its
+    quantizers in each pass; around any other one with TaQ stands `with timesteps(t):`.
 
     Args:
         model: any module, not prepared before.
@@ -88,6 +90,7 @@ def prepare(
         elif (own := sum(p.numel() for p in module.parameters(recurse=False))) > 0:
             rows.append(LayerRow(name, type(module).__name__, own, FLOAT, FLOAT))
     fuse_silu(model)
+    tell_own_timesteps(model)
     return QuantizationReport(rows)
 
 

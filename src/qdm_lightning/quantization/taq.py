@@ -108,7 +108,7 @@ class Grouped(nn.Module):
         t = current_timesteps(rows)
         if t is None:
             raise RuntimeError(f"{type(self).__name__} needs the timesteps: run the model under `with timesteps(t):`")
-        return self.group_of(t)
+        return self.group_of(t.to(self.seen.device))
 
     def check_seen(self, group: Tensor) -> None:
         """Raise RuntimeError if a group was neither calibrated nor trained."""

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit  # scipy.stats would take a second to load
 
+from qdm_lightning.diffusion.spec import solver_name
 from qdm_lightning.reporting.collect import Result, Run
 from qdm_lightning.reporting.labels import NONE, grouped, identity, labels
 from qdm_lightning.reporting.records import METRICS, flatten
@@ -129,7 +130,8 @@ class Group:
         """Short: images, sampler, feature network, and who measured."""
         p, distances = self.protocol, " and ".join(self.distances) or "no distance"
         how = f", {p['execution']} execution" if "execution" in p else ""
-        sampler = f"{p.get('sampler.kind', 'sampler')} with {p.get('sampler.steps', '?')} steps"
+        known = {"kind": p.get("sampler.kind", "sampler"), "scheduler": {"_target_": p.get("sampler.scheduler._target_")}}
+        sampler = f"{solver_name(known)} with {p.get('sampler.steps', '?')} steps"
         return f"{p.get('num_samples', '?')} images, {sampler}, {distances}, {p['measured']}{how}"
 
     def measured(self, measure: str) -> list[Cell]:

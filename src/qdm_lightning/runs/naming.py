@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from qdm_lightning.diffusion.spec import solver_name
 from qdm_lightning.quantization.spec import TAQ, QuantConfig
 
 
@@ -30,7 +31,7 @@ def labels(config: Mapping[str, Any]) -> dict[str, str]:
     if not {"quant", "taq", "nem", "sampler"} <= set(config):
         return {}
     quant, nem = config["quant"], config["nem"]
-    sampler = {"sampler": f"{config['sampler']['kind']}-{config['sampler']['steps']}"}
+    sampler = {"sampler": f"{solver_name(config['sampler'])}-{config['sampler']['steps']}"}
     if is_teacher(config):
         return {"job": "teacher", **sampler}
     mimicking = ("on_policy" if nem.get("on_policy_fraction") else str(nem["mode"])) + _weighting(nem)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from safetensors import safe_open
-from safetensors.torch import load
 from torch import Tensor, nn
 
 from qdm_lightning.base.checks import one_line
@@ -55,19 +52,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if not isinstance(content.get(name), kind):
             raise ValueError(f"{path} is no checkpoint of a run: it has no {name}")
     return content
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file by name, on the CPU. Raises ValueError where the file is damaged."""
-    with reading(path) as stream:
-        return load(stream.read())
-
-
-def weights_settings(path: Path) -> dict[str, Any] | None:
-    """The network's settings in the metadata of a safetensors file (see `network_settings`); None where it has none."""
-    with reading(path), safe_open(path, "pt") as weights:
-        text = (weights.metadata() or {}).get(KEY)
-        return None if text is None else dict(json.loads(text))
 
 
 def fill_from_checkpoint(

@@ -25,6 +25,9 @@ Raised when what was written before could no longer be read as it was meant.
 KEY = "qdm_lightning"
 """Where a file of weights has its settings: an entry of a checkpoint, of the metadata of safetensors (as JSON)."""
 
+METHOD = "qdm_lightning"
+"""The `quant_method` in a student's config.json, by which diffusers knows who reads it."""
+
 WIDTHS = ("weight_bits", "act_bits", "qkv_bits", "probs_bits", "first_last_bits")
 NODES = ("weight_quantizer", "act_quantizer")
 
@@ -33,20 +36,20 @@ _NOT_SHAPING = ("dropout", "quantization_config", "decay", "inv_gamma", "power",
 
 
 def network_settings(
-    unet: Mapping[str, Any], diffusion: DiffusionConfig, quantization: Mapping[str, Any] | None = None
+    unet: Mapping[str, Any], diffusion: DiffusionConfig | None, quantization: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The settings that shape a U-Net, as plain data that JSON gives back unchanged.
 
     Args:
         unet: its config.json, as `unet_config` has it.
-        diffusion: the process that it estimates the noise of.
+        diffusion: the process that it estimates the noise of; None where it is not known.
         quantization: from `quantization_settings`; None at full precision.
     """
     full = {"quant": {**dict.fromkeys(WIDTHS, 32), "rules": {}}, "taq": {}}
     return {
         "format": FORMAT,
         **(full if quantization is None else quantization),
-        "diffusion": asdict(diffusion),
+        "diffusion": asdict(diffusion) if diffusion else {},
         "unet": {name: value for name, value in unet.items() if not (name.startswith("_") or name in _NOT_SHAPING)},
     }
 

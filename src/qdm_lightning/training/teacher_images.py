@@ -60,7 +60,7 @@ def images_key(drawn_by: ImageSampler, seeds: Sequence[int], model: Any) -> str:
     unet: Any = drawn_by.network.unet
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}  # `_` marks where it came from
     where = {name: value for name, value in environment(drawn_by.device).items() if name != "fake_quantization"}
-    settings = [state_hash(drawn_by.network), asdict(drawn_by.sampler), asdict(drawn_by.diffusion), model, config]
+    settings = [state_hash(drawn_by.network), drawn_by.sampler.settings(), asdict(drawn_by.diffusion), model, config]
     return data_hash([*settings, drawn_by.shape, seeds, where])[:24]
 
 

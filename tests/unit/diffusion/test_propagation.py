@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qdm_lightning.diffusion.process import alphas_cumprod
-from qdm_lightning.diffusion.propagation import at_every_timestep, error_propagation, network_calls
-from qdm_lightning.diffusion.sampling import timesteps
-from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
+from qdm_lightning.diffusion.propagation import FIRST_SEED, SIZE, at_every_timestep, error_propagation, network_calls
+from qdm_lightning.diffusion.sampling import sample, timesteps
+from qdm_lightning.diffusion.spec import SOLVERS, DiffusionConfig, SamplerConfig
 
 DIFFUSION = DiffusionConfig(num_train_timesteps=40)
 SHAPE, SEEDS = (1, 4, 4), [3, 5, 6]
@@ -57,3 +57,22 @@ def test_every_timestep_lies_between_those_measured():
     assert float(s[3]) == pytest.approx(2.0)
     assert float(s[6]) == pytest.approx(0.1)
     assert at_every_timestep({5: 0.5}, 3).tolist() == [0.5] * 3
+
+
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers under numpy 2
+@pytest.mark.parametrize("name", ["dpmsolver", "heun", "eulerancestral"])  # remembers, calls twice, draws and counts in sigma
+def test_solvers_of_diffusers_equal_two_runs_of_the_sampler(name):
+    """One with the error in the network's own estimate at t, one without."""
+    (target,) = (target for target, short in SOLVERS.items() if short == name)
+    node, clips = {"_target_": target, "timestep_spacing": "trailing"}, name != "eulerancestral"
+    sampler = SamplerConfig(kind="diffusers", steps=4, batch_size=3, clip_sample=clips, scheduler=node)
+    drawn = [torch.randn(SHAPE, generator=torch.Generator().manual_seed(FIRST_SEED + seed)) for seed in SEEDS]
+    error, options, calls = SIZE * torch.stack(drawn), {"shape": SHAPE, "seeds": SEEDS}, []
+    measured = error_propagation(linear, sampler, DIFFUSION, points=9, on_step=lambda: calls.append(1), **options)
+    assert list(measured) == [39, 29, 19, 9]
+    assert len(calls) == network_calls(sampler, DIFFUSION, len(SEEDS), 9)
+    exact = sample(linear, sampler, DIFFUSION, **options)
+    for t, found in measured.items():
+        perturbed = sample(lambda x, s, t=t: linear(x, s) + error * (int(s[0]) == t), sampler, DIFFUSION, **options)
+        squares = (perturbed - exact).double().square().sum() / error.double().square().sum()
+        assert found == pytest.approx(float(squares), rel=1e-4, abs=1e-9)

@@ -3,10 +3,12 @@ import torch
 from diffusers import UNet2DModel
 
 from qdm_lightning.base.checks import UserError
+from qdm_lightning.base.trust import SCHEDULERS
 from qdm_lightning.diffusion.images import to_uint8
 from qdm_lightning.diffusion.process import add_noise, alphas_cumprod, noise_scheduler
-from qdm_lightning.diffusion.sampling import image_seeds, predicted_x0, sample, timesteps
-from qdm_lightning.diffusion.spec import SEEDS, DiffusionConfig, SamplerConfig
+from qdm_lightning.diffusion.sampling import image_seeds, sample, timesteps
+from qdm_lightning.diffusion.solvers import predicted_x0
+from qdm_lightning.diffusion.spec import SEEDS, SOLVERS, DiffusionConfig, SamplerConfig
 
 DIFFUSION = DiffusionConfig()
 SHAPE = (1, 8, 8)
@@ -59,14 +61,23 @@ def test_more_steps_than_timesteps_is_refused(network):
         sample(network, SamplerConfig(steps=11), DiffusionConfig(num_train_timesteps=10), shape=SHAPE, seeds=[0])
 
 
+def solver(target, steps=4, **options):
+    clips = SOLVERS[target] not in ("euler", "eulerancestral", "pndm")
+    scheduler = {"_target_": target, "timestep_spacing": "trailing", **options}
+    return SamplerConfig(kind="diffusers", steps=steps, batch_size=4, clip_sample=clips, scheduler=scheduler)
+
+
 SAMPLERS = {
     "ddim": SamplerConfig(steps=4, batch_size=4),
     "ddim eta": SamplerConfig(steps=4, eta=0.7, batch_size=4),
     "quadratic eta": SamplerConfig(steps=6, eta=1.0, spacing="quadratic", batch_size=4),
     "ddpm": SamplerConfig(kind="ddpm", steps=5, batch_size=4),
+    "stochastic dpmsolver": solver("diffusers.DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++"),
+    **{name: solver(target) for target, name in SOLVERS.items()},
 }
 
 
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers under numpy 2
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_image_depends_on_its_seed_alone(network, name):
     def draw(seeds):
@@ -174,3 +185,63 @@ def test_the_true_noise_predicts_the_image():
     x = add_noise(noise_scheduler(DIFFUSION), x0, eps, t)
     torch.testing.assert_close(predicted_x0(x, eps, alpha_bar, clip=False), x0, rtol=0, atol=1e-4)
     torch.testing.assert_close(predicted_x0(x, eps, alpha_bar, clip=True), x0.clamp(-1, 1), rtol=0, atol=1e-4)
+
+
+HEUN, DPM = "diffusers.HeunDiscreteScheduler", "diffusers.DPMSolverMultistepScheduler"
+
+
+def test_a_solver_that_corrects_its_steps_calls_twice_and_shows_each_timestep_once(network):
+    states, steps = [], []
+    sampler = solver(HEUN, steps=4)
+    assert timesteps(sampler, DIFFUSION) == [999, 749, 749, 499, 499, 249, 249]
+    sample(
+        network,
+        sampler,
+        DIFFUSION,
+        shape=SHAPE,
+        seeds=[0],
+        on_step=lambda: steps.append(1),
+        on_state=lambda t, x, eps: states.append((t, float(x.std()))),
+    )
+    assert [t for t, _ in states] == [999, 749, 499, 249]
+    assert len(steps) == 7
+    assert all(std < 3 for _, std in states)  # x_t of the process, not of the solver, which counts in units of sigma
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"scheduler": {"_target_": "diffusers.FlowMatchEulerDiscreteScheduler"}},
+            r"_target_=.*FlowMatch.*: choose one of",
+        ),
+        ({"scheduler": {"_target_": "os.system"}}, r"sampler\.scheduler\._target_=os\.system is not allowed: choose one of"),
+        ({"scheduler": {}}, r"sampler\.scheduler\._target_=None is not allowed"),
+        ({"scheduler": {"_target_": DPM, "prediction_type": "sample"}}, r"scheduler\.prediction_type is the process's"),
+        ({"scheduler": {"_target_": DPM, "thresholding": True}}, r"type sampler\.clip_sample=true or false"),
+        ({"scheduler": {"_target_": DPM, "solver_order": {"a": 1}}}, "give a number, a word or a list of them"),
+        ({"kind": "ddim", "scheduler": {"_target_": DPM}}, r"sampler\.scheduler is not for sampler\.kind=ddim"),
+        ({"scheduler": {"_target_": DPM}, "eta": 0.5}, r"sampler\.eta and sampler\.spacing belong to DDIM"),
+        ({"scheduler": {"_target_": DPM}, "variance": "fixed_small"}, r"sampler\.variance belongs to DDPM"),
+        (
+            {"scheduler": {"_target_": DPM, "ordr": 3}},
+            "Scheduler refuses these settings: ordr is none of num",
+        ),
+        ({"scheduler": {"_target_": DPM, "algorithm_type": "ddim"}}, "refuses these settings: ddim is not implemented"),
+        ({"scheduler": {"_target_": DPM, "timestep_spacing": "even"}}, "refuses these settings: even is not supported"),
+        ({"scheduler": {"_target_": DPM}, "steps": 1001}, r"sampler\.steps=1001 is not allowed: it must be at most"),
+        ({"scheduler": {"_target_": "diffusers.PNDMScheduler"}}, r"does not clip .* type sampler\.clip_sample=false"),
+        ({"scheduler": {"_target_": HEUN}, "steps": 7}, r"would call the network at t=832\.5, which is no timestep"),
+        ({"scheduler": {"_target_": HEUN, "use_karras_sigmas": True}}, "which is no timestep of its process: type"),
+    ],
+)
+def test_a_scheduler_that_is_not_of_the_process_is_refused_in_one_line(settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        timesteps(SamplerConfig(**{"kind": "diffusers", **settings}), DIFFUSION)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stored_configuration_may_name_just_these():
+    assert set(SOLVERS) == set(SCHEDULERS)
+    assert SamplerConfig().settings().keys() == {"kind", "steps", "batch_size", "eta", "spacing", "variance", "clip_sample"}
+    assert SamplerConfig(**solver(DPM).settings()) == solver(DPM)
