@@ -152,6 +152,22 @@ def test_what_was_trained_stays_when_the_run_ends_with_one_line(trained, folder,
     assert (folder / "run").exists() == trained
 
 
+@pytest.mark.parametrize("typed", ["hydra.run.dir=run", "run=run"])
+def test_an_earlier_run_stays_whole_when_the_next_command_fails_early(typed, folder, composed, capsys, train):
+    (folder / "run").mkdir()
+    leave_a_run(folder / "run", composed)
+    (folder / "run" / "metrics.json").write_text("kept")
+    before = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
+
+    def work(experiment, progress):
+        raise UserError("data.path=pictures holds no pictures")
+
+    with pytest.raises(SystemExit, match="2"):
+        train(typed, work=work)
+    assert capsys.readouterr().err == "error: data.path=pictures holds no pictures\n"
+    assert before.items() <= {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}.items()
+
+
 def test_help_lists_every_group_and_option(capsys, train):
     train("--help")
     out = capsys.readouterr().out
