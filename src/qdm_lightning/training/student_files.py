@@ -39,7 +39,7 @@ from qdm_lightning.integer import to_integer
 from qdm_lightning.models.diffusers_io import pipeline_scheduler, read_diffusion
 from qdm_lightning.quantization.packing import load_packed, packed_state
 from qdm_lightning.quantization.preparation import Quantizers, prepare
-from qdm_lightning.quantization.spec import SCOPES, TAQ, QuantConfig
+from qdm_lightning.quantization.spec import TAQ, QuantConfig, TaQOff
 from qdm_lightning.runs.folder import CONFIG as RUN_CONFIG
 from qdm_lightning.runs.folder import read_config
 from qdm_lightning.runs.formats import upgraded
@@ -224,8 +224,8 @@ def _read_first(place: Path, file: Path) -> tuple[dict[str, Any], dict[str, Any]
     everywhere = roles["attention"] == roles["activation"]
     ours = [getattr(kind, "_target_", None) for kind in TAQ.values()]
     off = everywhere and roles["attention"].get("_target_") not in ours[1:]
-    taq = {} if off else {"scope": SCOPES[everywhere], **roles["attention"]}
-    quantization = _complete({"quant": quant, "taq": taq}, file)
+    taq = {} if off else {"scope": "all" if everywhere else "attention", **roles["attention"]}
+    quantization = _complete(upgraded({"quant": quant, "taq": taq}), file)
     return network_settings(old["unet"], DiffusionConfig(**old["diffusion"]), quantization), old["unet"]
 
 
@@ -259,7 +259,7 @@ def _quantizers(settings: Mapping[str, Any], file: Path, trusted: tuple[str, ...
     check_targets({"quant": quant, "taq": taq}, trusted, source=file, way="load_student(..., trusted=['{target}'])")
     weight, act = (_factory(file, quant[name]) for name in NODES)
     options = {name: value for name, value in taq.items() if name != "scope"}
-    return Quantizers.with_taq(weight, act, _factory(file, options) if taq else None, taq.get("scope", SCOPES[0]))
+    return Quantizers.with_taq(weight, act, _factory(file, options) if taq else None, taq.get("scope", TaQOff.scope))
 
 
 def _factory(file: Path, node: Mapping[str, Any]) -> Callable[..., Any]:
