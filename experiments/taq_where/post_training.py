@@ -5,10 +5,13 @@
         data.path=cifar10_test.npz data.image_size=16 data.filter=area
     python experiments/taq_where/post_training.py --table
 
-What follows the name are settings of `qdm_lightning.train`. For each seed, which draws the calibration, the held-out samples and
-the images: L_NeM on 512 samples over all t, and the mean squared deviation of DDIM-50 images from the teacher's. A row is
-appended to results.csv as soon as it is measured; the same command goes on with those that are missing. `--table` prints means
-and paired differences with 95 % intervals.
+What follows the name are settings of `qdm_lightning.train`. For each seed, which draws the calibration, the samples and
+the images: L_NeM on 512 held-out samples over all t, and the mean squared deviation of DDIM-50 images from the teacher's. A
+row is appended to results.csv as soon as it is measured; the same command goes on with those that are missing. `--table` prints
+means and paired differences with 95 % intervals.
+
+A calibration sees the full-precision activations, so the grid of a quantizer does not depend on the other ones: each variant is
+calibrated once with TaQ everywhere, and the students of all scopes are put together from those grids.
 """
 
 from __future__ import annotations
@@ -24,15 +27,17 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 
 from qdm_lightning.cli.build import build
 from qdm_lightning.cli.schema import CONF_DIR
+from qdm_lightning.data.module import ImageDataModule
 from qdm_lightning.diffusion.sampling import image_seeds
 from qdm_lightning.display.progress import Progress
 from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.models.diffusers_io import load_unet
 from qdm_lightning.models.image_sampler import ImageSampler
+from qdm_lightning.quantization import ActivationQuantizer, GroupedActivation, NormalizedActivation
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.student import calibrate_student, prepare_student
 from qdm_lightning.training.teacher import ASSETS, FITTED
@@ -41,7 +46,11 @@ from qdm_lightning.training.validation_set import ValidationSet, nem_error
 RESULTS = Path(__file__).with_name("results.csv")
 KEY = ("data", "seed", "probs_bits", "channel_scales", "taq", "scope")
 FIELDS = (*KEY, "nem", "nem_first_tenth", "image_mse")
-SAMPLES, IMAGES = 512, {"digits": 128}
+SAMPLES = 512
+IMAGES = {"digits": 64}
+"""Images of a seed; of other data sets 16."""
+
+NOTHING_ELSE = [f"quant.{name}=32" for name in ("weight_bits", "act_bits", "qkv_bits", "first_last_bits")]
 METHODS = [("off", "qkv"), *((taq, scope) for taq in ("scale", "normalize") for scope in ("qkv", "attention", "all"))]
 
 
@@ -53,12 +62,49 @@ def cells() -> Iterator[dict[str, str]]:
                 yield {"probs_bits": probs_bits, "channel_scales": channel_scales, "taq": taq, "scope": scope}
 
 
-def experiment(cell: dict[str, str], seed: int, settings: Sequence[str]) -> Experiment:
+def experiment(cell: dict[str, str], seed: int, settings: Sequence[str], more: Sequence[str] = ()) -> Experiment:
     overrides = [f"quant.{name}={cell[name]}" for name in ("probs_bits", "channel_scales")]
     overrides += [f"taq={cell['taq']}", f"taq.scope={cell['scope']}", f"seed={seed}"]
     fixed = ["quant.mode=ptq", "quant.calibration_batches=8", "nem=replace", "logger=none", "trainer.accelerator=cpu"]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return build(compose("train", [*settings, *fixed, *overrides]))
+        return build(compose("train", [*settings, *fixed, *overrides, *more]))
+
+
+class Calibrated:
+    """States of students that were calibrated by one seed, by their settings."""
+
+    def __init__(self, teacher: Denoiser, data: ImageDataModule, seed: int, settings: Sequence[str]) -> None:
+        self.teacher, self.data, self.seed, self.settings = teacher, data, seed, settings
+        self.known: dict[tuple[str, ...], dict[str, Tensor]] = {}
+
+    def state(self, taq: str, channel_scales: str, probs_bits: str = "") -> dict[str, Tensor]:
+        """With TaQ on everything; with `probs_bits`, probabilities are all that is quantized."""
+        key = (taq, channel_scales, probs_bits)
+        if key not in self.known:
+            cell = {"taq": taq, "scope": "all", "channel_scales": channel_scales, "probs_bits": probs_bits or "32"}
+            unet, e = self.prepared(cell, NOTHING_ELSE if probs_bits else ())
+            calibrate_student(unet, e, Progress("silent"))
+            self.known[key] = unet.state_dict()
+        return self.known[key]
+
+    def student(self, cell: dict[str, str]) -> Denoiser:
+        unet, _ = self.prepared(cell)
+        state = dict(self.state("off", cell["channel_scales"]))
+        for name, module in unet.named_modules():
+            if isinstance(module, ActivationQuantizer):
+                taq = cell["taq"] if isinstance(module, GroupedActivation | NormalizedActivation) else "off"
+                only = (cell["probs_bits"],) if name.endswith(".probabilities") else ()
+                source = self.state(taq, "off" if only else cell["channel_scales"], *only)
+                state |= {f"{name}.{key}": source[f"{name}.{key}"] for key in module.state_dict()}
+        own = {key: state[key] for key in unet.state_dict()}
+        unet.load_state_dict(own)
+        return Denoiser(unet).eval().requires_grad_(False)
+
+    def prepared(self, cell: dict[str, str], more: Sequence[str] = ()) -> tuple[nn.Module, Experiment]:
+        e = experiment(cell, self.seed, self.settings, more)
+        e.data = self.data
+        unet, _ = prepare_student(self.teacher.unet, e)
+        return unet.to(memory_format=torch.channels_last), e
 
 
 def sampler(network: Denoiser, e: Experiment) -> ImageSampler:
@@ -94,10 +140,12 @@ def measure(data: str, settings: Sequence[str], seeds: Sequence[int]) -> None:
     e.load_data()
     given = e.teacher.path if e.teacher.source == "pretrained" else next(ASSETS.glob(f"*/{FITTED}")).parent
     teacher = Denoiser(load_unet(given).to(memory_format=torch.channels_last)).eval().requires_grad_(False)
-    images, held_out, count = e.data, e.data.val_images, IMAGES.get(data, 32)
+    count = IMAGES.get(data, 16)
+    e.sampler.batch_size = count
     for seed in seeds:
         wanted: Tensor | None = None
-        samples = ValidationSet.from_images(held_out, e.diffusion.num_train_timesteps, SAMPLES, seed)
+        samples = ValidationSet.from_images(e.data.val_images, e.diffusion.num_train_timesteps, SAMPLES, seed)
+        calibrated = Calibrated(teacher, e.data, seed, settings)
         for cell in cells():
             done = {tuple(row[name] for name in KEY) for row in rows()}
             row: dict[str, Any] = {"data": data, "seed": str(seed), **cell}
@@ -106,14 +154,9 @@ def measure(data: str, settings: Sequence[str], seeds: Sequence[int]) -> None:
             begin = time.perf_counter()
             if wanted is None:
                 wanted = sampler(teacher, e).draw(image_seeds(seed, count)).double()
-            own = experiment(cell, seed, settings)
-            own.data = images
-            unet, _ = prepare_student(teacher.unet, own)
-            unet = unet.to(memory_format=torch.channels_last)
-            calibrate_student(unet, own, Progress("silent"))
-            student = Denoiser(unet).eval().requires_grad_(False)
-            errors = nem_error(student, teacher, samples, own.diffusion, own.sampler.batch_size)
-            drawn = sampler(student, own).draw(image_seeds(seed, count)).double()
+            student = calibrated.student(cell)
+            errors = nem_error(student, teacher, samples, e.diffusion, 64)
+            drawn = sampler(student, e).draw(image_seeds(seed, count)).double()
             row["nem"] = f"{sum(errors) / len(errors):.6g}"
             row["nem_first_tenth"] = f"{errors[0]:.6g}"
             row["image_mse"] = f"{float((drawn - wanted).square().mean()):.6g}"
@@ -134,11 +177,16 @@ def table(data: str) -> list[str]:
     """Markdown: each cell's means, and its change against no TaQ with the same bits and scales by channel, seed by seed."""
     found = {tuple(row[name] for name in KEY): row for row in rows() if row["data"] == data}
     seeds = sorted({key[1] for key in found}, key=int)
-    lines = ["| probabilities | channels | TaQ | seeds | L_NeM | change | image_mse | change |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| probabilities | channels | TaQ | seeds | L_NeM | change | image_mse | change |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for cell in cells():
         rest = (cell["probs_bits"], cell["channel_scales"])
         mine, plain = (*rest, cell["taq"], cell["scope"]), (*rest, "off", "qkv")
-        paired = [(found[data, s, *mine], found[data, s, *plain]) for s in seeds if {(data, s, *mine), (data, s, *plain)} <= {*found}]
+        paired = [
+            (found[data, s, *mine], found[data, s, *plain]) for s in seeds if {(data, s, *mine), (data, s, *plain)} <= {*found}
+        ]
         if not paired:
             continue
         texts = []
@@ -147,7 +195,9 @@ def table(data: str) -> list[str]:
             change, half = interval([100 * (float(a[name]) / float(b[name]) - 1) for a, b in paired])
             texts += [f"{mean:.5f}", "" if cell["taq"] == "off" else f"{change:+.1f} % ± {half:.1f}"]
         method = "off" if cell["taq"] == "off" else f"{cell['taq']}, {cell['scope']}"
-        lines.append(f"| {cell['probs_bits']} bits | {cell['channel_scales']} | {method} | {len(paired)} | {' | '.join(texts)} |")
+        lines.append(
+            f"| {cell['probs_bits']} bits | {cell['channel_scales']} | {method} | {len(paired)} | {' | '.join(texts)} |"
+        )
     for probs_bits in ("8", "4"):
         for taq, scope in (("off", "qkv"), ("scale", "all")):
             pairs = [

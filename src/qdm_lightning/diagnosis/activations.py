@@ -85,8 +85,7 @@ def choose_layers(layers: Mapping[str, nn.Module], patterns: Sequence[str] | Non
     others = [
         name
         for name, module in layers.items()
-        if not name.endswith((".query", ".key", ".value", ".probabilities"))
-        and getattr(module, "bits", 0) == least
+        if not name.endswith((".query", ".key", ".value", ".probabilities")) and getattr(module, "bits", 0) == least
     ]
     return [name for name in layers if name in {*attention, *spread(others, 6 - len(attention))}]
 

@@ -191,10 +191,13 @@ def _gains_panel(gains: Sequence[Gain]) -> Panel:
     none = [0.0] * len(kinds)
     names = {"groups": "a grid for each group of t", "normalize": "the sample's own moments"}
     lines = [
-        Line(text, list(places), [getattr(kind, name) for kind in kinds], error=none, dash="none") for name, text in names.items()
+        Line(text, list(places), [getattr(kind, name) for kind in kinds], error=none, dash="none")
+        for name, text in names.items()
     ]
     ticks = [kind.name for kind in kinds]
-    return Panel(title="mean of the layers of a kind", xlabel="", ylabel="dB", lines=lines, ticks=ticks, bounds={"one grid": 0.0})
+    return Panel(
+        title="mean of the layers of a kind", xlabel="", ylabel="dB", lines=lines, ticks=ticks, bounds={"one grid": 0.0}
+    )
 
 
 def _propagation_panel(travel: Mapping[int, float]) -> Panel:

@@ -31,7 +31,9 @@ def _structure(name: str, *fields: tuple[Any, str]) -> type[ctypes.Structure]:
 
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 _Target = _structure(
-    "_Target", (_POINTER, "out scale zero_point channels"), (_INTEGER, "per_sample qmax norm silu repeat left right above below")
+    "_Target",
+    (_POINTER, "out scale zero_point channels"),
+    (_INTEGER, "per_sample qmax norm silu repeat left right above below"),
 )
 _Activation = _structure(
     "_Activation",

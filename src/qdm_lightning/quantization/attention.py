@@ -44,7 +44,7 @@ class AttentionProcessor(nn.Module):
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
 
     def forward(self, attn: Any, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        """Of x, (B, C, H, W) or (B, N, C), with its own keys and values or those of `context` (B, M, C'), what has x's shape."""
+        """Of x, (B, C, H, W) or (B, N, C), with keys and values of its own or of `context` (B, M, C'): what has x's shape."""
         batch, spatial = x.shape[0], x.shape[2:] if x.ndim == 4 else None
         if mask is not None:
             keys = context.shape[1] if context is not None else x.shape[1] if spatial is None else spatial.numel()
@@ -98,7 +98,7 @@ class QuantizedAttention(AttentionProcessor):
             )
         )
         out = self._attend(q, k, v, mask)
-        return out.transpose(1, 2).reshape(len(x), -1, out.shape[1] * out.shape[3])
+        return out.transpose(1, 2).reshape(x.shape[0], -1, out.shape[1] * out.shape[3])
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if self.probabilities is None:

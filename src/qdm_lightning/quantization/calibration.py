@@ -141,7 +141,9 @@ def set_channel_scales(model: nn.Module, run: Callable[[], None]) -> None:
     Without such layers `run` is not called.
     """
     quantizers = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
-    layers = {id(m.input_quantizer): m for m in model.modules() if isinstance(m, QuantizedLayer) and m.channel_scale is not None}
+    layers = {
+        id(m.input_quantizer): m for m in model.modules() if isinstance(m, QuantizedLayer) and m.channel_scale is not None
+    }
     if not layers:
         return
     for layer in layers.values():

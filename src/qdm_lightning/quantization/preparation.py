@@ -78,7 +78,11 @@ class Quantizers:
     def _acts(self, name: str, role: str) -> bool:
         if not isinstance(self.scope, str):
             return any(fnmatchcase(name, pattern) for pattern in self.scope)
-        where = {"qkv": ("attention",), "attention": ("attention", "probabilities"), "all_but_probs": ("attention", "activation")}
+        where = {
+            "qkv": ("attention",),
+            "attention": ("attention", "probabilities"),
+            "all_but_probs": ("attention", "activation"),
+        }
         return self.scope == "all" or role in where[self.scope]
 
     def check_patterns(self, names: Collection[str]) -> None:
@@ -87,7 +91,9 @@ class Quantizers:
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 some = ", ".join([*list(names)[:2], *[name for name in names if name.endswith(".probabilities")][:1]])
-                raise ValueError(f"taq.scope: the pattern {pattern!r} matches no quantized activation: they are named like {some}")
+                raise ValueError(
+                    f"taq.scope: the pattern {pattern!r} matches no quantized activation: they are named like {some}"
+                )
 
 
 def prepare(
@@ -110,8 +116,8 @@ def prepare(
         what got how many bits and what stayed in float.
 
     Raises:
-        ValueError: the model is prepared already; a pattern of `rules`, `first_last` or TaQ's scope matches nothing; a layer whose
-            kind can't be quantized is not at 32 bits (a rule `<name>: 32` leaves it in float on purpose).
+        ValueError: the model is prepared already; a pattern of `rules`, `first_last` or TaQ's scope matches nothing; a layer
+            whose kind can't be quantized is not at 32 bits (a rule `<name>: 32` leaves it in float on purpose).
     """
     quantizers = quantizers or Quantizers()
     modules = _modules(model)

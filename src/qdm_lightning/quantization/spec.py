@@ -102,7 +102,7 @@ class QuantConfig:
 
 @dataclass(kw_only=True)
 class TaQOff:
-    """`taq=off`: one scale and zero point for all timesteps. `scope`: one of `SCOPES`, or a list of name patterns (`fnmatch`)."""
+    """`taq=off`: one scale and zero point for all timesteps. `scope`: one of `SCOPES`, or a list of name patterns."""
 
     scope: Any = "qkv"
 

@@ -31,9 +31,7 @@ class NormalizedActivation(LSQActivation):
     least 1 / N, far above psi.
     """
 
-    def __init__(
-        self, *, bits: int, padded: bool = False, symmetric: bool = False, psi: float = TaQNormalize.psi
-    ) -> None:
+    def __init__(self, *, bits: int, padded: bool = False, symmetric: bool = False, psi: float = TaQNormalize.psi) -> None:
         super().__init__(bits=bits, padded=padded, symmetric=symmetric)
         self.psi, self.holds_zero = psi, padded
 

@@ -58,7 +58,7 @@ def unet_config(unet: Any) -> dict[str, Any]:
 
 
 def quantization_settings(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """`quant` (bits, scales by channel, rules, quantizers) and `taq` (with its scope; empty without TaQ) of a run's resolved configuration."""
+    """`quant` (bits, scales by channel, rules, quantizers) and `taq` (empty without TaQ) of a run's resolved configuration."""
     quant, taq = resolved["quant"], resolved["taq"]
     taq = dict(taq) if taq.get("_target_") else {}
     bits = QuantConfig(**{name: quant[name] for name in (*WIDTHS, CHANNELS, "rules")})

@@ -133,7 +133,9 @@ def test_a_scope_that_makes_no_sense_is_one_line():
     with pytest.raises(ValueError, match=r"taq\.scope: the pattern '\*\.conv9' matches no quantized activation: .* mid\.query"):
         prepare(model, QuantConfig(), quantizers(GroupedActivation, ["mid.*", "*.conv9"]))
     for scope in ("everywhere", [], [3], None):
-        with pytest.raises(ValueError, match=r"^taq\.scope=.* is not allowed: choose one of qkv, attention, all, all_but_probs"):
+        with pytest.raises(
+            ValueError, match=r"^taq\.scope=.* is not allowed: choose one of qkv, attention, all, all_but_probs"
+        ):
             quantizers(GroupedActivation, scope)
 
     class Own(LSQActivation):
