@@ -134,8 +134,8 @@ def append(row: dict[str, Any]) -> None:
         writer.writerow(row)
 
 
-def measure(data: str, settings: Sequence[str], seeds: Sequence[int]) -> None:
-    """Append what is missing of all cells, seed by seed."""
+def measure(data: str, settings: Sequence[str], seeds: Sequence[int], methods: Sequence[str]) -> None:
+    """Append what is missing of the cells with these methods (all where there are none), seed by seed."""
     e = experiment(next(cells()), 0, settings)
     e.load_data()
     given = e.teacher.path if e.teacher.source == "pretrained" else next(ASSETS.glob(f"*/{FITTED}")).parent
@@ -149,7 +149,7 @@ def measure(data: str, settings: Sequence[str], seeds: Sequence[int]) -> None:
         for cell in cells():
             done = {tuple(row[name] for name in KEY) for row in rows()}
             row: dict[str, Any] = {"data": data, "seed": str(seed), **cell}
-            if tuple(row[name] for name in KEY) in done:
+            if tuple(row[name] for name in KEY) in done or (methods and f"{cell['taq']}:{cell['scope']}" not in methods):
                 continue
             begin = time.perf_counter()
             if wanted is None:
@@ -220,6 +220,7 @@ def main() -> None:
     parser.add_argument("data", nargs="?", help="name of the data set in results.csv")
     parser.add_argument("settings", nargs="*", help="settings of qdm_lightning.train")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
+    parser.add_argument("--methods", nargs="+", default=[], help="such as off:qkv scale:all; all where left out")
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
     if asked.table:
@@ -228,7 +229,7 @@ def main() -> None:
     elif asked.data is None:
         parser.error("give a name for the data set, such as digits")
     else:
-        measure(asked.data, asked.settings, asked.seeds)
+        measure(asked.data, asked.settings, asked.seeds, asked.methods)
 
 
 if __name__ == "__main__":

@@ -84,8 +84,10 @@ def diagnose(experiments: Sequence[Experiment], config: DiagnosisConfig, progres
     if errors:
         pictures["error"] = folder / "error.png"
         save_png(pictures["error"], [_curve_panels(errors)], "Student against teacher from the same noise")
-    pictures |= {name: folder / f"{name}.png" for name in ("gains", "propagation")}
-    save_png(pictures["gains"], [[_gains_panel(gains)]], "Signal to quantization noise: gain over one grid for all t")
+    if gains:
+        pictures["gains"] = folder / "gains.png"
+        save_png(pictures["gains"], [[_gains_panel(gains)]], "Signal to quantization noise: gain over one grid for all t")
+    pictures["propagation"] = folder / "propagation.png"
     save_png(pictures["propagation"], [[_propagation_panel(travel)]], "How far an error of the noise estimate travels")
     write_whole(folder / "gains.txt", f"{table(gains)}\n".encode(), checksum=False)
     record = {
@@ -159,7 +161,6 @@ def _gains(subject: Subject, config: DiagnosisConfig, progress: Any) -> list[Gai
             QuantConfig() if experiment.quant.is_float else experiment.quant,
             experiment.data.val_images,
             experiment.diffusion,
-            experiment.calibrator(),
             device=teacher.device,
             batch_size=experiment.sampler.batch_size,
             groups=experiment.resolved["taq"].get("groups", TaQScale.groups),
