@@ -27,6 +27,8 @@ def _(x: Tensor, index: int) -> Tensor:
 class Mark(nn.Module):
     """Stands for the quantizer of a number, whose SiLU and factors by channel it keeps."""
 
+    channels: Tensor | None
+
     def __init__(self, index: int, silu: bool, channels: Tensor | None = None) -> None:
         super().__init__()
         self.index, self.silu = index, silu

@@ -75,17 +75,30 @@ def _backward(
     return grad_x.to(grad.dtype), *sums
 
 
-def _forward_channels(x: Tensor, scale: Tensor, zero_point: Tensor, channels: Tensor, *rest: Any, **flags: bool) -> Any:
-    return _forward(x, scale, zero_point, *rest, **flags, channels=channels)
+def _forward_channels(
+    x: Tensor, scale: Tensor, zero_point: Tensor, channels: Tensor, limits: Tensor, silu: bool = False
+) -> tuple[Tensor, ...]:
+    return _forward(x, scale, zero_point, limits, silu, channels)
 
 
-def _backward_channels(grad: Tensor, x: Tensor, s: Tensor, z: Tensor, channels: Tensor, *rest: Any, **flags: bool) -> Any:
-    return _backward(grad, x, s, z, *rest, **flags, channels=channels)
+def _backward_channels(
+    grad: Tensor,
+    x: Tensor,
+    s: Tensor,
+    z: Tensor,
+    channels: Tensor,
+    limits: Tensor,
+    silu: bool = False,
+    symmetric: bool = False,
+) -> tuple[Tensor, ...]:
+    return _backward(grad, x, s, z, limits, silu, symmetric, channels)
 
 
 _BOTH = (False, True)
-_FORWARD = {(by, silu): partial((_forward, _forward_channels)[by], silu=silu) for by, silu in product(_BOTH, repeat=2)}
-_BACKWARD = {
+_FORWARD: dict[tuple[bool, bool], Callable[..., Any]] = {
+    (by, silu): partial((_forward, _forward_channels)[by], silu=silu) for by, silu in product(_BOTH, repeat=2)
+}
+_BACKWARD: dict[tuple[bool, bool, bool], Callable[..., Any]] = {
     (by, silu, symmetric): partial((_backward, _backward_channels)[by], silu=silu, symmetric=symmetric)
     for by, silu, symmetric in product(_BOTH, repeat=3)
 }

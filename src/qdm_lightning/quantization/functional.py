@@ -97,7 +97,7 @@ class _FakeQuantize(torch.autograd.Function):
             channels = compiled.channel_rows(channels, x, strides, rows)
             scale, zero_point = (values.reshape(-1).expand(len(x)) for values in (scale, zero_point))
         out, s, z = compiled.forward(rows, _vector(scale), _vector(zero_point), limits, silu, channels)
-        ctx.save_for_backward(rows, s, z, channels)
+        ctx.save_for_backward(rows, s, z, *(() if channels is None else (channels,)))
         ctx.constants = (x.shape, strides, learned.shape, limits, silu)  # type: ignore[attr-defined]
         # In place: autograd adds to a gradient or keeps it without a copy only where it is nobody's view.
         return out.as_strided_(x.shape, strides)
@@ -113,7 +113,8 @@ def _vector(values: Tensor) -> Tensor:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    rows, s, z, channels = ctx.saved_tensors
+    rows, s, z, *by = ctx.saved_tensors
+    channels = by[0] if by else None
     shape, strides, own, limits, silu = ctx.constants
     upstream = compiled.in_layout(grad, strides).as_strided(rows.shape, rows.stride())
     symmetric = not ctx.needs_input_grad[2]

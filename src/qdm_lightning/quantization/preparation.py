@@ -64,10 +64,11 @@ class Quantizers:
             ValueError: TaQ acts on probabilities, and its factory takes no `symmetric`.
         """
         if self.taq is None or not self._acts(name, role):
-            return getattr(self, role)  # type: ignore[no-any-return]
+            return getattr(self, role)
         if role != "probabilities":
             return self.taq
-        if "symmetric" not in inspect.signature(self.taq).parameters:
+        taken = inspect.signature(self.taq).parameters
+        if "symmetric" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
             kind = getattr(self.taq, "func", self.taq)
             raise ValueError(
                 f"taq.scope={self.scope} has TaQ act on probabilities, for which {getattr(kind, '__name__', kind)} must take "
