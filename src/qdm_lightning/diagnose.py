@@ -55,6 +55,8 @@ def show(result: Diagnosis, settings: DiagnoseConfig) -> None:
         images = f"; images: mean squared error {error['image_mse']:.4g}, cosine {error['image_cosine']:.4f}" if error else ""
         if raw:
             print(f"{run}: activations wander over t by {sum(raw) / len(raw):.3f} of their std{seen}{images}")
+    print("signal to quantization noise in dB: one grid for all t, and what other grids gain")
+    print(result.gains)
     for name, path in result.pictures.items():
         print(f"{name}: {path}")
     print(f"numbers: {result.folder / 'diagnosis.json'}")

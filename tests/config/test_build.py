@@ -29,7 +29,7 @@ def test_main_job(composed):
     assert e.build_model.func is build_unet
     assert e.build_model.keywords["block_out_channels"] == [32, 48]
     assert type(e.build_model.keywords["block_out_channels"]) is list
-    factories = (e.quantizers.weight, e.quantizers.activation, e.quantizers.attention, e.calibrator)
+    factories = (e.quantizers.weight, e.quantizers.activation, e.quantizers.of("a.query", "attention"), e.calibrator)
     assert [factory.func for factory in factories] == [LSQWeight, LSQActivation, NormalizedActivation, MSESearch]
     assert [logger.func for logger in e.loggers] == [wandb_logger]
     assert (e.callbacks, e.resume) == ([], False)
@@ -48,8 +48,8 @@ def test_main_job(composed):
 )
 def test_taq_gives_its_settings_without_the_scope(taq, quantizer, settings, composed):
     quantizers = build(composed(f"taq={taq}", "taq.scope=all")).quantizers
-    factory = quantizers.attention
-    assert quantizers.activation is factory
+    factory = quantizers.of("a.query", "attention")
+    assert quantizers.of("conv", "activation") is factory
     assert factory.func is quantizer
     assert set(factory.keywords) >= set(settings)
     assert "scope" not in factory.keywords
@@ -59,7 +59,7 @@ def test_settings_reach_the_factories(composed):
     e = build(
         composed("taq.psi=0.5", "callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor", "logger.project=p")
     )
-    assert e.quantizers.attention.keywords == {"psi": 0.5}
+    assert e.quantizers.taq.keywords == {"psi": 0.5}
     assert [type(callback) for callback in e.callbacks] == [LearningRateMonitor]
     assert e.loggers[0].keywords["project"] == "p"
 

@@ -154,7 +154,7 @@ TRAIN = {
     "trainer.devices=-1": "trainer.devices=-1 is not allowed",
     "trainer.threads=-1": "trainer.threads=-1 is not allowed",
     "trainer.threads=100000": "trainer.threads=100000 is not allowed",
-    "taq.scope=everywhere": "choose one of attention, all",
+    "taq.scope=everywhere": "choose one of qkv, attention, all, all_but_probs, or a list of name patterns",
     "taq.psi=0": "taq.psi=0.0 is not allowed",
     "taq=ema taq.groups=0": "taq.groups=0 is not allowed",
     "taq=ema taq.momentum=1.5": "taq.momentum=1.5 is not allowed",

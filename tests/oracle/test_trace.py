@@ -23,7 +23,7 @@ FILE = Path(__file__).parents[1] / "assets" / "trace.npz"
 VARIANTS = {
     "default": [],
     "ema": ["taq=ema", "nem=add", "quant=w3a3"],
-    "scale": ["taq=scale", "taq.scope=all", "nem=on_policy", "nem.on_policy_buffer=64", "nem.on_policy_refresh=8"],
+    "scale": ["taq=scale", "taq.scope=all_but_probs", "nem=on_policy", "nem.on_policy_buffer=64", "nem.on_policy_refresh=8"],
     "plain": ["taq=off", "nem=off", "quant=w2a2", "sampler=ddpm"],
 }
 RUN = [

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from qdm_lightning.base.checks import UserError, fits_memory, one_of
+from qdm_lightning.base.checks import UserError, fits_memory
 from qdm_lightning.base.ranks import started_apart
 from qdm_lightning.cli.schema import plain, run_name, settings_of
 from qdm_lightning.cli.sizes import check_sizes, network_memory
 from qdm_lightning.cli.validate import checked_group, network_settings, refuse_unknown, taq_scope, validate
-from qdm_lightning.quantization.spec import SCOPES, QuantConfig
+from qdm_lightning.quantization.spec import QuantConfig, check_scope
 from qdm_lightning.training.spec import TrainerConfig
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def build_student(cfg: DictConfig) -> tuple[Callable[[], nn.Module], QuantConfig
     model = checked_group(cfg, values, "model")
     fits_memory("this network", network_memory(network_settings(model))[0])
     scope = taq_scope(checked_group(cfg, values, "taq"))
-    one_of("taq.scope", scope, SCOPES)
+    check_scope(scope)
     from torch.nn import Module
 
     quant = OmegaConf.to_object(cfg.quant)
@@ -168,7 +168,7 @@ def build_student(cfg: DictConfig) -> tuple[Callable[[], nn.Module], QuantConfig
     return _factory("model", values["model"], Module), quant, _quantizers(values, scope)
 
 
-def _quantizers(values: dict[str, Any], scope: str) -> Quantizers:
+def _quantizers(values: dict[str, Any], scope: str | list[str]) -> Quantizers:
     """The factories that the settings name in `quant` and `taq`."""
     from qdm_lightning.quantization.preparation import Quantizers
     from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuantizer

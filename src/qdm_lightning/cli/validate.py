@@ -9,13 +9,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from qdm_lightning.base.checks import UserError, one_of
+from qdm_lightning.base.checks import UserError
 from qdm_lightning.base.files import read_json
 from qdm_lightning.cli.messages import unknown_setting
 from qdm_lightning.cli.schema import SCHEMAS, TrainConfig, plain, schema_of
 from qdm_lightning.data.spec import DigitsConfig, ImagesConfig
 from qdm_lightning.models.spec import PretrainedConfig, UNetConfig
-from qdm_lightning.quantization.spec import SCOPES, TaQOff
+from qdm_lightning.quantization.spec import TaQOff, check_scope
 
 
 def refuse_unknown(cfg: DictConfig, schema: type | None = None, key: str = "") -> None:
@@ -88,7 +88,7 @@ def check_combinations(s: TrainConfig) -> None:
         raise UserError(
             f"taq.num_train_timesteps={own} is not allowed: it follows diffusion.num_train_timesteps={steps}, leave it out"
         )
-    one_of("taq.scope", taq_scope(s.taq), SCOPES)
+    check_scope(taq_scope(s.taq))
     if s.quant.mode == "ptq" and s.nem.on_policy_fraction:
         raise UserError(
             "quant.mode=ptq takes no training steps, nem=on_policy is about them: type nem=replace or quant.mode=qat"
@@ -179,6 +179,7 @@ def _check_float(s: TrainConfig) -> None:
             raise UserError(f"a run with quant=fp32 trains a teacher{fault}")
 
 
-def taq_scope(taq: Any) -> str:
+def taq_scope(taq: Any) -> str | list[str]:
     """Scope of TaQ's settings, which are a plain dict where they are the user's own."""
-    return taq.get("scope", SCOPES[0]) if isinstance(taq, dict) else taq.scope
+    scope = taq.get("scope", TaQOff.scope) if isinstance(taq, dict) else taq.scope
+    return scope if isinstance(scope, str) else list(scope)

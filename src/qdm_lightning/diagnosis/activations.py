@@ -15,7 +15,7 @@ from qdm_lightning.diffusion.process import add_noise, noise_scheduler
 from qdm_lightning.diffusion.sampling import spread
 from qdm_lightning.diffusion.spec import DiffusionConfig
 from qdm_lightning.models.denoiser import Denoiser
-from qdm_lightning.quantization.quantizer import ActivationQuantizer, LSQProbability
+from qdm_lightning.quantization.quantizer import ActivationQuantizer
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 VALUES = 2**17
@@ -85,9 +85,7 @@ def choose_layers(layers: Mapping[str, nn.Module], patterns: Sequence[str] | Non
     others = [
         name
         for name, module in layers.items()
-        if not name.endswith((".query", ".key", ".value"))
-        and not isinstance(module, LSQProbability)
-        and getattr(module, "bits", 0) == least
+        if not name.endswith((".query", ".key", ".value", ".probabilities")) and getattr(module, "bits", 0) == least
     ]
     return [name for name in layers if name in {*attention, *spread(others, 6 - len(attention))}]
 
@@ -145,6 +143,7 @@ class _Watch:
         x = args[0]
         if isinstance(layer, ActivationQuantizer):
             x = layer.operand(x)
+            x = x * args[1] if len(args) > 1 else x  # scales by input channel
             self.parts["quantized"].append(_thinned(output))
         if hasattr(layer, "grid"):
             scale, zero_point = (value.reshape(-1, *[1] * (x.ndim - 1)) for value in layer.grid(x))  # type: ignore[operator]

@@ -9,18 +9,21 @@ from typing import Any
 
 import torch
 
-from qdm_lightning.base.files import write_json
+from qdm_lightning.base.files import write_json, write_whole
 from qdm_lightning.diagnosis.activations import Distribution, activation_distributions, choose_layers, layers_of
+from qdm_lightning.diagnosis.gains import Gain, by_kind, grid_gains, table
 from qdm_lightning.diagnosis.spec import DiagnosisConfig
 from qdm_lightning.diagnosis.trajectory_error import TrajectoryError, trajectory_error
+from qdm_lightning.diffusion.propagation import error_propagation, network_calls
 from qdm_lightning.diffusion.sampling import image_seeds, spread
 from qdm_lightning.display.plots import BoxPanel, Line, Panel, save_png
 from qdm_lightning.evaluation.protocol import run_label
 from qdm_lightning.evaluation.spec import listed
 from qdm_lightning.evaluation.subject import Subject
 from qdm_lightning.loggers import opened
-from qdm_lightning.loggers.media import log_pictures
+from qdm_lightning.loggers.media import log_pictures, log_table
 from qdm_lightning.quantization.layers import cached_weights
+from qdm_lightning.quantization.spec import QuantConfig, TaQScale
 from qdm_lightning.runs.provenance import environment, git_commit, versions
 from qdm_lightning.training.experiment import Experiment
 
@@ -34,11 +37,12 @@ PANELS = {
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` returns: the record as in diagnosis.json, and the files that it wrote."""
+    """What `diagnose` returns: the record as in diagnosis.json, the table of gains, and the files that it wrote."""
 
     record: dict[str, Any]
     folder: Path
     pictures: dict[str, Path]
+    gains: str
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ def diagnose(experiments: Sequence[Experiment], config: DiagnosisConfig, progres
         )
         for name, subject in _named(subjects).items()
     }
+    gains = _gains(subjects[0], config, progress)
+    travel = _propagation(subjects[0], progress)
     folder = Path(config.out).expanduser().resolve() if config.out else experiments[0].run_dir / "diagnosis"
     pictures = {"activations": folder / "activations.png"}
     save_png(pictures["activations"], _box_rows(layers, runs), "Inputs of layers by timestep: boxes 25-75 %, whiskers 1-99 %")
@@ -78,8 +84,16 @@ def diagnose(experiments: Sequence[Experiment], config: DiagnosisConfig, progres
     if errors:
         pictures["error"] = folder / "error.png"
         save_png(pictures["error"], [_curve_panels(errors)], "Student against teacher from the same noise")
+    if gains:
+        pictures["gains"] = folder / "gains.png"
+        save_png(pictures["gains"], [[_gains_panel(gains)]], "Signal to quantization noise: gain over one grid for all t")
+    pictures["propagation"] = folder / "propagation.png"
+    save_png(pictures["propagation"], [[_propagation_panel(travel)]], "How far an error of the noise estimate travels")
+    write_whole(folder / "gains.txt", f"{table(gains)}\n".encode(), checksum=False)
     record = {
         "runs": {name: _record(run) for name, run in runs.items()},
+        "gains": [asdict(gain) for gain in gains],
+        "propagation": {"images": PROPAGATION_IMAGES, "t": list(travel), "S": list(travel.values())},
         "num_images": config.num_images,
         "sampler": experiments[0].sampler.settings(),
         "diffusion": asdict(experiments[0].diffusion),
@@ -88,8 +102,8 @@ def diagnose(experiments: Sequence[Experiment], config: DiagnosisConfig, progres
         "git": git_commit(),
     }
     write_json(folder / "diagnosis.json", record)
-    _log(experiments[0], pictures, errors)
-    return Diagnosis(record, folder, pictures)
+    _log(experiments[0], pictures, errors, gains)
+    return Diagnosis(record, folder, pictures, table(gains))
 
 
 def _named(subjects: Sequence[Subject]) -> dict[str, Subject]:
@@ -131,6 +145,71 @@ def _trajectory_error(subject: Subject, config: DiagnosisConfig, progress: Any) 
     seeds = image_seeds(0, config.num_images)
     with progress.stage("trajectories", 2 * student.steps(len(seeds)), "steps") as stage, cached_weights(student.network):
         return trajectory_error(teacher, student, seeds, config.points, stage.advance)
+
+
+PROPAGATION_IMAGES, PROPAGATION_POINTS = 16, 20
+"""Images and timesteps by which S(t) is measured here."""
+
+
+def _gains(subject: Subject, config: DiagnosisConfig, progress: Any) -> list[Gain]:
+    """Of the full-precision network of a run, at the bits of its student; at W4A4 where the run trained a teacher."""
+    experiment, teacher = subject.experiment, subject.teacher() or subject.image_sampler
+    experiment.load_data()
+    with progress.stage("grids by timestep", 1, "passes") as stage:
+        found = grid_gains(
+            teacher.network,
+            QuantConfig() if experiment.quant.is_float else experiment.quant,
+            experiment.data.val_images,
+            experiment.diffusion,
+            device=teacher.device,
+            batch_size=experiment.sampler.batch_size,
+            groups=experiment.resolved["taq"].get("groups", TaQScale.groups),
+        )
+        stage.advance(1)
+    return found
+
+
+def _propagation(subject: Subject, progress: Any) -> dict[int, float]:
+    """S(t) of the run's full-precision network with the sampler of this command."""
+    s = subject.teacher() or subject.image_sampler
+    calls = network_calls(s.sampler, s.diffusion, PROPAGATION_IMAGES, PROPAGATION_POINTS)
+    with progress.stage("error propagation", calls, "steps") as stage:
+        return error_propagation(
+            s.network,
+            s.sampler,
+            s.diffusion,
+            shape=s.shape,
+            seeds=image_seeds(0, PROPAGATION_IMAGES),
+            points=PROPAGATION_POINTS,
+            device=s.device,
+            on_step=lambda: stage.advance(1),
+        )
+
+
+def _gains_panel(gains: Sequence[Gain]) -> Panel:
+    kinds = by_kind(gains)
+    places = range(len(kinds))
+    none = [0.0] * len(kinds)
+    names = {"groups": "a grid for each group of t", "normalize": "the sample's own moments"}
+    lines = [
+        Line(text, list(places), [getattr(kind, name) for kind in kinds], error=none, dash="none")
+        for name, text in names.items()
+    ]
+    ticks = [kind.name for kind in kinds]
+    return Panel(
+        title="mean of the layers of a kind", xlabel="", ylabel="dB", lines=lines, ticks=ticks, bounds={"one grid": 0.0}
+    )
+
+
+def _propagation_panel(travel: Mapping[int, float]) -> Panel:
+    return Panel(
+        title="squared deviation of the image for a unit of squared error at t",
+        xlabel="timestep t (sampling goes to the right)",
+        ylabel="S(t)",
+        lines=[Line("S(t)", list(travel), list(travel.values()))],
+        log_y=True,
+        falling=True,
+    )
 
 
 def _box_rows(layers: Sequence[str], runs: Mapping[str, _RunDiagnosis]) -> list[list[BoxPanel]]:
@@ -190,11 +269,14 @@ def _record(run: _RunDiagnosis) -> dict[str, Any]:
     }
 
 
-def _log(experiment: Experiment, pictures: Mapping[str, Path], errors: Mapping[str, TrajectoryError]) -> None:
-    """Pictures and the errors of the finished images, to the loggers that the experiment names."""
+def _log(
+    experiment: Experiment, pictures: Mapping[str, Path], errors: Mapping[str, TrajectoryError], gains: Sequence[Gain]
+) -> None:
+    """Pictures, the errors of the finished images and the table of gains, to the loggers that the experiment names."""
     with opened(experiment.loggers, run_dir=experiment.run_dir, config=experiment.resolved) as loggers:
         for name, path in pictures.items():
             log_pictures(loggers, f"diagnosis/{name}", path, 0)
+        log_table(loggers, "diagnosis/gains", list(Gain.columns), [gain.row() for gain in by_kind(gains)])
         values = {
             f"diagnosis/{name}/{run}": getattr(error, name)
             for run, error in errors.items()

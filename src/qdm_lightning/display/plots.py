@@ -21,6 +21,9 @@ COLORS = ("#0072b2", "#d55e00", "#008a65", "#b04f8a", "#a87400", "#2b8fc9")
 
 MARKERS, DASHES = "osD^vP", ("-", "--", ":", "-.")
 
+MOST_ACROSS = 8
+"""So many names of ticks stand beside one another; more are turned."""
+
 INK = "#010203"
 """Of text, axes and bounds; no series has it, so that an SVG can put the page's own color in its place."""
 
@@ -196,6 +199,8 @@ def _draw_lines(ax: Any, panel: Panel, names: Sequence[str], legend: dict[str, A
         ax.annotate(text, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=7.5)
     if panel.ticks is not None:
         ax.set(xticks=range(len(panel.ticks)), xticklabels=list(panel.ticks), xlim=(-0.5, len(panel.ticks) - 0.5))
+        if len(panel.ticks) > MOST_ACROSS:
+            ax.tick_params(axis="x", rotation=90)
     if panel.log_x:
         ax.set_xscale("log")
         positions = sorted({x for line in panel.lines for x in line.x})

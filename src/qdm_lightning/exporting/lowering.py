@@ -103,7 +103,7 @@ class Activation:
         """
         quantizer = self.quantizer
         x = padded(graph, self.x, self.ndim, padding) if any(padding) else self.x
-        if type(quantizer) in (LSQActivation, LSQProbability):
+        if type(quantizer) in (LSQActivation, LSQProbability):  # one grid for all
             with torch.no_grad():
                 scale, zero_point = (float(value) for value in quantizer.grid(torch.zeros(1)))
             if operand and not quantizer.symmetric:
@@ -149,6 +149,10 @@ def _signed_codes(graph: Graph, quantizer: LSQActivation, x: str, scale: str, ze
 def _sample_grid(graph: Graph, quantizer: NormalizedActivation, x: str, ndim: int) -> tuple[str, str]:
     """s_n and z_n of `taq=normalize`, (N, 1, ...): see `NormalizedActivation`."""
     axes = graph.integers(*range(1, ndim))
+    if quantizer.symmetric:
+        square = graph.op("ReduceMean", graph.op("Mul", x, x), axes, keepdims=1)
+        rms = graph.op("Sqrt", graph.op("Add", square, graph.number(quantizer.psi**2)))
+        return graph.op("Mul", rms, graph.number(float(quantizer.scale.detach()))), graph.number(0.0)
     mean = graph.op("ReduceMean", x, axes, keepdims=1)
     centred = graph.op("Sub", x, mean)
     variance = graph.op("ReduceMean", graph.op("Mul", centred, centred), axes, keepdims=1)

@@ -25,14 +25,18 @@ def _(x: Tensor, index: int) -> Tensor:
 
 
 class Mark(nn.Module):
-    """Stands for the quantizer of a number, whose SiLU it keeps."""
+    """Stands for the quantizer of a number, whose SiLU and factors by channel it keeps."""
 
-    def __init__(self, index: int, silu: bool) -> None:
+    channels: Tensor | None
+
+    def __init__(self, index: int, silu: bool, channels: Tensor | None = None) -> None:
         super().__init__()
         self.index, self.silu = index, silu
+        self.register_buffer("channels", channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, mark(F.silu(x) if self.silu else x, self.index))
+        x = F.silu(x) if self.silu else x
+        return cast(Tensor, mark(x if self.channels is None else x * self.channels, self.index))
 
 
 class MarkedAttention(QuantizedAttention):
@@ -55,18 +59,22 @@ def marked(student: nn.Module) -> tuple[nn.Module, list[tuple[str, nn.Module]]]:
     """A copy of a prepared model with marks for its quantizers, and those with their names, by the numbers of the marks."""
     quantizers: list[tuple[str, nn.Module]] = []
 
-    def stand_in(name: str, quantizer: nn.Module | None) -> Mark | None:
+    def stand_in(name: str, quantizer: nn.Module | None, channels: Tensor | None = None) -> Mark | None:
         if quantizer is None:
             return None
         quantizers.append((name, quantizer))
-        return Mark(len(quantizers) - 1, bool(getattr(quantizer, "silu", False)))
+        return Mark(len(quantizers) - 1, bool(getattr(quantizer, "silu", False)), channels)
 
     copied = copy.deepcopy(student)
     for name, module in list(copied.named_modules()):
         processor: Any = getattr(module, "processor", None)
         if isinstance(module, QuantizedLayer):
+            channels = module.channel_factors()
+            if channels is not None:  # r_c goes into the weight for good
+                module.weight, module.channel_scale = nn.Parameter(module.scaled_weight().detach()), None
             for part in ("weight_quantizer", "input_quantizer"):
-                setattr(module, part, stand_in(f"{name}.{part}", getattr(module, part)))
+                own = channels if part == "input_quantizer" else None
+                setattr(module, part, stand_in(f"{name}.{part}", getattr(module, part), own))
         elif isinstance(processor, QuantizedAttention):
             parts = ("query", "key", "value", "probabilities")
             *operands, last = (stand_in(f"{name}.{part}", getattr(processor, part)) for part in parts)

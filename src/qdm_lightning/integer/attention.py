@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qdm_lightning.integer import kernels, native
 from qdm_lightning.integer.encoding import encode, round_to_grid
 from qdm_lightning.integer.grids import Grid, GridSource, StaticGrid, Target, grid_source
 from qdm_lightning.integer.layers import IntegerLinear
 from qdm_lightning.integer.report import Inexact
-from qdm_lightning.quantization.attention import QuantizedAttention
+from qdm_lightning.quantization.attention import AttentionProcessor, QuantizedAttention
 
 FARTHEST = 2**15 - 1
 """The farthest zero point with which the compiled pass corrects its sums in 32 bits."""
@@ -51,7 +51,7 @@ def product(a: Signed, b: Signed) -> Tensor:
     return (exact * scale).float()
 
 
-class IntegerAttention(nn.Module):
+class IntegerAttention(AttentionProcessor):
     """An attention processor as `QuantizedAttention`, whose products multiply the codes of q, k, v and the probabilities."""
 
     def __init__(self, processor: QuantizedAttention, heads: int, width: int) -> None:
@@ -65,39 +65,9 @@ class IntegerAttention(nn.Module):
             grid_source(cast(Any, part), (2, heads, 4, width)) for part in parts
         )
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        """As diffusers calls a processor; it reads the accepted arguments from this signature."""
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-
-    def forward(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        batch, spatial = hidden_states.shape[0], hidden_states.shape[2:]
-        projected = _projections(attn, hidden_states, encoder_hidden_states)
-        mask = attention_mask
-        if mask is not None:
-            mask = attn.prepare_attention_mask(mask, projected[1].shape[1], batch)
-            mask = mask.view(batch, attn.heads, -1, mask.shape[-1])
-        q, k, v = projected
-        out = self.attend(q, k, v, attn.heads, mask)
-        out = attn.to_out[1](attn.to_out[0](out))
-        if len(spatial) == 2:
-            out = out.transpose(1, 2).reshape(batch, -1, *spatial)
-        if attn.residual_connection:
-            out = out + hidden_states
-        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+    def attended(self, attn: Any, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        q, k, v = _projections(attn, x, context)
+        return self.attend(q, k, v, attn.heads, mask)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
         """Of float q, k, v (B, N, heads d): probs_hat v_hat, (B, N, heads d) float32."""
@@ -135,7 +105,10 @@ def _projections(attn: Any, x: Tensor, context: Tensor | None) -> list[Tensor]:
     if x.ndim == 4 and context is None and all(isinstance(layer, IntegerLinear) and layer.grid.static for layer in layers):
         grids = [layer.grid.at(x) for layer in layers]
         normed = attn.group_norm is not None
-        targets = [Target(grid, norm=normed, silu=layer.silu) for grid, layer in zip(grids, layers, strict=True)]
+        targets = [
+            Target(grid, norm=normed, silu=layer.silu, channels=layer.channels)
+            for grid, layer in zip(grids, layers, strict=True)
+        ]
         codes = encode([x], targets, attn.group_norm)
         rows = [c.permute(0, 2, 3, 1).flatten(1, 2) for c in codes]
         return [layer.compute(c, grid) for layer, c, grid in zip(layers, rows, grids, strict=True)]

@@ -67,14 +67,14 @@ class IntegerResnetBlock(nn.Module):
         silu = isinstance(self.nonlinearity, nn.SiLU)  # else it is the convolutions' own
         first, second, shortcut = (cast(Any, m) for m in (self.conv1, self.conv2, self.conv_shortcut))
         grid = first.grid.at(parts[0])
-        targets = [Target(grid, first.padding, norm=True, silu=silu or first.silu)]
+        targets = [Target(grid, first.padding, norm=True, silu=silu or first.silu, channels=first.channels)]
         if shortcut is not None:
             direct = shortcut.grid.at(parts[0])
-            targets.append(Target(direct, shortcut.padding, silu=shortcut.silu))
+            targets.append(Target(direct, shortcut.padding, silu=shortcut.silu, channels=shortcut.channels))
         codes, *rest = encode(parts, targets, cast(nn.GroupNorm, self.norm1))
         hidden = first.compute(codes, grid)
         grid = second.grid.at(hidden)
-        target = Target(grid, second.padding, norm=True, silu=silu or second.silu)
+        target = Target(grid, second.padding, norm=True, silu=silu or second.silu, channels=second.channels)
         codes = encode([hidden], [target], cast(nn.GroupNorm, self.norm2), self._time(temb))[0]
         if shortcut is not None:
             out = second.compute(codes, grid, shortcut.compute(rest[0], direct), overwrite=True)
@@ -149,7 +149,8 @@ class IntegerDownsample(IntegerSampler):
         conv = self.conv
         grid = conv.grid.at(hidden_states)
         padding = cast(Padding, tuple(a + b for a, b in zip(conv.padding, self.more, strict=True)))
-        return conv.compute(encode([hidden_states], [Target(grid, padding, silu=conv.silu)])[0], grid)
+        target = Target(grid, padding, silu=conv.silu, channels=conv.channels)
+        return conv.compute(encode([hidden_states], [target])[0], grid)
 
 
 class IntegerUpsample(IntegerSampler):
@@ -173,7 +174,8 @@ class IntegerUpsample(IntegerSampler):
         repeat = 2 if output_size is None else 1
         x = hidden_states if output_size is None else F.interpolate(hidden_states, size=output_size, mode="nearest")
         grid = conv.grid.at(x)
-        return conv.compute(encode([x], [Target(grid, conv.padding, silu=conv.silu, repeat=repeat)])[0], grid)
+        target = Target(grid, conv.padding, silu=conv.silu, repeat=repeat, channels=conv.channels)
+        return conv.compute(encode([x], [target])[0], grid)
 
 
 class IntegerEnd(nn.Module):
@@ -192,5 +194,6 @@ class IntegerEnd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, O, H, W)."""
         grid = self.conv.grid.at(x)
-        codes = encode([x], [Target(grid, self.conv.padding, norm=True, silu=self.silu or self.conv.silu)], self.norm)[0]
-        return cast(Tensor, self.conv.compute(codes, grid))
+        conv = self.conv
+        target = Target(grid, conv.padding, norm=True, silu=self.silu or conv.silu, channels=conv.channels)
+        return cast(Tensor, conv.compute(encode([x], [target], self.norm)[0], grid))

@@ -39,10 +39,13 @@ def encode(
     return _encode(parts, targets, norm, shift) if found is None else found
 
 
-def round_to_grid(x: Tensor, grid: Grid, silu: bool = False) -> Tensor:
-    """Codes of x, or of silu(x), (B, ..., C), uint8 of its shape: clip(round(x / s) + z, 0, qmax). Raises as `encode`."""
+def round_to_grid(x: Tensor, grid: Grid, silu: bool = False, channels: Tensor | None = None) -> Tensor:
+    """Codes of x, or of silu(x), (B, ..., C), uint8 of its shape: clip(round(x / s) + z, 0, qmax). Raises as `encode`.
+
+    `channels`, (C,): factors of x, or of silu(x).
+    """
     image = x.float().contiguous().view(x.shape[0], 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
-    return encode([image], [Target(grid, silu=silu)])[0].permute(0, 2, 3, 1).reshape(x.shape)
+    return encode([image], [Target(grid, silu=silu, channels=channels)])[0].permute(0, 2, 3, 1).reshape(x.shape)
 
 
 def _round(x: Tensor, grid: Grid) -> Tensor:
@@ -62,7 +65,8 @@ def _encode(
     found = []
     for target in targets:
         value = normed if target.norm else x
-        codes = _round(F.silu(value) if target.silu else value, target.grid)
+        value = F.silu(value) if target.silu else value
+        codes = _round(value if target.channels is None else value * target.channels[:, None, None], target.grid)
         if target.repeat > 1:
             codes = codes.repeat_interleave(target.repeat, dim=2).repeat_interleave(target.repeat, dim=3)
         found.append(pad(codes, target.grid, target.padding))

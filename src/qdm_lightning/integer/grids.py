@@ -59,6 +59,7 @@ class Target:
         padding: rows and columns of the code of zero around an image.
         norm, silu: of the activation as group norm and SiLU leave it, or as it is.
         repeat: each pixel so many times, both ways: nearest-neighbour upsampling.
+        channels: factor of each channel, (C,) float32, after the SiLU; None for none.
     """
 
     grid: Grid
@@ -66,20 +67,30 @@ class Target:
     norm: bool = False
     silu: bool = False
     repeat: int = 1
+    channels: Tensor | None = None
 
 
 class GridSource(nn.Module):
-    """Where a layer's grid comes from. `static`: it does not look at the values of x. `silu`: silu(x) is what is quantized."""
+    """Where a layer's grid comes from.
+
+    Attributes:
+        static: it does not look at the values of x.
+        silu: silu(x) is what is quantized.
+        channels: factors of what is quantized, which broadcast against a sample; None for none.
+    """
 
     static: bool
+    channels: Tensor | None
 
     def __init__(self, quantizer: ActivationQuantizer) -> None:
         super().__init__()
         self.qmax, self.bits, self.silu = quantizer.qmax, quantizer.bits, quantizer.silu
+        self.register_buffer("channels", None)
 
     def operand(self, x: Tensor) -> Tensor:
-        """What is quantized of the x that comes in, as `ActivationQuantizer.operand`."""
-        return F.silu(x) if self.silu else x
+        """What is quantized of the x that comes in, as `ActivationQuantizer.operand`, times the channels' factors."""
+        x = F.silu(x) if self.silu else x
+        return x if self.channels is None else x * self.channels
 
     def at(self, operand: Tensor) -> Grid:
         """The grid for the operand (B, ...) at the timesteps of the running pass."""
@@ -181,12 +192,18 @@ class DynamicGrid(GridSource):
 _STATIC = (LSQActivation, LSQProbability, GroupedActivation, EMANormalizedActivation)
 
 
-def grid_source(quantizer: ActivationQuantizer, shape: tuple[int, ...]) -> GridSource:
-    """The grids of a quantizer whose input has a shape like `shape`.
+def grid_source(quantizer: ActivationQuantizer, shape: tuple[int, ...], channels: Tensor | None = None) -> GridSource:
+    """The grids of a quantizer whose input has a shape like `shape`, times `channels` where there are factors by channel.
 
     Raises:
         Unsupported: it has no `grid(x)`, or one that is not what its `quantize(x)` computes.
     """
+    source = _grid_source(quantizer, shape)
+    source.channels = None if channels is None else channels.detach().clone()
+    return source
+
+
+def _grid_source(quantizer: ActivationQuantizer, shape: tuple[int, ...]) -> GridSource:
     kind = type(quantizer)
     if kind in _STATIC:
         return StaticGrid(quantizer)

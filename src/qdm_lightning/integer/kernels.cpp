@@ -50,6 +50,7 @@ extern "C" {
 struct Target {
   uint8_t* out;
   const float *scale, *zero_point;  // one, or one for each sample
+  const float* channels;            // (C): factors after the SiLU, or null
   int64_t per_sample, qmax, norm, silu, repeat, left, right, above, below;  // each pixel `repeat` times both ways
 };
 
@@ -151,17 +152,27 @@ void affine(const Activation& x, const float* center, const double* sums, const 
 }
 
 // True if all values have codes: none is NaN.
-template <bool kAffine, bool kSilu>
-bool write_codes(const float* x, const float* a, const float* b, int64_t count, float s, float z, float qmax, uint8_t* out) {
+template <bool kAffine, bool kSilu, bool kChannels = false>
+bool write_codes(const float* x, const float* a, const float* b, int64_t count, float s, float z, float qmax, uint8_t* out,
+                 const float* factors = nullptr) {
   int32_t strange = 0;
 #pragma omp simd reduction(| : strange)
   for (int64_t c = 0; c < count; ++c) {
     float y = kAffine ? x[c] * a[c] + b[c] : x[c];
     if (kSilu) y = y / (1.0f + exponential(-y));
+    if (kChannels) y *= factors[c];
     out[c] = code(y, s, z, qmax);
     strange |= y != y;
   }
   return !strange;
+}
+
+// The same, with factors where they are not null.
+template <bool kAffine, bool kSilu>
+bool write_with(const float* x, const float* a, const float* b, int64_t count, float s, float z, float qmax, uint8_t* out,
+                const float* factors) {
+  return factors ? write_codes<kAffine, kSilu, true>(x, a, b, count, s, z, qmax, out, factors)
+                 : write_codes<kAffine, kSilu, false>(x, a, b, count, s, z, qmax, out);
 }
 
 // Rows [begin, end) of a sample's padded codes. True as `write_codes`.
@@ -189,10 +200,11 @@ bool write_rows(const Activation& x, const Target& t, int64_t n, int64_t begin, 
         const float* values = x.part[part] + ((n * x.height + h) * x.width + w) * count;
         uint8_t* own = pixel + offset;
         const float *ac = a + offset, *bc = b + offset;
-        if (affine && t.silu) good &= write_codes<true, true>(values, ac, bc, count, s, z, qmax, own);
-        else if (affine) good &= write_codes<true, false>(values, ac, bc, count, s, z, qmax, own);
-        else if (t.silu) good &= write_codes<false, true>(values, ac, bc, count, s, z, qmax, own);
-        else good &= write_codes<false, false>(values, ac, bc, count, s, z, qmax, own);
+        const float* factors = t.channels ? t.channels + offset : nullptr;
+        if (affine && t.silu) good &= write_with<true, true>(values, ac, bc, count, s, z, qmax, own, factors);
+        else if (affine) good &= write_with<true, false>(values, ac, bc, count, s, z, qmax, own, factors);
+        else if (t.silu) good &= write_with<false, true>(values, ac, bc, count, s, z, qmax, own, factors);
+        else good &= write_with<false, false>(values, ac, bc, count, s, z, qmax, own, factors);
       }
       for (int64_t again = 1; again < t.repeat; ++again) std::memcpy(pixel + again * total, pixel, total);
     }

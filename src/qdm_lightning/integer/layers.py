@@ -52,7 +52,7 @@ class IntegerLayer(nn.Module):
         super().__init__()
         if layer.weight_quantizer is None or layer.input_quantizer is None:
             raise ValueError("a layer on integer codes has a quantizer of its weight and one of its input")
-        codes, scale = weight_codes(layer.weight, layer.weight_quantizer)
+        codes, scale = weight_codes(layer.scaled_weight(), layer.weight_quantizer)
         kernels.check_fits(layer.input_quantizer.qmax, codes)
         self.register_buffer("weight", codes)
         self.register_buffer("weight_scale", scale)
@@ -62,7 +62,7 @@ class IntegerLayer(nn.Module):
         bias = cast(Tensor | None, layer.bias)
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self.weight_bits, self.silu = layer.weight_quantizer.bits, layer.input_quantizer.silu
-        self.grid = grid_source(layer.input_quantizer, shape)
+        self.grid = grid_source(layer.input_quantizer, shape, layer.channel_factors())
         self._folded: dict[int, Tensor] = {}
         self._packed: Any = None
         self._winograd: list[native.WinogradConv | None] = []  # empty before it was asked for
@@ -78,6 +78,11 @@ class IntegerLayer(nn.Module):
         if grid.group is not None:
             self._folded[grid.group] = bias[0]
         return bias[0]
+
+    @property
+    def channels(self) -> Tensor | None:
+        """Factors of the input's channels, (C,), as `Target` has them."""
+        return None if self.grid.channels is None else self.grid.channels.flatten()
 
     def compute(self, codes: Tensor, grid: Grid) -> Tensor:
         """The layer's output, float32, of the codes of its input."""
@@ -134,7 +139,7 @@ class IntegerConv2d(IntegerLayer):
         image = x.unsqueeze(2) if self.flat else x
         if self.grid.static:
             grid = self.grid.at(x)
-            codes = encode([image], [Target(grid, self.padding, silu=self.silu)])[0]
+            codes = encode([image], [Target(grid, self.padding, silu=self.silu, channels=self.channels)])[0]
         else:
             operand = self.grid.operand(x)
             grid = self.grid.at(operand)
@@ -196,7 +201,7 @@ class IntegerLinear(IntegerLayer):
         """(B, ..., I) float to (B, ..., O) float32."""
         if self.grid.static:
             grid = self.grid.at(x)
-            return self.compute(round_to_grid(x, grid, self.silu), grid)
+            return self.compute(round_to_grid(x, grid, self.silu, self.channels), grid)
         operand = self.grid.operand(x)
         grid = self.grid.at(operand)
         return self.compute(round_to_grid(operand, grid), grid)

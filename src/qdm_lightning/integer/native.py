@@ -31,7 +31,9 @@ def _structure(name: str, *fields: tuple[Any, str]) -> type[ctypes.Structure]:
 
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 _Target = _structure(
-    "_Target", (_POINTER, "out scale zero_point"), (_INTEGER, "per_sample qmax norm silu repeat left right above below")
+    "_Target",
+    (_POINTER, "out scale zero_point channels"),
+    (_INTEGER, "per_sample qmax norm silu repeat left right above below"),
 )
 _Activation = _structure(
     "_Activation",
@@ -137,10 +139,11 @@ def encode(
         scale, zero_point = target.grid.scale.contiguous(), target.grid.zero_point.contiguous()
         own.out, own.scale, own.zero_point = codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr()
         own.per_sample, own.qmax, own.norm, own.silu = target.grid.per_sample, target.grid.qmax, target.norm, target.silu
-        own.repeat = target.repeat
+        factors = None if target.channels is None else target.channels.float().contiguous()
+        own.repeat, own.channels = target.repeat, _pointer(factors)
         own.left, own.right, own.above, own.below = target.padding
         found.append(codes)
-        kept += [scale, zero_point]
+        kept += [scale, zero_point, *([] if factors is None else [factors])]
     if not lib.encode(ctypes.byref(activation), wanted, _INTEGER(len(targets))):
         raise ValueError("an activation is not a number (NaN): it has no code")
     return found

@@ -29,7 +29,40 @@ def unsupported(module: nn.Module) -> str | None:
     return None if processor in _PLAIN else f"its processor is a {processor}"
 
 
-class QuantizedAttention(nn.Module):
+class AttentionProcessor(nn.Module):
+    """What diffusers' attention calls: all of it but `attended`, which a subclass writes."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """As diffusers calls a processor; it reads the accepted arguments from this signature."""
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+    def forward(self, attn: Any, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Of x, (B, C, H, W) or (B, N, C), with keys and values of its own or of `context` (B, M, C'): what has x's shape."""
+        batch, spatial = x.shape[0], x.shape[2:] if x.ndim == 4 else None
+        if mask is not None:
+            keys = context.shape[1] if context is not None else x.shape[1] if spatial is None else spatial.numel()
+            mask = attn.prepare_attention_mask(mask, keys, batch)
+            mask = mask.view(batch, attn.heads, -1, mask.shape[-1])
+        out = attn.to_out[1](attn.to_out[0](self.attended(attn, x, context, mask)))
+        if spatial is not None:
+            out = out.transpose(1, 2).reshape(batch, -1, *spatial)
+        if attn.residual_connection:
+            out = out + x
+        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+
+    def attended(self, attn: Any, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        """probs v, (B, N, heads d); `mask` is (B, heads, N or 1, M)."""
+        raise NotImplementedError
+
+
+class QuantizedAttention(AttentionProcessor):
     """An attention processor, probs = softmax(q_hat k_hat^T / sqrt(d)), out = probs_hat v_hat, with learned-step quantizers.
 
     Args:
@@ -47,56 +80,25 @@ class QuantizedAttention(nn.Module):
         super().__init__()
         self.query, self.key, self.value, self.probabilities = query, key, value, probabilities
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        """As diffusers calls a processor; it reads the accepted arguments from this signature."""
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-
-    def forward(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        residual = hidden_states
-        spatial = hidden_states.shape[2:] if hidden_states.ndim == 4 else None
-        if spatial is not None:
-            hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        batch = hidden_states.shape[0]
+    def attended(self, attn: Any, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        if x.ndim == 4:
+            x = x.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
-            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2).contiguous()  # once for q, k, v
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], batch)
-            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
-
+            x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2).contiguous()  # once for q, k, v
+        context = x if context is None else context
         q, k, v = (
             quantizer(heads) if quantizer is not None else heads
             for quantizer, heads in zip(
                 (self.query, self.key, self.value),
                 (
                     projection.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
-                    for projection in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+                    for projection in (attn.to_q(x), attn.to_k(context), attn.to_v(context))
                 ),
                 strict=True,
             )
         )
-        out = self._attend(q, k, v, attention_mask)
-        out = out.transpose(1, 2).reshape(batch, -1, out.shape[1] * out.shape[3])
-        out = attn.to_out[1](attn.to_out[0](out))
-        if spatial is not None:
-            out = out.transpose(1, 2).reshape(batch, -1, *spatial)
-        if attn.residual_connection:
-            out = out + residual
-        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+        out = self._attend(q, k, v, mask)
+        return out.transpose(1, 2).reshape(x.shape[0], -1, out.shape[1] * out.shape[3])
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if self.probabilities is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import product
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qdm_lightning.base.checks import UserError, between
 from qdm_lightning.quantization.layers import QuantizedLayer
-from qdm_lightning.quantization.observer import Calibrator, Observer
+from qdm_lightning.quantization.observer import Calibrator, ChannelSquares, Observer, Watcher
 from qdm_lightning.quantization.quantizer import ActivationQuantizer
 
 
@@ -87,7 +87,8 @@ def calibrate(model: nn.Module, run: Callable[[], object], calibrator: Calibrato
     Args:
         model: prepared by `prepare`.
         run: passes the calibration batches through the model, under `timesteps(t)` where it does not tell its own.
-            Quantizers are off meanwhile, so that all see the full-precision activations.
+            Quantizers are off meanwhile, so that all see the full-precision activations. Called once more, before, where layers
+            have scales by input channel.
         calibrator: the search; `MSESearch()` where None.
         seed: seed of the random subsample that is kept of each activation.
 
@@ -98,6 +99,25 @@ def calibrate(model: nn.Module, run: Callable[[], object], calibrator: Calibrato
     calibrator = calibrator or MSESearch()
     quantizers = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
     observers = {name: Observer(torch.Generator().manual_seed(seed)) for name in quantizers}
+    set_channel_scales(model, run)
+    observe(model, observers, run)
+    silent = [name for name, observer in observers.items() if not observer.parts]
+    if silent:
+        raise RuntimeError(f"calibration reached no input of {', '.join(silent)}: run the whole model in calibration")
+    for name, quantizer in quantizers.items():
+        _check_finite(f"the input of {name}", observers[name].ends, observers[name].timesteps)
+        quantizer.initialize(observers[name], calibrator)
+        _check_finite(f"the grid of {name}", *quantizer.state_dict().values())
+    for layer_name, layer in ((name, m) for name, m in model.named_modules() if isinstance(m, QuantizedLayer)):
+        _check_finite(f"the weight of {layer_name}", layer.weight.detach())
+        if layer.weight_quantizer is not None:
+            layer.weight_quantizer.initialize(layer.scaled_weight(), calibrator)
+            _check_finite(f"the grid of {layer_name}.weight_quantizer", *layer.weight_quantizer.state_dict().values())
+
+
+def observe(model: nn.Module, observers: Mapping[str, Watcher], run: Callable[[], None]) -> None:
+    """Call `run` with all quantizers of a prepared `model` off, each activation's with the observer of its name."""
+    quantizers = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
     layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
     try:
         for name, quantizer in quantizers.items():
@@ -111,18 +131,36 @@ def calibrate(model: nn.Module, run: Callable[[], object], calibrator: Calibrato
             quantizer.observer = None
         for layer in layers:
             layer.calibrating = False
-    silent = [name for name, observer in observers.items() if not observer.parts]
-    if silent:
-        raise RuntimeError(f"calibration reached no input of {', '.join(silent)}: run the whole model in calibration")
+
+
+LEAST_CHANNEL = 1e-3
+"""A channel's root mean square counts as no less than this share of the layer's: a silent one may speak later."""
+
+
+def set_channel_scales(model: nn.Module, run: Callable[[], None]) -> None:
+    """r_c = rms_c^0.5 over its geometric mean, of the input of each layer that has scales by channel; `run` as for `calibrate`.
+
+    Without such layers `run` is not called.
+    """
+    quantizers = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
+    layers = {
+        id(m.input_quantizer): m for m in model.modules() if isinstance(m, QuantizedLayer) and m.channel_scale is not None
+    }
+    if not layers:
+        return
+    for layer in layers.values():
+        layer.channel_scale.fill_(1.0)  # type: ignore[union-attr]
+    observers = {
+        name: ChannelSquares(layers[id(q)].channel_axis if id(q) in layers else None) for name, q in quantizers.items()
+    }
+    observe(model, observers, run)
     for name, quantizer in quantizers.items():
-        _check_finite(f"the input of {name}", observers[name].ends, observers[name].timesteps)
-        quantizer.initialize(observers[name], calibrator)
-        _check_finite(f"the grid of {name}", *quantizer.state_dict().values())
-    for layer_name, layer in ((name, m) for name, m in model.named_modules() if isinstance(m, QuantizedLayer)):
-        _check_finite(f"the weight of {layer_name}", layer.weight.detach())
-        if layer.weight_quantizer is not None:
-            layer.weight_quantizer.initialize(layer.weight, calibrator)
-            _check_finite(f"the grid of {layer_name}.weight_quantizer", *layer.weight_quantizer.state_dict().values())
+        if id(quantizer) in layers and observers[name].total is not None:
+            rms = observers[name].root_mean_square()
+            _check_finite(f"the input of {name}", rms)
+            rms = rms.clamp(min=LEAST_CHANNEL * float(rms.square().mean().sqrt())).clamp(min=torch.finfo(torch.float32).tiny)
+            scale = (rms.log() - rms.log().mean()).mul(0.5).exp()
+            layers[id(quantizer)].channel_scale.copy_(scale)  # type: ignore[union-attr]
 
 
 def _check_finite(what: str, values: Tensor | None = None, *more: Tensor) -> None:

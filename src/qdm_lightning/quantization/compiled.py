@@ -32,20 +32,35 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0] * x.shape[1], x.shape[2])
 
 
-def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor, silu: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def _times(rows: Tensor, x: Tensor, channels: Tensor | None) -> Tensor:
+    """The rows of x, (G K, M), times the channels' factors, (1, 1, K, M), which all groups share."""
+    return rows if channels is None else _flat(rows.view(x.shape) * channels[0])
+
+
+def _forward(
+    x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor, silu: bool = False, channels: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     value = _flat(x).float()
     s = _spread(scale, x)
     z = _spread(torch.round(torch.clamp(zero_point, limits[3], limits[4])), x)
-    codes = torch.clamp(torch.round((F.silu(value) if silu else value) / s) + z, limits[0], limits[1])
+    value = _times(F.silu(value) if silu else value, x, channels)
+    codes = torch.clamp(torch.round(value / s) + z, limits[0], limits[1])
     return ((codes - z) * s).to(x.dtype), s, z
 
 
 def _backward(
-    grad: Tensor, x: Tensor, s: Tensor, z: Tensor, limits: Tensor, silu: bool = False, symmetric: bool = False
+    grad: Tensor,
+    x: Tensor,
+    s: Tensor,
+    z: Tensor,
+    limits: Tensor,
+    silu: bool = False,
+    symmetric: bool = False,
+    channels: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     upstream, value = _flat(grad).float(), _flat(x).float()
     gate = torch.sigmoid(value) if silu else None
-    ratio = (value if gate is None else value * gate) / s
+    ratio = _times(value if gate is None else value * gate, x, channels) / s
     shifted = ratio + z
     inside = torch.clamp(shifted, limits[0], limits[1]) == shifted
     passed = torch.where(inside, upstream, 0.0)
@@ -54,13 +69,39 @@ def _backward(
     factor = limits[2] * torch.where(limits[5] > 0, row, 1.0)
     grad_scale = (upstream * (code - torch.where(inside, ratio, 0.0))).sum(-1) * factor
     grad_zero = (upstream - passed).sum(-1) * -row
+    passed = _times(passed, x, channels)
     grad_x = passed if gate is None else passed * gate * (1 + value * (1 - gate))
     sums = [rows.view(x.shape[:2]).sum(1) for rows in ([grad_scale] if symmetric else [grad_scale, grad_zero])]
     return grad_x.to(grad.dtype), *sums
 
 
-_FORWARD = {silu: partial(_forward, silu=silu) for silu in (False, True)}
-_BACKWARD = {flags: partial(_backward, silu=flags[0], symmetric=flags[1]) for flags in product((False, True), repeat=2)}
+def _forward_channels(
+    x: Tensor, scale: Tensor, zero_point: Tensor, channels: Tensor, limits: Tensor, silu: bool = False
+) -> tuple[Tensor, ...]:
+    return _forward(x, scale, zero_point, limits, silu, channels)
+
+
+def _backward_channels(
+    grad: Tensor,
+    x: Tensor,
+    s: Tensor,
+    z: Tensor,
+    channels: Tensor,
+    limits: Tensor,
+    silu: bool = False,
+    symmetric: bool = False,
+) -> tuple[Tensor, ...]:
+    return _backward(grad, x, s, z, limits, silu, symmetric, channels)
+
+
+_BOTH = (False, True)
+_FORWARD: dict[tuple[bool, bool], Callable[..., Any]] = {
+    (by, silu): partial((_forward, _forward_channels)[by], silu=silu) for by, silu in product(_BOTH, repeat=2)
+}
+_BACKWARD: dict[tuple[bool, bool, bool], Callable[..., Any]] = {
+    (by, silu, symmetric): partial((_backward, _backward_channels)[by], silu=silu, symmetric=symmetric)
+    for by, silu, symmetric in product(_BOTH, repeat=3)
+}
 
 
 def _moments(x: Tensor, psi: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +173,7 @@ def _compile(function: Callable[..., Any], args: Sequence[Tensor]) -> Callable[.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # A large example, of sizes that differ: by its rows' number it decides how many threads work, by their length how to sum.
     groups, rows = 12, 20
-    sizes = {3: (groups, rows, ROW), 2: (groups * rows, 1), 1: (groups,)}
+    sizes = {4: (1, 1, rows, ROW), 3: (groups, rows, ROW), 2: (groups * rows, 1), 1: (groups,)}
     with _disable_current_modes(), torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
         examples: list[Any] = [torch.ones(sizes[a.ndim], dtype=a.dtype, device=a.device) for a in args[:-1]]
         examples.append(torch.ones_like(args[-1]))
@@ -179,18 +220,31 @@ def limits(qmin: int, qmax: int, scale_gradient: float, hold: bool, log: bool, d
     return constants(device, qmin, qmax, scale_gradient, low, high, log)
 
 
-def forward(x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor, silu: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    x: Tensor, scale: Tensor, zero_point: Tensor, limits: Tensor, silu: bool = False, channels: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """x_hat of x, or of silu(x), for x (G, K, M) with scale and real zero point (G,); and scale and integer
-    zero point as columns of the rows, (G K, 1)."""
-    return cast(tuple[Tensor, Tensor, Tensor], _backend.call(_FORWARD[silu], x, scale, zero_point, limits))
+    zero point as columns of the rows, (G K, 1). `channels`: factors of what is quantized, from `channel_rows`."""
+    by = () if channels is None else (channels,)
+    call = _FORWARD[channels is not None, silu]
+    return cast(tuple[Tensor, Tensor, Tensor], _backend.call(call, x, scale, zero_point, *by, limits))
 
 
 def backward(
-    grad: Tensor, x: Tensor, s: Tensor, z: Tensor, limits: Tensor, silu: bool = False, symmetric: bool = False
+    grad: Tensor,
+    x: Tensor,
+    s: Tensor,
+    z: Tensor,
+    limits: Tensor,
+    silu: bool = False,
+    symmetric: bool = False,
+    channels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients to x (G, K, M), scale and zero point (G,), from the columns that `forward` gave; `symmetric` leaves the last
     one out (None), which saves a sum. See `functional.fake_quantize`."""
-    grad_x, grad_scale, *rest = _backend.call(_BACKWARD[silu, symmetric], grad, x, s, z, limits)
+    by = () if channels is None else (channels,)
+    call = _BACKWARD[channels is not None, silu, symmetric]
+    grad_x, grad_scale, *rest = _backend.call(call, grad, x, s, z, *by, limits)
     return grad_x, grad_scale, rest[0] if rest else None
 
 
@@ -240,6 +294,13 @@ def in_layout(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     if x.stride() == strides or all(own == asked or n == 1 for own, asked, n in zip(x.stride(), strides, x.shape, strict=True)):
         return x
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def channel_rows(channels: Tensor, x: Tensor, strides: tuple[int, ...], rows: Tensor) -> Tensor:
+    """Factors that broadcast against a sample of x, laid out as the rows of each sample, (1, 1, K, M) for `rows` (B, K, M)."""
+    laid = in_layout(channels.float().expand(1, *x.shape[1:]), strides)
+    _, count, length = rows.shape
+    return laid.as_strided((1, 1, count, length), (count * length, count * length, length, 1))
 
 
 def _first_line(error: BaseException) -> str:

@@ -44,6 +44,7 @@ def fake_quantize(
     *,
     hold: bool = False,
     silu: bool = False,
+    channels: Tensor | None = None,
 ) -> Tensor:
     """x_hat = s (clip(round(x / s) + z, qmin, qmax) - z), with LSQ+'s gradients.
 
@@ -58,6 +59,8 @@ def fake_quantize(
         scale_gradient: factor g on the scale's gradient (LSQ, sec. 2.2).
         hold: hold the zero point to [qmin, qmax] too, also straight-through.
         silu: quantize silu(x) in the same pass; the gradient to x goes through silu too.
+        channels: positive factors that broadcast against a sample, such as 1 / r_c as (C, 1, 1): quantize channels x, or
+            channels silu(x), in the same pass. They get no gradient.
 
     Raises:
         ValueError: `scale` and `zero_point` differ in size, or have neither one element nor one for each row of x.
@@ -70,7 +73,7 @@ def fake_quantize(
     log_scale = getattr(scale, "logarithm", None)
     limits = compiled.limits(qmin, qmax, scale_gradient, hold, log_scale is not None, x.device)
     value = scale.detach() if scale.requires_grad else scale
-    return _FakeQuantize.apply(x, scale if log_scale is None else log_scale, zero_point, value, limits, silu)
+    return _FakeQuantize.apply(x, scale if log_scale is None else log_scale, zero_point, value, limits, silu, channels)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -78,11 +81,23 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, learned: Tensor, zero_point: Tensor, scale: Tensor, limits: Tensor, silu: bool
+        ctx: FunctionCtx,
+        x: Tensor,
+        learned: Tensor,
+        zero_point: Tensor,
+        scale: Tensor,
+        limits: Tensor,
+        silu: bool,
+        channels: Tensor | None,
     ) -> Tensor:
-        rows, strides = compiled.as_rows(x, scale.numel())
-        out, s, z = compiled.forward(rows, _vector(scale), _vector(zero_point), limits, silu)
-        ctx.save_for_backward(rows, s, z)
+        if channels is None:
+            rows, strides = compiled.as_rows(x, scale.numel())
+        else:  # each sample a group of its own, so that its rows have the channels in the same places
+            rows, strides = compiled.as_rows(x, len(x))
+            channels = compiled.channel_rows(channels, x, strides, rows)
+            scale, zero_point = (values.reshape(-1).expand(len(x)) for values in (scale, zero_point))
+        out, s, z = compiled.forward(rows, _vector(scale), _vector(zero_point), limits, silu, channels)
+        ctx.save_for_backward(rows, s, z, *(() if channels is None else (channels,)))
         ctx.constants = (x.shape, strides, learned.shape, limits, silu)  # type: ignore[attr-defined]
         # In place: autograd adds to a gradient or keeps it without a copy only where it is nobody's view.
         return out.as_strided_(x.shape, strides)
@@ -98,12 +113,16 @@ def _vector(values: Tensor) -> Tensor:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    rows, s, z = ctx.saved_tensors
+    rows, s, z, *by = ctx.saved_tensors
+    channels = by[0] if by else None
     shape, strides, own, limits, silu = ctx.constants
     upstream = compiled.in_layout(grad, strides).as_strided(rows.shape, rows.stride())
-    grad_x, *sums = compiled.backward(upstream, rows, s, z, limits, silu, symmetric=not ctx.needs_input_grad[2])
+    symmetric = not ctx.needs_input_grad[2]
+    grad_x, *sums = compiled.backward(upstream, rows, s, z, limits, silu, symmetric, channels)
+    if channels is not None and own.numel() == 1:  # the samples share their scale
+        sums = [g if g is None else g.sum() for g in sums]
     own_sums = [g if g is None or g.shape == own else g.view(own) for g in sums]
-    return grad_x.as_strided_(shape, strides), *own_sums, None, None, None
+    return grad_x.as_strided_(shape, strides), *own_sums, None, None, None, None
 
 
 _once_backward = once_differentiable(_backward)

@@ -18,33 +18,78 @@ from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuan
 class QuantizedLayer(nn.Module):
     """What `QuantConv2d`, `QuantConv1d` and `QuantLinear` share: a weight, its quantizer, the input's quantizer.
 
-    The weight is quantized at every forward pass, but once in a `cached_weights` block.
+    The weight is quantized at every forward pass, but once in a `cached_weights` block. With scales by input channel, r (C,),
+    x_c / r_c is quantized instead of x_c and r_c w_c instead of w_c: the same product, in other units.
     """
 
     weight: Tensor
     weight_quantizer: WeightQuantizer | None
     input_quantizer: ActivationQuantizer | None
+    channel_scale: Tensor | None
 
-    def attach(self, weight_quantizer: WeightQuantizer | None, input_quantizer: ActivationQuantizer | None) -> None:
-        """Set the quantizers; None leaves weight or input in float."""
+    def attach(
+        self,
+        weight_quantizer: WeightQuantizer | None,
+        input_quantizer: ActivationQuantizer | None,
+        *,
+        by_channel: bool = False,
+    ) -> None:
+        """Set the quantizers; None leaves weight or input in float. `by_channel` registers r, which starts at 1."""
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
         self.calibrating = False
+        channels = self.weight.shape[1] * int(getattr(self, "groups", 1))
+        own = by_channel and input_quantizer is not None
+        self.register_buffer("channel_scale", torch.ones(channels, device=self.weight.device) if own else None)
+
+    @property
+    def channel_axis(self) -> int:
+        """Of the input, from its end."""
+        return 1 - self.weight.ndim
+
+    def channel_factors(self) -> Tensor | None:
+        """1 / r_c, which broadcasts against a sample of the input; None without scales by channel."""
+        if self.channel_scale is None:
+            return None
+        return self.channel_scale.reciprocal().view(-1, *[1] * (self.weight.ndim - 2))
+
+    def scaled_weight(self) -> Tensor:
+        """r_c w_c, of the weight's shape: what is quantized; the weight itself without scales by channel."""
+        if self.channel_scale is None:
+            return self.weight
+        return self.weight * self.weight_factors()
+
+    def weight_factors(self) -> Tensor:
+        """r_c, which broadcasts against the weight (O, C / groups, ...)."""
+        assert self.channel_scale is not None
+        groups = int(getattr(self, "groups", 1))
+        scale = self.channel_scale.view(groups, -1)
+        if groups > 1:
+            scale = scale.repeat_interleave(len(self.weight) // groups, dim=0)
+        return scale.view(*scale.shape, *[1] * (self.weight.ndim - 2))
 
     def quantized_weight(self) -> Tensor:
-        """w_hat, of the weight's shape."""
-        if self.weight_quantizer is None or self.calibrating:
+        """w_hat, of the weight's shape, times r_c where there are scales by channel."""
+        if self.calibrating or (self.weight_quantizer is None and self.channel_scale is None):
             return self.weight
         weights = _cached.get().get(self)
         if weights is None or self.training or torch.is_grad_enabled():
-            return cast(Tensor, self.weight_quantizer(self.weight))
+            return self._quantize_weight()
         if not weights:
-            weights.append(self.weight_quantizer(self.weight))
+            weights.append(self._quantize_weight())
         return weights[0]
 
+    def _quantize_weight(self) -> Tensor:
+        weight = self.scaled_weight()
+        return weight if self.weight_quantizer is None else cast(Tensor, self.weight_quantizer(weight))
+
     def quantized_input(self, x: Tensor) -> Tensor:
-        """x_hat, of x's shape."""
-        return x if self.input_quantizer is None else cast(Tensor, self.input_quantizer(x))
+        """x_hat, of x's shape, over r_c where there are scales by channel."""
+        if self.input_quantizer is None:
+            return x
+        if self.channel_scale is None:
+            return cast(Tensor, self.input_quantizer(x))
+        return cast(Tensor, self.input_quantizer(x, self.channel_factors()))
 
 
 _cached: ContextVar[Mapping[QuantizedLayer, list[Tensor]]] = ContextVar("cached", default=MappingProxyType({}))
@@ -100,12 +145,17 @@ SWAPS: dict[type[nn.Module], type[QuantizedLayer]] = {
 
 
 def swap(
-    layer: nn.Module, weight_quantizer: WeightQuantizer | None, input_quantizer: ActivationQuantizer | None
+    layer: nn.Module,
+    weight_quantizer: WeightQuantizer | None,
+    input_quantizer: ActivationQuantizer | None,
+    *,
+    by_channel: bool = False,
 ) -> QuantizedLayer:
-    """A quantized layer that holds the very parameters, buffers and hooks of `layer`, of a type in `SWAPS`."""
+    """A quantized layer that holds the very parameters, buffers and hooks of `layer`, of a type in `SWAPS`; the quantizers and
+    `by_channel` as in `QuantizedLayer.attach`."""
     kind = SWAPS[type(layer)]
     new = kind.__new__(kind)
     new.__dict__.update(layer.__dict__)
-    new._modules = dict(layer._modules)
-    new.attach(weight_quantizer, input_quantizer)
+    new._modules, new._buffers = dict(layer._modules), dict(layer._buffers)
+    new.attach(weight_quantizer, input_quantizer, by_channel=by_channel)
     return new

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,14 @@ class Calibrator(Protocol):
         ...
 
 
+class Watcher(Protocol):
+    """What an activation quantizer shows its inputs to, while it lets them pass."""
+
+    def see(self, quantizer: Any, x: Tensor) -> None:
+        """x, (B, ...), is about to be quantized by `quantizer`, an `ActivationQuantizer`."""
+        ...
+
+
 @dataclass
 class Observer:
     """A bounded sample of one quantizer's inputs over the calibration batches.
@@ -37,6 +45,10 @@ class Observer:
     generator: torch.Generator
     parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     """`values`, `ends` and `timesteps` of one pass each."""
+
+    def see(self, quantizer: Any, x: Tensor) -> None:
+        """Keep some of what calibration sees of x."""
+        self.add(quantizer.observe(x))
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
@@ -67,3 +79,26 @@ class Observer:
         the least and the greatest value that passed in them."""
         values, ends = (table if chosen is None else table[chosen] for table in (self.values, self.ends))
         return torch.cat([values.flatten(), ends.min()[None], ends.max()[None]])[None]
+
+
+@dataclass
+class ChannelSquares:
+    """Sum of squares of each input channel of a layer, (C,) float64, over what passed; with `axis` None it keeps nothing."""
+
+    axis: int | None = None
+    total: Tensor | None = None
+    count: int = 0
+
+    @torch.no_grad()
+    def see(self, quantizer: Any, x: Tensor) -> None:
+        """Add x, (B, ...), whose channels lie along `axis`."""
+        if self.axis is not None:
+            rows = x.detach().movedim(self.axis, -1).flatten(0, -2).double()
+            squares = rows.square().sum(0).cpu()
+            self.total = squares if self.total is None else self.total + squares
+            self.count += len(rows)
+
+    def root_mean_square(self) -> Tensor:
+        """(C,) float64."""
+        assert self.total is not None
+        return (self.total / self.count).sqrt()

@@ -1,7 +1,8 @@
 """Weights at their bits: integer codes laid end to end in bytes, as a prepared model's state is stored, and back.
 
 A layer's float weight W, (O, ...), becomes its codes c = w_hat / s: `<layer>.weight` becomes `<layer>.weight_codes`. From
-there w_hat = s c is the same to the last bit, and quantizing it again changes nothing.
+there w_hat = s c is the same to the last bit, and quantizing it again changes nothing. With scales by input channel, the codes
+are of r_c w_c, and r is stored beside them.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _codes(layer: QuantizedLayer) -> Tensor | None:
     scale = getattr(layer.weight_quantizer, "scale", None)
     if layer.weight_quantizer is None or not isinstance(scale, Tensor) or scale.numel() not in (1, len(layer.weight)):
         return None
-    quantized = layer.weight_quantizer(layer.weight)
+    quantized = layer.weight_quantizer(layer.scaled_weight())
     scale = scale.reshape(-1, *[1] * (quantized.ndim - 1))
     codes = (quantized / scale).round()
     inside = layer.weight_quantizer.qmin <= codes.min() and codes.max() <= layer.weight_quantizer.qmax
@@ -102,7 +103,11 @@ def load_packed(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             quantizer.load_state_dict(own, strict=False)  # what is missing is told with its whole name below
             codes = unpack(packed, quantizer.bits, tuple(layer.weight.shape))
-            weights[f"{name}weight"] = quantizer.scale.reshape(-1, *[1] * (codes.ndim - 1)) * codes.to(layer.weight.device)
+            weight = quantizer.scale.reshape(-1, *[1] * (codes.ndim - 1)) * codes.to(layer.weight.device)
+            if layer.channel_scale is not None and f"{name}channel_scale" in state:
+                layer.channel_scale.copy_(state[f"{name}channel_scale"])
+                weight = weight / layer.weight_factors()  # times r_c its codes are the same again
+            weights[f"{name}weight"] = weight
     rest = {name: value for name, value in state.items() if name.removesuffix(CODES) not in weights}
     model.load_state_dict({**rest, **weights})
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,7 +15,7 @@ from qdm_lightning.quantization.attention import QuantizedAttention, is_attentio
 from qdm_lightning.quantization.fusion import fuse_silu
 from qdm_lightning.quantization.layers import SWAPS, QuantizedLayer, swap
 from qdm_lightning.quantization.quantizer import ActivationQuantizer, LSQActivation, LSQProbability, LSQWeight, WeightQuantizer
-from qdm_lightning.quantization.spec import QuantConfig
+from qdm_lightning.quantization.spec import QuantConfig, check_scope
 from qdm_lightning.quantization.summary import FLOAT, LayerRow, QuantizationReport
 from qdm_lightning.quantization.timestep import tell_own_timesteps
 
@@ -31,13 +33,19 @@ class Quantizers:
     """The factories that `prepare` calls; each may be a class or a `functools.partial`.
 
     `weight(bits=, weight=)`; `activation(bits=, padded=)` for the inputs of layers; `attention(bits=, padded=)` for q, k, v;
-    `probabilities(bits=, padded=)`.
+    `probabilities(bits=, padded=)`; `taq(bits=, padded=)` where TaQ acts by `scope` (one of `SCOPES`, or patterns of names),
+    which is also given `symmetric=True` for probabilities.
     """
 
     weight: Callable[..., WeightQuantizer] = LSQWeight
     activation: Callable[..., ActivationQuantizer] = LSQActivation
     attention: Callable[..., ActivationQuantizer] = LSQActivation
     probabilities: Callable[..., ActivationQuantizer] = LSQProbability
+    taq: Callable[..., ActivationQuantizer] | None = None
+    scope: str | Sequence[str] = "qkv"
+
+    def __post_init__(self) -> None:
+        check_scope(self.scope)
 
     @classmethod
     def with_taq(
@@ -45,11 +53,49 @@ class Quantizers:
         weight: Callable[..., WeightQuantizer],
         activation: Callable[..., ActivationQuantizer],
         taq: Callable[..., ActivationQuantizer] | None,
-        scope: str,
+        scope: str | Sequence[str],
     ) -> Quantizers:
-        """The factories of a run: TaQ's (None: no TaQ) serves q, k, v, and with `scope="all"` the inputs of layers too."""
-        attention = taq or activation
-        return cls(weight=weight, activation=attention if scope == "all" else activation, attention=attention)
+        """The factories of a run: TaQ's (None: no TaQ) serves what `scope` says, `activation` all else but probabilities."""
+        return cls(weight=weight, activation=activation, attention=activation, taq=taq, scope=scope)
+
+    def of(self, name: str, role: str) -> Callable[..., ActivationQuantizer]:
+        """The factory for the activation of this name; `role` is `activation`, `attention` or `probabilities`.
+
+        Raises:
+            ValueError: TaQ acts on probabilities, and its factory takes no `symmetric`.
+        """
+        if self.taq is None or not self._acts(name, role):
+            return getattr(self, role)
+        if role != "probabilities":
+            return self.taq
+        taken = inspect.signature(self.taq).parameters
+        if "symmetric" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+            kind = getattr(self.taq, "func", self.taq)
+            raise ValueError(
+                f"taq.scope={self.scope} has TaQ act on probabilities, for which {getattr(kind, '__name__', kind)} must take "
+                "symmetric=True (zero point 0): type taq.scope=qkv or taq.scope=all_but_probs"
+            )
+        return partial(self.taq, symmetric=True)
+
+    def _acts(self, name: str, role: str) -> bool:
+        if not isinstance(self.scope, str):
+            return any(fnmatchcase(name, pattern) for pattern in self.scope)
+        where = {
+            "qkv": ("attention",),
+            "attention": ("attention", "probabilities"),
+            "all_but_probs": ("attention", "activation"),
+        }
+        return self.scope == "all" or role in where[self.scope]
+
+    def check_patterns(self, names: Collection[str]) -> None:
+        """Raise ValueError where a pattern of `scope` matches none of the quantized activations' names."""
+        patterns = () if self.taq is None or isinstance(self.scope, str) else self.scope
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                some = ", ".join([*list(names)[:2], *[name for name in names if name.endswith(".probabilities")][:1]])
+                raise ValueError(
+                    f"taq.scope: the pattern {pattern!r} matches no quantized activation: they are named like {some}"
+                )
 
 
 def prepare(
@@ -73,20 +119,21 @@ def prepare(
         what got how many bits and what stayed in float.
 
     Raises:
-        ValueError: the model is prepared already; a pattern of `rules` or `first_last` matches no layer; a layer whose kind
-            can't be quantized is not at 32 bits (a rule `<name>: 32` leaves it in float on purpose).
+        ValueError: the model is prepared already; a pattern of `rules`, `first_last` or TaQ's scope matches nothing; a layer
+            whose kind can't be quantized is not at 32 bits (a rule `<name>: 32` leaves it in float on purpose).
     """
     quantizers = quantizers or Quantizers()
     modules = _modules(model)
     if any(isinstance(m, QuantizedLayer | QuantizedAttention) for m in modules.values()):
         raise ValueError("the model is prepared already: prepare a fresh float model")
     bits = _bits(config, modules, first_last)
-    rows = []
+    quantizers.check_patterns(_activations(modules, bits))
+    by_channel, rows = config.channel_scales != "off", []
     for name, module in modules.items():
         if is_attention(module):
             rows += _prepare_attention(name, module, *bits[name], quantizers)
         elif isinstance(module, _WEIGHTED):
-            rows.append(_prepare_layer(model, name, module, *bits[name], quantizers))
+            rows.append(_prepare_layer(model, name, module, *bits[name], quantizers, by_channel))
         elif (own := sum(p.numel() for p in module.parameters(recurse=False))) > 0:
             rows.append(LayerRow(name, type(module).__name__, own, FLOAT, FLOAT))
     fuse_silu(model)
@@ -129,6 +176,22 @@ def _bits(config: QuantConfig, modules: dict[str, nn.Module], first_last: Sequen
     return bits
 
 
+OPERANDS = ("query", "key", "value", "probabilities")
+"""Of an attention: what follows its name where TaQ's scope or `diagnose` mean one of them."""
+
+
+def _activations(modules: dict[str, nn.Module], bits: dict[str, tuple[int, int]]) -> list[str]:
+    """Names of the activations that are quantized: a layer's for its input, an attention's with its operand."""
+    found = []
+    for name, (first, second) in bits.items():
+        if is_attention(modules[name]):
+            widths = (first, first, first, second)
+            found += [f"{name}.{part}" for part, own in zip(OPERANDS, widths, strict=True) if own != FLOAT]
+        elif second != FLOAT:
+            found.append(name)
+    return found
+
+
 def _quantizer(factory: Callable[..., Any], bits: int, **options: Any) -> Any:
     return None if bits == FLOAT else factory(bits=bits, **options)
 
@@ -138,7 +201,13 @@ def _names(*quantizers: nn.Module | None) -> list[str]:
 
 
 def _prepare_layer(
-    model: nn.Module, name: str, layer: nn.Module, weight_bits: int, act_bits: int, quantizers: Quantizers
+    model: nn.Module,
+    name: str,
+    layer: nn.Module,
+    weight_bits: int,
+    act_bits: int,
+    quantizers: Quantizers,
+    by_channel: bool,
 ) -> LayerRow:
     kind = type(layer)
     parameters = sum(p.numel() for p in layer.parameters(recurse=not isinstance(layer, tuple(SWAPS))))
@@ -153,8 +222,9 @@ def _prepare_layer(
     if not name:
         raise ValueError(f"the model is a bare {kind.__name__}: wrap it, for example nn.Sequential(model)")
     weight_quantizer = _quantizer(quantizers.weight, weight_bits, weight=layer.weight)
-    input_quantizer = _quantizer(quantizers.activation, act_bits, padded=not isinstance(layer, nn.Linear))
-    new = swap(layer, weight_quantizer, input_quantizer).to(next(layer.parameters()).device).train(layer.training)
+    input_quantizer = _quantizer(quantizers.of(name, "activation"), act_bits, padded=not isinstance(layer, nn.Linear))
+    new = swap(layer, weight_quantizer, input_quantizer, by_channel=by_channel)
+    new.to(next(layer.parameters()).device).train(layer.training)
     everywhere = [n for n, m in model.named_modules(remove_duplicate=False) if m is layer]  # one layer may stand in two places
     for parent, _, leaf in (n.rpartition(".") for n in everywhere):
         setattr(model.get_submodule(parent), leaf, new)
@@ -171,9 +241,9 @@ def _prepare_attention(name: str, module: Any, qkv_bits: int, probs_bits: int, q
         raise ValueError(
             f"{name}: this attention can't be quantized, {reason}: leave it in float by the rule quant.rules={{{name}: 32}}"
         )
-    q, k, v = (_quantizer(quantizers.attention, qkv_bits, padded=False) for _ in range(3))
-    probabilities = _quantizer(quantizers.probabilities, probs_bits, padded=False)
+    q, k, v = (_quantizer(quantizers.of(f"{name}.{part}", "attention"), qkv_bits, padded=False) for part in OPERANDS[:3])
+    probabilities = _quantizer(quantizers.of(f"{name}.probabilities", "probabilities"), probs_bits, padded=False)
     processor = QuantizedAttention(q, k, v, probabilities).to(next(module.parameters()).device).train(module.training)
     module.set_processor(processor)
-    rows[0].quantizers, rows[1].quantizers = _names(q), _names(probabilities)
+    rows[0].quantizers, rows[1].quantizers = list(dict.fromkeys(_names(q, k, v))), _names(probabilities)
     return rows

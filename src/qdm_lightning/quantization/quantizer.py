@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qdm_lightning.quantization import functional
 from qdm_lightning.quantization.compiled import gradient_factor
-from qdm_lightning.quantization.observer import Calibrator, Observer
+from qdm_lightning.quantization.observer import Calibrator, Observer, Watcher
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -48,14 +48,17 @@ class ActivationQuantizer(nn.Module):
         self.bits = bits
         self.padded = padded
         self.qmin, self.qmax = 0, 2**bits - 1
-        self.observer: Observer | None = None
+        self.observer: Watcher | None = None
         self.silu = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, channels: Tensor | None = None) -> Tensor:
+        """x_hat of x (B, ...); with `channels`, factors that broadcast against x, of channels silu(x) or channels x."""
         if self.observer is not None:
             x = self.operand(x)
-            self.observer.add(self.observe(x))
+            self.observer.see(self, x if channels is None else x * channels)
             return x
+        if channels is not None:
+            return self.quantize_channels(x, channels)
         return self.quantize_silu(x) if self.silu else self.quantize(x)
 
     def operand(self, x: Tensor) -> Tensor:
@@ -69,6 +72,10 @@ class ActivationQuantizer(nn.Module):
     def quantize_silu(self, x: Tensor) -> Tensor:
         """silu(x) fake-quantized; a subclass may do both in one pass."""
         return self.quantize(F.silu(x))
+
+    def quantize_channels(self, x: Tensor, channels: Tensor) -> Tensor:
+        """channels silu(x), or channels x, fake-quantized; a subclass may do all in one pass."""
+        return self.quantize((self.operand(x).float() * channels).to(x.dtype))
 
     def observe(self, x: Tensor) -> Tensor:
         """What calibration sees of x, (B, ...): x itself, or x in the units of the scale."""
@@ -131,10 +138,19 @@ class LearnedGrid(nn.Module):
         """s, as many as there are parameters, positive."""
         return functional.exp(self.log_scale)
 
-    def fake_quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, *, hold: bool = False, silu: bool = False) -> Tensor:
+    def fake_quantize(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        *,
+        hold: bool = False,
+        silu: bool = False,
+        channels: Tensor | None = None,
+    ) -> Tensor:
         """x_hat of x, or of silu(x), with LSQ's factor on the scale's gradient; see `functional.fake_quantize`."""
-        factor = gradient_factor(x.shape, self.qmax)
-        return functional.fake_quantize(x, scale, zero_point, self.qmin, self.qmax, factor, hold=hold, silu=silu)
+        factor, ends = gradient_factor(x.shape, self.qmax), (self.qmin, self.qmax)
+        return functional.fake_quantize(x, scale, zero_point, *ends, factor, hold=hold, silu=silu, channels=channels)
 
     @torch.no_grad()
     def set_grid(self, scale: Tensor, zero_point: Tensor) -> None:
@@ -147,13 +163,14 @@ class LSQActivation(LearnedGrid, ActivationQuantizer):
     """LSQ+ (arXiv 2004.09576): one learned scale s and integer zero point z for the tensor.
 
     x_hat = s (clip(round(x / s) + z, 0, 2^b - 1) - z). With `holds_zero`, z is held to the grid, also straight-through, so that
-    zero is always representable.
+    zero is always representable. `symmetric` fixes z = 0.
     """
 
     holds_zero = True
 
-    def __init__(self, *, bits: int, padded: bool = False) -> None:
+    def __init__(self, *, bits: int, padded: bool = False, symmetric: bool = False) -> None:
         super().__init__(bits=bits, padded=padded)
+        self.symmetric = symmetric
         self.learn(1)
 
     @fusible
@@ -171,9 +188,18 @@ class LSQActivation(LearnedGrid, ActivationQuantizer):
         return self.fake_quantize(x, *self.learned_grid(x), hold=self.holds_zero)
 
     def quantize_silu(self, x: Tensor) -> Tensor:
-        if not all(hasattr(method, "fusible") for method in (self.quantize, self.learned_grid)):
+        if not self._fusible:
             return super().quantize_silu(x)
         return self.fake_quantize(x, *self.learned_grid(x), hold=self.holds_zero, silu=True)
+
+    def quantize_channels(self, x: Tensor, channels: Tensor) -> Tensor:
+        if not self._fusible:
+            return super().quantize_channels(x, channels)
+        return self.fake_quantize(x, *self.learned_grid(x), hold=self.holds_zero, silu=self.silu, channels=channels)
+
+    @property
+    def _fusible(self) -> bool:
+        return all(hasattr(method, "fusible") for method in (self.quantize, self.learned_grid))
 
     def initialize(self, observer: Observer, calibrator: Calibrator) -> None:
         self.set_grid(*calibrator.search(observer.pool(), self.qmin, self.qmax, symmetric=self.symmetric))
@@ -182,10 +208,8 @@ class LSQActivation(LearnedGrid, ActivationQuantizer):
 class LSQProbability(LSQActivation):
     """Attention probabilities: a learned scale and zero point 0 (probabilities are in [0, 1], most of them near 0)."""
 
-    symmetric = True
-
     def __init__(self, *, bits: int, padded: bool = False) -> None:
-        super().__init__(bits=bits, padded=padded)
+        super().__init__(bits=bits, padded=padded, symmetric=True)
         nn.init.constant_(self.log_scale, -math.log(self.qmax))
 
 

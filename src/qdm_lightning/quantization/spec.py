@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,22 @@ from qdm_lightning.base.checks import at_least, between, one_of, positive
 BITS = (2, 3, 4, 5, 6, 7, 8, 32)
 """Allowed bit-widths; 32 leaves a tensor in floating point."""
 
-SCOPES = ("attention", "all")
-"""Where TaQ acts: the attention operands q, k, v, or every quantized activation."""
+SCOPES = ("qkv", "attention", "all", "all_but_probs")
+"""Where TaQ acts: on q, k, v; on all four operands of attention, the probabilities too; on every quantized activation; on every
+one but the probabilities, which version 0.1 called `all`, as it called q, k, v alone `attention`."""
+
+CHANNEL_SCALES = ("off", "rms")
+"""Whether each input channel of a layer has a scale of its own beside the learned one."""
+
+
+def check_scope(scope: Any) -> None:
+    """Raise ValueError unless `scope` is one of `SCOPES` or a list of name patterns."""
+    patterns = isinstance(scope, Sequence) and not isinstance(scope, str)
+    if not (patterns and scope and all(isinstance(p, str) for p in scope)) and scope not in SCOPES:
+        raise ValueError(
+            f"taq.scope={scope} is not allowed: choose one of {', '.join(SCOPES)}, or a list of name patterns, for example "
+            "'taq.scope=[*probabilities,*.conv2]'"
+        )
 
 
 @dataclass(kw_only=True)
@@ -32,6 +46,8 @@ class QuantConfig:
         calibrator: `_target_` (and options) of the search for the first scales, see `quantization.calibration`.
         calibration_batches: batches that calibration sees, spread over all timesteps.
         calibration_timesteps: `uniform` over t (Q-Diffusion) or `normal` (PTQ4DM).
+        channel_scales: `rms` divides each input channel of a layer by r_c, the root of its root mean square in calibration,
+            before it is quantized, and multiplies the weight by it; `off` leaves both as they are.
 
     Raises:
         ValueError: a bit-width outside {2..8, 32}, an unknown mode, fewer than one calibration batch.
@@ -49,12 +65,14 @@ class QuantConfig:
     calibrator: Any = field(default_factory=lambda: {"_target_": "qdm_lightning.quantization.calibration.MSESearch"})
     calibration_batches: int = 16
     calibration_timesteps: str = "uniform"
+    channel_scales: str = "off"
 
     def __post_init__(self) -> None:
         for name, bits in self._widths.items():
             one_of(f"quant.{name}", bits, BITS)
         one_of("quant.mode", self.mode, ("qat", "ptq"))
         one_of("quant.calibration_timesteps", self.calibration_timesteps, ("uniform", "normal"))
+        one_of("quant.channel_scales", self.channel_scales, CHANNEL_SCALES)
         at_least("quant.calibration_batches", self.calibration_batches, 1)
         for name in ("weight_quantizer", "act_quantizer", "calibrator"):
             node = getattr(self, name)
@@ -84,17 +102,20 @@ class QuantConfig:
 
 @dataclass(kw_only=True)
 class TaQOff:
-    """`taq=off`: one scale and zero point for all timesteps."""
+    """`taq=off`: one scale and zero point for all timesteps. `scope`: one of `SCOPES`, or a list of name patterns."""
 
-    scope: str = "attention"
+    scope: Any = "qkv"
 
     def __post_init__(self) -> None:
-        one_of("taq.scope", self.scope, SCOPES)
+        check_scope(self.scope)
 
 
 @dataclass(kw_only=True)
 class TaQNormalize(TaQOff):
-    """`taq=normalize`: the quantizer follows each sample's own mean and standard deviation; `psi` is added to the variance."""
+    """`taq=normalize`: the quantizer follows each sample's own mean and standard deviation; `psi` is added to the variance.
+
+    Attention probabilities, whose zero point is 0, follow their root mean square.
+    """
 
     _target_: str = "qdm_lightning.quantization.taq.NormalizedActivation"
     psi: float = 1e-5

@@ -1,7 +1,7 @@
 """TaQ, timestep-aware quantization of activations: three readings of the paper's idea (the equations are ours).
 
 All see a batch whose every sample has its own timestep t; the group of t is g = floor(t G / T). `normalize` needs no t, the
-others read it from `timesteps(t)`.
+others read it from `timesteps(t)`. With `symmetric`, as attention probabilities are quantized, the zero point is 0.
 """
 
 from __future__ import annotations
@@ -26,19 +26,27 @@ class NormalizedActivation(LSQActivation):
     s_n = s sigma_n; z_n = round(z - mu_n / s_n), held to the grid where zeros are padded;
     x_hat = s_n (clip(round(x / s_n) + z_n, 0, 2^b - 1) - z_n). mu_n and sigma_n are taken over all axes but the first, in
     float32 and without gradient. s and z are learned in units of the normalized activation (x - mu_n) / sigma_n.
+
+    With `symmetric`, mu_n = 0 and sigma_n = sqrt(mean x^2 + psi^2): probabilities that sum to 1 have a root mean square of at
+    least 1 / N, far above psi.
     """
 
-    def __init__(self, *, bits: int, padded: bool = False, psi: float = TaQNormalize.psi) -> None:
-        super().__init__(bits=bits, padded=padded)
+    def __init__(self, *, bits: int, padded: bool = False, symmetric: bool = False, psi: float = TaQNormalize.psi) -> None:
+        super().__init__(bits=bits, padded=padded, symmetric=symmetric)
         self.psi, self.holds_zero = psi, padded
 
     @torch.no_grad()
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mu_n and sigma_n of x (B, ...), each (B,), float32, no gradient."""
+        if self.symmetric:
+            mean, std = compiled.row_moments(x, self.psi**2)
+            return torch.zeros_like(mean), torch.hypot(mean, std)
         return compiled.row_moments(x, self.psi)
 
     def learned_grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = self.moments(x)
+        if self.symmetric:
+            return self.scale * std, self.zero_point.expand(len(std))
         # s acts through z_n too: LSQ's factor belongs on that path of its gradient as well.
         factor = compiled.gradient_factor(x.shape, self.qmax)
         return _SampleGrid.apply(self.scale, self.zero_point, mean, std, factor)
@@ -139,12 +147,13 @@ class EMANormalizedActivation(NormalizedActivation, Grouped):
         *,
         bits: int,
         padded: bool = False,
+        symmetric: bool = False,
         psi: float = TaQEma.psi,
         groups: int = TaQEma.groups,
         momentum: float = TaQEma.momentum,
         num_train_timesteps: int = TaQEma.num_train_timesteps,
     ) -> None:
-        super().__init__(bits=bits, padded=padded, psi=psi)
+        super().__init__(bits=bits, padded=padded, symmetric=symmetric, psi=psi)
         self.momentum = momentum
         self.register_buffer("mean", torch.zeros(groups))
         self.register_buffer("std", torch.ones(groups))
@@ -188,12 +197,13 @@ class GroupedActivation(LSQActivation, Grouped):
         *,
         bits: int,
         padded: bool = False,
+        symmetric: bool = False,
         groups: int = TaQScale.groups,
         num_train_timesteps: int = TaQScale.num_train_timesteps,
     ) -> None:
-        super().__init__(bits=bits, padded=padded)
+        super().__init__(bits=bits, padded=padded, symmetric=symmetric)
         self.learn(groups)
-        for parameter in (self.log_scale, self.zero_point):
+        for parameter in self.parameters():
             parameter.rows_move_alone = True  # type: ignore[attr-defined]
         self.set_groups(groups, num_train_timesteps)
 
@@ -218,7 +228,9 @@ class GroupedActivation(LSQActivation, Grouped):
         pools = [observer.pool(group == g)[0] for g in present]
         width = max(pool.numel() for pool in pools)
         equal = torch.stack([pool.repeat(-(-width // pool.numel()))[:width] for pool in pools])
-        rest, own = (calibrator.search(values, self.qmin, self.qmax, symmetric=False) for values in (observer.pool(), equal))
+        rest, own = (
+            calibrator.search(values, self.qmin, self.qmax, symmetric=self.symmetric) for values in (observer.pool(), equal)
+        )
         scale, zero_point = (result.repeat(self.groups) for result in rest)
         scale[present], zero_point[present] = own
         self.seen[present] = True

@@ -14,19 +14,36 @@ MOVED = {
 RENAMED = {"edge_bits": "first_last_bits", "micro_batch": "batch_size"}
 """A setting of version 0.1 (of `quant`, of `sampler`) to its name now."""
 
-ADDED = {"trial": False, "teacher.retrain": False, "nem.weighting._target_": "qdm_lightning.diffusion.weighting.Uniform"}
+ADDED = {
+    "trial": False,
+    "teacher.retrain": False,
+    "nem.weighting._target_": "qdm_lightning.diffusion.weighting.Uniform",
+    "quant.channel_scales": "off",
+}
 """Settings that came after version 0.1, by dotted name, and how a run of 0.1 behaved."""
+
+
+SCOPES = {"attention": "qkv", "all": "all_but_probs"}
+"""`taq.scope` of version 0.1, whose TaQ never acted on attention probabilities, as it is called now."""
 
 
 def upgraded(plain: Any) -> Any:
     """Plain settings of any version as this version writes them, to any depth; what is of this version stays as it is.
 
+    A `taq.scope` is of version 0.1 where the `quant` beside it has no `channel_scales`.
+
     >>> upgraded({"sampler": {"micro_batch": 16}, "model": {"_target_": "qdm_lightning.models.pretrained.load_unet"}})
     {'sampler': {'batch_size': 16}, 'model': {'_target_': 'qdm_lightning.models.diffusers_io.load_unet'}}
     """
     if isinstance(plain, dict):
-        return {
+        found = {
             RENAMED.get(name, name): MOVED.get(str(value), value) if name == "_target_" else upgraded(value)
             for name, value in plain.items()
         }
+        quant, taq = found.get("quant"), found.get("taq")
+        if isinstance(quant, dict) and isinstance(taq, dict) and quant and "channel_scales" not in quant:
+            quant["channel_scales"] = "off"
+            if isinstance(taq.get("scope"), str):
+                taq["scope"] = SCOPES.get(taq["scope"], taq["scope"])
+        return found
     return [upgraded(value) for value in plain] if isinstance(plain, list) else plain

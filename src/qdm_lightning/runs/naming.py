@@ -53,7 +53,9 @@ def _weighting(nem: Mapping[str, Any]) -> str:
 def _taq(node: Mapping[str, Any]) -> str:
     target = str(node.get("_target_") or "")
     name = next((name for name, kind in TAQ.items() if getattr(kind, "_target_", "") == target), target.rpartition(".")[2])
-    return f"{name}-all" if node.get("scope") == "all" and name != "off" else name
+    scope = node.get("scope", "qkv")
+    where = "" if name == "off" or scope == "qkv" else f"-{scope}" if isinstance(scope, str) else "-chosen"
+    return name + where.replace("_", "-")
 
 
 def run_name(config: Mapping[str, Any]) -> str:

@@ -17,12 +17,13 @@ from torch import nn
 from qdm_lightning.base.checks import one_line
 from qdm_lightning.base.trust import check_targets, targets
 from qdm_lightning.quantization.preparation import Quantizers, prepare
-from qdm_lightning.quantization.spec import SCOPES, QuantConfig
+from qdm_lightning.quantization.spec import QuantConfig, TaQOff
+from qdm_lightning.runs.formats import upgraded
 from qdm_lightning.training.network_settings import NODES, quantization_settings
 
 
 def checked_quantization(quantization: Mapping[str, Any], file: Path | str) -> dict[str, Any]:
-    """`quant` and `taq` of a file, as `quantization_settings` has them. Raises ValueError where they are damaged."""
+    """`quant` and `taq` of a file of any version, as `quantization_settings` has them; ValueError where they are damaged."""
     quant, taq = quantization["quant"], quantization["taq"]
     if not isinstance(quant, dict) or not isinstance(taq, dict):
         raise ValueError(f"{file} is damaged: {'taq' if isinstance(quant, dict) else 'quant'} is missing")
@@ -31,7 +32,7 @@ def checked_quantization(quantization: Mapping[str, Any], file: Path | str) -> d
     if missing:
         raise ValueError(f"{file} is damaged: {missing[0]} is missing")
     try:
-        return quantization_settings(quantization)
+        return quantization_settings(upgraded({"quant": quant, "taq": taq}))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} does not describe a student: {one_line(error)}") from error
 
@@ -46,7 +47,7 @@ def named_quantizers(settings: Mapping[str, Any], file: Path | str, trusted: Col
     check_targets({"quant": quant, "taq": taq}, trusted, source=file, way="load_student(..., trusted=['{target}'])")
     weight, act = (_factory(file, quant[name]) for name in NODES)
     options = {name: value for name, value in taq.items() if name != "scope"}
-    return Quantizers.with_taq(weight, act, _factory(file, options) if taq else None, taq.get("scope", SCOPES[0]))
+    return Quantizers.with_taq(weight, act, _factory(file, options) if taq else None, taq.get("scope", TaQOff.scope))
 
 
 def prepare_by(unet: nn.Module, settings: Mapping[str, Any], quantizers: Quantizers) -> None:

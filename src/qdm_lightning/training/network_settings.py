@@ -29,6 +29,7 @@ METHOD = "qdm_lightning"
 """The `quant_method` in a student's config.json, by which diffusers knows who reads it."""
 
 WIDTHS = ("weight_bits", "act_bits", "qkv_bits", "probs_bits", "first_last_bits")
+CHANNELS = "channel_scales"
 NODES = ("weight_quantizer", "act_quantizer")
 
 _NOT_SHAPING = ("dropout", "quantization_config", "decay", "inv_gamma", "power", "optimization_step")
@@ -45,7 +46,7 @@ def network_settings(
         diffusion: the process that it estimates the noise of; None where it is not known.
         quantization: from `quantization_settings`; None at full precision.
     """
-    full = {"quant": {**dict.fromkeys(WIDTHS, 32), "rules": {}}, "taq": {}}
+    full = {"quant": {**dict.fromkeys(WIDTHS, 32), CHANNELS: "off", "rules": {}}, "taq": {}}
     return {
         "format": FORMAT,
         **(full if quantization is None else quantization),
@@ -60,15 +61,15 @@ def unet_config(unet: Any) -> dict[str, Any]:
 
 
 def quantization_settings(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """`quant` (bits, rules, quantizers) and `taq` (with its scope; empty without TaQ) of a run's resolved configuration."""
+    """`quant` (bits, scales by channel, rules, quantizers) and `taq` (empty without TaQ) of a run's resolved configuration."""
     quant, taq = resolved["quant"], resolved["taq"]
     taq = dict(taq) if taq.get("_target_") else {}
-    bits = QuantConfig(**{name: quant[name] for name in (*WIDTHS, "rules")})
+    bits = QuantConfig(**{name: quant[name] for name in (*WIDTHS, CHANNELS, "rules")})
     nodes = {name: quant[name] for name in NODES}
-    if taq.get("scope") == "all":  # the other one serves nothing
+    if taq.get("scope") in ("all", "all_but_probs"):  # the other one serves nothing
         nodes["act_quantizer"] = {name: value for name, value in taq.items() if name != "scope"}
     widths = {name: getattr(bits, name) for name in WIDTHS} | {"qkv_bits": bits.attention_bits}
-    return {"quant": {**widths, "rules": dict(bits.rules), **nodes}, "taq": taq}
+    return {"quant": {**widths, CHANNELS: bits.channel_scales, "rules": dict(bits.rules), **nodes}, "taq": taq}
 
 
 def check_settings(stored: Mapping[str, Any] | None, wanted: Mapping[str, Any], file: Path | str) -> str:

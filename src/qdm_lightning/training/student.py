@@ -61,9 +61,13 @@ def calibrate_student(student: nn.Module, experiment: Experiment, progress: Any)
     network = Denoiser(student).eval()
     device = next(student.parameters()).device
 
-    with progress.stage("calibration", batches, "batches") as stage:
+    drawn = generator.get_state()
+    passes = 1 if experiment.quant.channel_scales == "off" else 2
+
+    with progress.stage("calibration", passes * batches, "batches") as stage:
 
         def run() -> None:
+            generator.set_state(drawn)  # every pass the same noise
             for chosen, times in zip(pick.split(CALIBRATION_BATCH), t.split(CALIBRATION_BATCH), strict=True):
                 x0 = to_float(images[chosen])
                 x = add_noise(scheduler, x0, torch.randn(x0.shape, generator=generator), times)

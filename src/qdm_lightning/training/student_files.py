@@ -30,7 +30,7 @@ from qdm_lightning.diffusion.spec import DiffusionConfig
 from qdm_lightning.integer import to_integer
 from qdm_lightning.models.diffusers_io import pipeline_scheduler, read_diffusion
 from qdm_lightning.quantization.packing import load_packed
-from qdm_lightning.quantization.spec import SCOPES, TAQ
+from qdm_lightning.quantization.spec import TAQ
 from qdm_lightning.runs.folder import CONFIG as RUN_CONFIG
 from qdm_lightning.runs.folder import read_config
 from qdm_lightning.runs.formats import upgraded
@@ -179,7 +179,7 @@ def _read(place: Path, file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
         raise ValueError(f"{file} does not describe a student of ours: it has no quantization_config of {METHOD}")
     check_format(quantization.get("format"), file)
-    quantization = checked_quantization(upgraded({part: quantization.get(part) for part in ("quant", "taq")}), file)
+    quantization = checked_quantization({part: quantization.get(part) for part in ("quant", "taq")}, file)
     found = read_diffusion(file.parent)
     if found is None:
         raise ValueError(f"{place} is damaged: scheduler/scheduler_config.json is missing")
@@ -201,7 +201,7 @@ def _read_first(place: Path, file: Path) -> tuple[dict[str, Any], dict[str, Any]
     everywhere = roles["attention"] == roles["activation"]
     ours = [getattr(kind, "_target_", None) for kind in TAQ.values()]
     off = everywhere and roles["attention"].get("_target_") not in ours[1:]
-    taq = {} if off else {"scope": SCOPES[everywhere], **roles["attention"]}
+    taq = {} if off else {"scope": "all" if everywhere else "attention", **roles["attention"]}
     quantization = checked_quantization({"quant": quant, "taq": taq}, file)
     return network_settings(old["unet"], DiffusionConfig(**old["diffusion"]), quantization), old["unet"]
 

@@ -53,9 +53,10 @@ class Network(nn.Module):
         return self.linear(self.line(x.flatten(2)).mT)
 
 
-def calibrated(model, bits, taq="off", scope="all", shape=(3, 9, 7), **quantizers):
+def calibrated(model, bits, taq="off", scope="all", shape=(3, 9, 7), channels="off", **quantizers):
     made = Quantizers.with_taq(LSQWeight, LSQActivation, TAQ[taq], scope)
-    prepare(model, QuantConfig(weight_bits=bits, act_bits=bits), Quantizers(**vars(made) | quantizers))
+    config = QuantConfig(weight_bits=bits, act_bits=bits, channel_scales=channels)
+    prepare(model, config, Quantizers(**vars(made) | quantizers))
     x = torch.randn(len(STEPS), *shape)
 
     def run():
@@ -70,7 +71,7 @@ def calibrated(model, bits, taq="off", scope="all", shape=(3, 9, 7), **quantizer
     return model.eval()
 
 
-def unet(bits, taq="off", scope="attention", **options):
+def unet(bits, taq="off", scope="qkv", channels="off", **options):
     settings = {
         "sample_size": 8,
         "in_channels": 3,
@@ -84,7 +85,7 @@ def unet(bits, taq="off", scope="attention", **options):
         "attention_head_dim": 8,
     }
     model = UNet2DModel(**settings | options).to(memory_format=torch.channels_last).eval()
-    return Denoiser(calibrated(model, bits, taq, scope, (3, 8, 8)))
+    return Denoiser(calibrated(model, bits, taq, scope, (3, 8, 8), channels))
 
 
 @pytest.fixture(params=["off", "auto"])
@@ -96,7 +97,7 @@ def _mode(request):
 @pytest.mark.parametrize("taq", TAQ)
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 def test_layers_of_any_kind_equal_the_simulation(bits, taq):
-    model = calibrated(Network(), bits, taq)
+    model = calibrated(Network(), bits, taq, channels="rms" if bits % 2 else "off")
     integer, report = to_integer(model)
     assert report.float_layers == []
     assert [type(m).__name__ for m in integer.children()] == ["IntegerConv2d"] * 4 + ["IntegerLinear"]
@@ -110,10 +111,12 @@ def test_layers_of_any_kind_equal_the_simulation(bits, taq):
 
 
 @pytest.mark.parametrize("taq", TAQ)
-@pytest.mark.parametrize(("mode", "bits", "scope"), [("auto", 4, "all"), ("off", 8, "attention")])
-def test_a_unet_equals_its_simulation_layer_by_layer(mode, bits, taq, scope):
+@pytest.mark.parametrize(
+    ("mode", "bits", "scope", "channels"), [("auto", 4, "all", "rms"), ("off", 8, "qkv", "off"), ("off", 4, "attention", "rms")]
+)
+def test_a_unet_equals_its_simulation_layer_by_layer(mode, bits, taq, scope, channels):
     compiled.set_mode(mode)
-    model = unet(bits, taq, scope)
+    model = unet(bits, taq, scope, channels)
     integer, report = to_integer(model)
     assert report.float_layers == []
     x = torch.randn(3, 3, 8, 8).contiguous(memory_format=torch.channels_last)

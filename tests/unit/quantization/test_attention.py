@@ -6,9 +6,9 @@ from torch import nn
 from qdm_lightning.quantization.attention import QuantizedAttention, is_attention
 from qdm_lightning.quantization.calibration import MSESearch, calibrate
 from qdm_lightning.quantization.preparation import Quantizers, prepare
-from qdm_lightning.quantization.quantizer import LSQActivation, LSQProbability
+from qdm_lightning.quantization.quantizer import LSQActivation, LSQProbability, LSQWeight
 from qdm_lightning.quantization.spec import QuantConfig
-from qdm_lightning.quantization.taq import NormalizedActivation
+from qdm_lightning.quantization.taq import GroupedActivation, NormalizedActivation
 
 FLOAT = QuantConfig(weight_bits=32, act_bits=32, qkv_bits=8, probs_bits=8, first_last_bits=32)
 
@@ -95,6 +95,56 @@ def test_bits_by_operand():
     assert processor.query.bits == processor.value.bits == 5
     assert processor.probabilities.bits == 7
     assert {"mid.processor.query.log_scale", "mid.processor.probabilities.log_scale"} <= set(model.state_dict())
+
+
+OPERANDS = ("query", "key", "value", "probabilities")
+
+
+@pytest.mark.parametrize(
+    ("scope", "acts"),
+    {
+        "qkv": (1, 1, 1, 0, 0),
+        "attention": (1, 1, 1, 1, 0),
+        "all_but_probs": (1, 1, 1, 0, 1),
+        "all": (1, 1, 1, 1, 1),
+        ("*.probabilities", "mid.to_q"): (0, 0, 0, 1, 1),
+        ("mid.[kv]*",): (0, 1, 1, 0, 0),
+    }.items(),
+)
+def test_scope_says_where_taq_acts(scope, acts):
+    model = nn.ModuleDict({"mid": attention()})
+    quantizers = Quantizers.with_taq(LSQWeight, LSQActivation, GroupedActivation, scope)
+    report = prepare(model, QuantConfig(probs_bits=4), quantizers)
+    processor = model["mid"].processor
+    found = [*(getattr(processor, name) for name in OPERANDS), model["mid"].to_q.input_quantizer]
+    assert [type(q) is GroupedActivation for q in found] == [bool(act) for act in acts]
+    assert processor.probabilities.symmetric
+    assert not processor.query.symmetric
+    named = {row.name: row.quantizers for row in report.rows}
+    assert named["mid.probs"] == [type(processor.probabilities).__name__]
+    assert named["mid.qkv"] == list(dict.fromkeys(type(q).__name__ for q in found[:3]))
+
+
+def test_a_scope_that_makes_no_sense_is_one_line():
+    def quantizers(taq, scope):
+        return Quantizers.with_taq(LSQWeight, LSQActivation, taq, scope)
+
+    model = nn.ModuleDict({"mid": attention()})
+    with pytest.raises(ValueError, match=r"taq\.scope: the pattern '\*\.conv9' matches no quantized activation: .* mid\.query"):
+        prepare(model, QuantConfig(), quantizers(GroupedActivation, ["mid.*", "*.conv9"]))
+    for scope in ("everywhere", [], [3], None):
+        with pytest.raises(
+            ValueError, match=r"^taq\.scope=.* is not allowed: choose one of qkv, attention, all, all_but_probs"
+        ):
+            quantizers(GroupedActivation, scope)
+
+    class Own(LSQActivation):
+        def __init__(self, *, bits, padded=False):
+            super().__init__(bits=bits, padded=padded)
+
+    with pytest.raises(ValueError, match=r"^taq\.scope=attention has TaQ act on probabilities, for which Own must take symm"):
+        prepare(nn.ModuleDict({"mid": attention()}), QuantConfig(), quantizers(Own, "attention"))
+    prepare(nn.ModuleDict({"mid": attention()}), QuantConfig(), quantizers(Own, "all_but_probs"))
 
 
 def test_operands_follow_act_bits_and_rules():

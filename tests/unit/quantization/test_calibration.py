@@ -186,3 +186,38 @@ def test_the_same_seed_gives_the_same_grids():
         calibrate(model, lambda model=model: model(x), MSESearch(), seed=3)
         grids.append(model.state_dict())
     assert all(torch.equal(grids[0][name], grids[1][name]) for name in grids[0])
+
+
+def test_scales_by_channel_are_the_root_of_the_channels_root_mean_square():
+    """Over their geometric mean; the float product stays, and quantized layers see channels of like size."""
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(32, 3))
+    with torch.no_grad():
+        model[0].weight[5] = model[0].bias[5] = 0  # a channel that is silent
+    x = torch.randn(16, 4, 4, 4) * torch.tensor([1.0, 4, 0.25, 9]).view(4, 1, 1)
+    with torch.no_grad():
+        expected, inner = model(x), model[0](x)
+    config = QuantConfig(weight_bits=8, act_bits=8, channel_scales="rms")
+    prepare(model, config)
+    calls = []
+    calibrate(model, lambda: calls.append(model(x)), MinMax())
+    assert len(calls) == 2
+    assert torch.equal(calls[1], expected)
+    rms = x.square().mean((0, 2, 3)).sqrt()
+    torch.testing.assert_close(model[0].channel_scale, (rms / rms.log().mean().exp()).sqrt())
+    rms = inner.square().mean((0, 2, 3)).sqrt()
+    rms = rms.clamp(min=1e-3 * float(rms.square().mean().sqrt()))
+    torch.testing.assert_close(model[1].channel_scale, (rms / rms.log().mean().exp()).sqrt(), rtol=1e-4, atol=1e-6)
+    # The scaled weight on the scaled input is the layer itself, in groups too.
+    layer = model[1]
+    again = F.conv2d(inner * layer.channel_factors(), layer.scaled_weight(), layer.bias, groups=2)
+    torch.testing.assert_close(again, F.conv2d(inner, layer.weight, layer.bias, groups=2), rtol=1e-4, atol=1e-5)
+    assert 0 < (model(x) - expected).abs().max() < 0.05 * expected.abs().max()
+    calibrate(model, lambda: model(x), MinMax())
+    torch.testing.assert_close(model[0].channel_scale.square().log().sum(), torch.zeros(()), rtol=0, atol=1e-5)
+
+
+def test_inputs_in_float_have_no_scales_by_channel():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 3, 1))
+    prepare(model, QuantConfig(act_bits=32, channel_scales="rms"))
+    assert [layer.channel_scale is None for layer in model] == [False, True, False]
+    assert "1.channel_scale" not in model.state_dict()

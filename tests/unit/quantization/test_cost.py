@@ -70,6 +70,15 @@ def test_small_net_by_hand():
     assert report.layers[2].speedup() == {"linear": 32 / 5, "bops": 1024 / 15, "bops64": 64 / 15}
 
 
+def test_scales_by_channel_are_stored_and_cost_nothing_else():
+    plain, scaled = (
+        cost(conv_net(), QuantConfig(channel_scales=kind), torch.zeros(1, 3, 8, 8)).as_dict() for kind in ("off", "rms")
+    )
+    assert scaled["bytes"] - plain["bytes"] == 4 * (3 + 8 + 128)
+    same = ("macs", "parameters", "float_bytes")
+    assert [scaled[name] for name in same] == [plain[name] for name in same]
+
+
 def test_codes_are_packed_tensor_by_tensor():
     model = nn.Sequential(nn.Conv2d(1, 1, 3, bias=False))
     config = QuantConfig(weight_bits=3, act_bits=32, rules={"0": 3})

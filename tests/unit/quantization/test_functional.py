@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from qdm_lightning.quantization.functional import exp, fake_quantize, quantize
 
@@ -186,3 +187,25 @@ def test_a_scale_that_brings_its_logarithm_takes_autograd_past_the_exponential(r
     assert together.grad_fn.next_functions[1][0].variable is log_scale
     for found, expected in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (together, apart)), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("shape", [(6, 8, 5, 3), (6, 8, 70, 70), (6, 7, 8), (6, 8)])
+def test_factors_by_channel_are_a_product_before_the_grid(shape, rows, silu):
+    """Bit for bit, in each layout, and with autograd's gradients of the operations one by one."""
+    channels = torch.rand(8) + 0.5
+    if len(shape) == 4:
+        channels = channels.view(8, 1, 1)
+    x, upstream = torch.randn(shape) * 2, torch.randn(shape)
+    scale, zero_point = torch.linspace(0.1, 0.4, rows).requires_grad_(), torch.full((rows,), 6.2, requires_grad=True)
+    layouts = [torch.contiguous_format, torch.channels_last] if len(shape) == 4 else [torch.contiguous_format]
+    for layout in layouts:
+        own = x.contiguous(memory_format=layout).requires_grad_()
+        together = fake_quantize(own, scale, zero_point, 0, 15, 0.7, silu=silu, channels=channels)
+        apart = fake_quantize((F.silu(own) if silu else own) * channels, scale, zero_point, 0, 15, 0.7)
+        assert torch.equal(together, apart)
+        assert together.stride() == own.stride()
+        inputs = (own, scale, zero_point)
+        for found, expected in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (together, apart)), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -139,6 +139,6 @@ def test_what_is_overridden_gets_silu_of_x(kind):
 def test_a_fixed_grid_makes_one_pass_of_both(kind, monkeypatch):
     quantizer, x = kind(bits=4), torch.randn(2, 3)
     quantizer.silu = True
-    monkeypatch.setattr(compiled, "forward", lambda x, s, z, limits, silu: (x + silu, s, z))
+    monkeypatch.setattr(compiled, "forward", lambda x, s, z, limits, silu, channels: (x + silu, s, z))
     with timesteps(torch.tensor([10, 900])):
         assert torch.equal(quantizer(x), x + 1)

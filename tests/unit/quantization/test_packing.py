@@ -52,13 +52,14 @@ def test_codes_that_do_not_fit(codes, bits):
         pack(torch.tensor(codes), bits)
 
 
+@pytest.mark.parametrize("channels", ["off", "rms"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
-def test_the_network_from_its_codes_is_the_same_to_the_last_bit(bits):
-    net, report = model(bits)
+def test_the_network_from_its_codes_is_the_same_to_the_last_bit(bits, channels):
+    net, report = model(bits, channel_scales=channels)
     state = packed_state(net)
     assert {name for name in state if name.endswith("_codes")} == {f"{k}.weight_codes" for k in (0, 2, 4)}
     assert sum(value.nbytes for value in state.values()) == cost(net, report, X).totals()["bytes"]
-    other, _ = model(bits, seed=7)
+    other, _ = model(bits, seed=7, channel_scales=channels)
     load_packed(other, state)
     assert torch.equal(other(X), net(X))
     again = packed_state(other)

@@ -259,3 +259,48 @@ def test_normalize_starts_in_units_of_the_deviation():
     assert quantizer.scale.item() == pytest.approx((unit.max() - unit.min()).item() / 255, rel=0.02)
     error = (quantizer(x) - x).std(dim=1) / x.std(dim=1)
     assert error.max() < 0.02
+
+
+def probabilities(rows=6, keys=9):
+    """Softmax from nearly even to nearly one-hot, sample by sample."""
+    return (torch.randn(rows, 2, keys, keys) * torch.logspace(-1.5, 1, rows).view(-1, 1, 1, 1)).softmax(-1)
+
+
+def test_normalize_without_a_zero_point_follows_the_root_mean_square():
+    p = probabilities().requires_grad_()
+    quantizer = NormalizedActivation(bits=4, symmetric=True)
+    quantizer.set_grid(torch.tensor([0.3]), torch.zeros(1))
+    out = quantizer(p)
+    out.sum().backward()
+    expected, slope = [], 0.0
+    for sample in p.detach().double():
+        step = 0.3 * sample.square().mean().sqrt()
+        ratio = sample / step
+        codes = ratio.round().clamp(0, 15)
+        expected.append(codes * step)
+        slope += torch.where(ratio <= 15, codes - ratio, codes).sum() * step * (sample.numel() * 15) ** -0.5
+    torch.testing.assert_close(out.detach().double(), torch.stack(expected), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(quantizer.log_scale.grad.double(), slope[None], rtol=1e-3, atol=1e-5)
+    assert [name for name, _ in quantizer.named_parameters()] == ["log_scale"]
+
+
+@pytest.mark.parametrize("kind", [GroupedActivation, EMANormalizedActivation])
+def test_groups_without_a_zero_point(kind):
+    """Each group its own grid, far better than one for all; what is stored has no zero points."""
+    p, t = probabilities(), torch.tensor([0, 200, 400, 600, 800, 999])
+    quantizer = kind(bits=4, symmetric=True, groups=6)
+    observer = Observer(torch.Generator().manual_seed(0))
+    quantizer.observer = observer
+    with timesteps(t):
+        quantizer(p)
+        quantizer.observer = None
+        quantizer.initialize(observer, MSESearch())
+        out = quantizer.eval()(p)
+        scale, zero_point = quantizer.grid(p)
+    assert not zero_point.any()
+    assert scale.shape == (6,)
+    torch.testing.assert_close((p / scale.view(-1, 1, 1, 1)).round().clamp(0, 15) * scale.view(-1, 1, 1, 1), out)
+    assert "zero_point" not in quantizer.state_dict()
+    one = MSESearch().search(p.reshape(1, -1), 0, 15, symmetric=True)[0]
+    whole = (p / one).round().clamp(0, 15) * one
+    assert ((out - p).square().mean((1, 2, 3))[:3] < 0.5 * (whole - p).square().mean((1, 2, 3))[:3]).all()

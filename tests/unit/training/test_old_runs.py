@@ -41,7 +41,7 @@ def test_the_settings_have_the_names_of_today():
     settings = read_student(RUN).settings
     assert settings["quant"]["first_last_bits"] == 7
     assert settings["taq"]["_target_"].endswith("EMANormalizedActivation")
-    assert settings["taq"]["scope"] == "attention"
+    assert settings["taq"]["scope"] == "qkv"  # which was called attention
     assert settings["quant"]["act_quantizer"]["_target_"].endswith("LSQActivation")
 
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from qdm_lightning import load_student
 from qdm_lightning.base.checks import UserError
 from qdm_lightning.cli.compose import stored
 from qdm_lightning.cli.schema import CONF_DIR
 from qdm_lightning.display.progress import Progress
 from qdm_lightning.models.diffusers_io import load_unet
+from qdm_lightning.quantization import timesteps
 from qdm_lightning.train import train
 from qdm_lightning.training import teacher
 from qdm_lightning.training.checkpoint_io import load_checkpoint
@@ -295,9 +297,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(first, monke
 
 
 @pytest.mark.parametrize("taq", ["ema", "scale"])
-def test_every_taq_variant_trains_everywhere(first, taq):
-    result = run(first[0], f"taq={taq}", "taq.scope=all", "taq.groups=5", "trainer.max_steps=2", name=taq)
+def test_every_taq_variant_trains_everywhere_with_scales_by_channel(first, taq):
+    options = ["taq.scope=all", "taq.groups=5", "quant.channel_scales=rms", "trainer.max_steps=2"]
+    result = run(first[0], f"taq={taq}", *options, name=taq)
     assert result.metrics["student"]["fd_digits"] > 0
+    loaded = load_student(result.run_dir)  # its codes are of r_c w_c
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+    with torch.no_grad(), timesteps(t):
+        assert torch.equal(loaded(x, t).sample, result.student.unet(x, t).sample)
 
 
 def test_post_training_quantization_takes_no_step(first):

@@ -28,7 +28,7 @@ TINY = """
 """
 VARIANTS = {
     "normalize": [],
-    "scale everywhere, rules": ["taq=scale", "taq.scope=all", "taq.groups=4", "quant.rules={down_blocks.0.*: 8}"],
+    "scale everywhere, rules": ["taq=scale", "taq.scope=all_but_probs", "taq.groups=4", "quant.rules={down_blocks.0.*: 8}"],
     "ema, post-training": ["taq=ema", "taq.groups=4", "quant.mode=ptq", "quant=w3a3"],
     "no TaQ, float attention": ["taq=off", "quant.qkv_bits=32", "quant.probs_bits=32"],
 }
@@ -115,11 +115,12 @@ def test_the_file_says_what_the_student_is(folder):
             "qkv_bits": 4,
             "probs_bits": 8,
             "first_last_bits": 8,
+            "channel_scales": "off",
             "rules": {},
             "weight_quantizer": {"_target_": "qdm_lightning.quantization.quantizer.LSQWeight"},
             "act_quantizer": {"_target_": "qdm_lightning.quantization.quantizer.LSQActivation"},
         },
-        "taq": {"_target_": "qdm_lightning.quantization.taq.NormalizedActivation", "scope": "attention", "psi": 1e-5},
+        "taq": {"_target_": "qdm_lightning.quantization.taq.NormalizedActivation", "scope": "qkv", "psi": 1e-5},
     }
 
 
@@ -138,10 +139,11 @@ def first_format(folder):
     files, old = read_student(folder), folder.parent / "old" / "student"
     old.mkdir(parents=True)
     quant, taq = dict(files.settings["quant"]), dict(files.settings["taq"])
+    assert quant.pop("channel_scales") == "off"
     roles = {"weight": quant.pop("weight_quantizer"), "activation": quant.pop("act_quantizer")}
     scope = taq.pop("scope", "")
     roles["attention"] = taq or roles["activation"]
-    assert scope != "all" or roles["attention"] == roles["activation"]
+    assert scope != "all_but_probs" or roles["attention"] == roles["activation"]
     diffusion = files.settings["diffusion"]
     settings = {"format": 1, "unet": files.unet, "diffusion": diffusion, "quant": quant, "quantizers": roles}
     (old / "config.json").write_text(json.dumps(settings))
