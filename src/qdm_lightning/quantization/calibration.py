@@ -115,7 +115,7 @@ def calibrate(model: nn.Module, run: Callable[[], object], calibrator: Calibrato
             _check_finite(f"the grid of {layer_name}.weight_quantizer", *layer.weight_quantizer.state_dict().values())
 
 
-def observe(model: nn.Module, observers: Mapping[str, Watcher], run: Callable[[], None]) -> None:
+def observe(model: nn.Module, observers: Mapping[str, Watcher], run: Callable[[], object]) -> None:
     """Call `run` with all quantizers of a prepared `model` off, each activation's with the observer of its name."""
     quantizers = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
     layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
@@ -137,7 +137,7 @@ LEAST_CHANNEL = 1e-3
 """A channel's root mean square counts as no less than this share of the layer's: a silent one may speak later."""
 
 
-def set_channel_scales(model: nn.Module, run: Callable[[], None]) -> None:
+def set_channel_scales(model: nn.Module, run: Callable[[], object]) -> None:
     """r_c = rms_c^0.5 over its geometric mean, of the input of each layer that has scales by channel; `run` as for `calibrate`.
 
     Without such layers `run` is not called.
