@@ -83,8 +83,9 @@ def obtain_teacher(experiment: Experiment, fit: Fit, say: Callable[[str], None])
         say(f"warning: {origin['warning']}")
     _nameless(unet)
     if not rank():  # else a rank would write into the folder that another one replaces
-        save_pipeline(unet, experiment.diffusion, own)
-        write_json(own / "origin.json", origin)
+        with atomic_folder(own) as new:  # its origin appears with it
+            save_pipeline(unet, experiment.diffusion, new)
+            write_json(new / "origin.json", origin)
     return unet.eval(), origin
 
 

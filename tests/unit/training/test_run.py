@@ -213,6 +213,19 @@ def test_a_shipped_teacher_is_found_by_its_key(first, tmp_path, monkeypatch):
     assert "shipped" not in other
 
 
+def test_a_runs_teacher_appears_with_its_origin(first, monkeypatch):
+    root, _ = first
+
+    def write(path, content):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(teacher, "write_json", write)  # the cache has the teacher: what is written is the origin
+    with pytest.raises(KeyboardInterrupt):
+        run(root, name="without_origin")
+    [folder] = (root / "without_origin").iterdir()
+    assert not list(folder.glob("*teacher*"))
+
+
 def test_retrain_replaces_the_cached_teacher(first, tmp_path, monkeypatch):
     root, result = first
     key = result.metrics["teacher_origin"]["key"]
