@@ -169,10 +169,13 @@ class DiffusersSolver(Solver):
         options = dict(sampler.scheduler)
         kind = getattr(diffusers, options.pop("_target_").rpartition(".")[2])
         self.name = kind.__name__
+        schedule = {
+            name: value for name, value in vars(diffusion).items() if name != "prediction_type"
+        }  # a Denoiser gives noise
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of their schedulers about numpy
-                self.scheduler = kind(**vars(diffusion), **self._clipping(kind, sampler), **self._known(kind, options))
+                self.scheduler = kind(**schedule, **self._clipping(kind, sampler), **self._known(kind, options))
                 self.scheduler.set_timesteps(sampler.steps)
         except (ValueError, TypeError, NotImplementedError, ArithmeticError, LookupError, AssertionError) as error:
             raise ValueError(f"sampler.scheduler: {self.name} refuses these settings: {one_line(error)}") from error

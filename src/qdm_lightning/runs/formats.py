@@ -14,7 +14,12 @@ MOVED = {
 RENAMED = {"edge_bits": "first_last_bits", "micro_batch": "batch_size"}
 """A setting of version 0.1 (of `quant`, of `sampler`) to its name now."""
 
-ADDED = {"trial": False, "teacher.retrain": False, "nem.weighting._target_": "qdm_lightning.diffusion.weighting.Uniform"}
+ADDED = {
+    "trial": False,
+    "teacher.retrain": False,
+    "nem.weighting._target_": "qdm_lightning.diffusion.weighting.Uniform",
+    "diffusion.prediction_type": "epsilon",
+}
 """Settings that came after version 0.1, by dotted name, and how a run of 0.1 behaved."""
 
 
