@@ -96,7 +96,7 @@ def diagnose(experiments: Sequence[Experiment], config: DiagnosisConfig, progres
         "propagation": {"images": PROPAGATION_IMAGES, "t": list(travel), "S": list(travel.values())},
         "num_images": config.num_images,
         "sampler": experiments[0].sampler.settings(),
-        "diffusion": asdict(experiments[0].diffusion),
+        "diffusion": experiments[0].diffusion.settings(),
         "environment": environment(subjects[0].image_sampler.device),
         "versions": versions(),
         "git": git_commit(),

@@ -162,6 +162,10 @@ def ddim_step(
     return mean if noise is None else mean + sigma * noise
 
 
+FIRST_IS_NOISE = 0.04
+"""The greatest abar at the first timestep: images are started from noise alone."""
+
+
 class DiffusersSolver(Solver):
     """A scheduler of diffusers, one of `spec.SOLVERS`, over its own timesteps."""
 
@@ -169,14 +173,22 @@ class DiffusersSolver(Solver):
         options = dict(sampler.scheduler)
         kind = getattr(diffusers, options.pop("_target_").rpartition(".")[2])
         self.name = kind.__name__
+        schedule = {
+            name: value for name, value in vars(diffusion).items() if name != "prediction_type"
+        }  # a Denoiser gives noise
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of their schedulers about numpy
-                self.scheduler = kind(**vars(diffusion), **self._clipping(kind, sampler), **self._known(kind, options))
+                self.scheduler = kind(**schedule, **self._clipping(kind, sampler), **self._known(kind, options))
                 self.scheduler.set_timesteps(sampler.steps)
         except (ValueError, TypeError, NotImplementedError, ArithmeticError, LookupError, AssertionError) as error:
             raise ValueError(f"sampler.scheduler: {self.name} refuses these settings: {one_line(error)}") from error
         self.timesteps = self._integral(self.scheduler.timesteps, diffusion.num_train_timesteps)
+        if alphas_cumprod(diffusion)[self.timesteps[0]] > FIRST_IS_NOISE:
+            raise ValueError(
+                f"sampler.scheduler: {self.name} would begin at t={self.timesteps[0]} of {diffusion.num_train_timesteps}, where "
+                "an image is no noise yet: type sampler.scheduler.timestep_spacing=trailing, or fewer sampler.steps"
+            )
         self.own = dict(zip(self.timesteps, self.scheduler.timesteps, strict=True))  # some take nothing but these
         self.draws = "generator" in inspect.signature(kind.step).parameters
         if hasattr(self.scheduler, "set_begin_index"):

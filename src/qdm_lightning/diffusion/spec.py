@@ -15,24 +15,35 @@ SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 """How beta goes from its start to its end; `squaredcos_cap_v2` is the cosine schedule (arXiv 2102.09672), which has its own."""
 
 
+PREDICTIONS = ("epsilon", "v_prediction")
+"""What a network estimates: the noise, or v = sqrt(abar) eps - sqrt(1 - abar) x_0 (arXiv 2202.00512)."""
+
+
 @dataclass(kw_only=True)
 class DiffusionConfig:
-    """The forward process q(x_t | x_0) (DDPM, eq. 2): T timesteps, beta from `beta_start` to `beta_end`.
+    """The forward process q(x_t | x_0) (DDPM, eq. 2): T timesteps, beta from `beta_start` to `beta_end`, and what the
+    network estimates of it, `prediction_type`, one of `PREDICTIONS`.
 
     Raises:
-        ValueError: fewer than two timesteps, betas outside (0, 1) or in falling order, an unknown schedule.
+        ValueError: fewer than two timesteps, betas outside (0, 1) or in falling order, an unknown schedule or prediction.
     """
 
     num_train_timesteps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
     beta_schedule: str = "linear"
+    prediction_type: str = "epsilon"
 
     def __post_init__(self) -> None:
         at_least("diffusion.num_train_timesteps", self.num_train_timesteps, 2)
         positive("diffusion.beta_start", self.beta_start)
         between("diffusion.beta_end", self.beta_end, self.beta_start, 0.999)
         one_of("diffusion.beta_schedule", self.beta_schedule, SCHEDULES)
+        one_of("diffusion.prediction_type", self.prediction_type, PREDICTIONS)
+
+    def settings(self) -> dict[str, Any]:
+        """As plain data for a record: `prediction_type` where it is not the noise, so that older records compare."""
+        return {name: value for name, value in vars(self).items() if (name, value) != ("prediction_type", "epsilon")}
 
 
 UNIFORM = "qdm_lightning.diffusion.weighting.Uniform"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -194,7 +194,7 @@ class Evaluator:
             "execution": subject.execution,
             "sampler": experiment.sampler.settings(),
             "network_calls": len(timesteps(experiment.sampler, experiment.diffusion)),
-            "diffusion": asdict(experiment.diffusion),
+            "diffusion": experiment.diffusion.settings(),
             "images": {**images, "shape": list(subject.image_sampler.shape)},
             "metric": protocol.metric_provenance(network),
             "reference": real,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,6 @@ class ExportedSubject:
             "checkpoint_sha256": self.file.sha256,
             "settings_sha256": self.file.metadata["settings_sha256"],
             "sampler": self.image_sampler.sampler.settings(),
-            "diffusion": asdict(self.file.diffusion),
+            "diffusion": self.file.diffusion.settings(),
             "shape": list(self.image_sampler.shape),
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from qdm_lightning.base.files import data_hash
 from qdm_lightning.diffusion.sampling import timesteps
 from qdm_lightning.evaluation.spec import RestoreConfig
 from qdm_lightning.integer import provenance, to_integer
-from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.models.denoiser import Denoiser, denoiser
 from qdm_lightning.models.image_sampler import ImageSampler
 from qdm_lightning.training.devices import measuring_device, set_up
 from qdm_lightning.training.experiment import Experiment
@@ -56,7 +56,11 @@ class Subject:
             if device.type != "cpu":
                 raise ValueError(f"execution=integer runs on the CPU, not on {device.type}: type accelerator=cpu")
         weights = restore(experiment, network, config.weights, config.checkpoint, device)
-        drawing = weights.network if config.execution == "simulated" else Denoiser(to_integer(weights.network.unet)[0])
+        drawing = (
+            weights.network
+            if config.execution == "simulated"
+            else denoiser(to_integer(weights.network.unet)[0], experiment.diffusion)
+        )
         return cls(
             experiment=experiment,
             network=network,
@@ -98,7 +102,7 @@ class Subject:
             **({} if self.execution == "simulated" else {"execution": self.execution, **provenance()}),
             "settings_sha256": data_hash({name: self.experiment.resolved[name] for name in names}),
             "sampler": self.experiment.sampler.settings(),
-            "diffusion": asdict(self.experiment.diffusion),
+            "diffusion": self.experiment.diffusion.settings(),
             "shape": list(self.image_sampler.shape),
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ def export(experiment: Experiment, config: ExportConfig, progress: Any) -> Expor
         FileNotFoundError, ValueError: bad input, or a network that a graph cannot hold; nothing is written.
         RuntimeError: a runtime computes something else; nothing is written.
     """
+    if experiment.diffusion.prediction_type != "epsilon":
+        raise ValueError("a network that estimates v is not exported: graphs give the noise")
     subject = Subject.restored(experiment, config)
     default = experiment.run_dir / "export" / f"{subject.network}{SUFFIXES[config.format]}"
     file = Path(config.out).expanduser().resolve() if config.out else default
@@ -81,7 +83,7 @@ def _metadata(subject: Subject, checked: list[Verified]) -> dict[str, Any]:
         "taq": settings["taq"] if student else None,
         "settings_sha256": subject.identity()["settings_sha256"],
         "sampler": experiment.sampler.settings(),
-        "diffusion": asdict(experiment.diffusion),
+        "diffusion": experiment.diffusion.settings(),
         "shape": list(subject.image_sampler.shape),
         "verified": [one.as_dict() for one in checked],
         "versions": versions(),

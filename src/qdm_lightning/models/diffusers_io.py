@@ -14,14 +14,14 @@ from safetensors import SafetensorError
 from qdm_lightning.base.checks import one_line
 from qdm_lightning.base.files import atomic_folder, read_json, verify
 from qdm_lightning.diffusion.process import noise_scheduler
-from qdm_lightning.diffusion.spec import SCHEDULES, DiffusionConfig
+from qdm_lightning.diffusion.spec import PREDICTIONS, SCHEDULES, DiffusionConfig
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 _PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
 _INDEX, _SCHEDULER = "model_index.json", "scheduler_config.json"
 _CONFIGS = (_INDEX, "config.json", "unet/config.json", _SCHEDULER, f"scheduler/{_SCHEDULER}")
 
-SUPPORTED = "supported are unconditional UNet2DModels that estimate the noise of pixels at step t of a DDPM"
+SUPPORTED = "supported are unconditional UNet2DModels that estimate the noise of pixels, or v, at step t of a DDPM"
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 PARTS = ("unet", "scheduler")
@@ -33,7 +33,7 @@ SCHEDULERS = (
 """Schedulers of the process of `DiffusionConfig`, whose settings have DDPMScheduler's names and defaults."""
 
 SCHEDULER_SETTINGS: dict[str, tuple[Any, ...]] = {
-    "prediction_type": ("epsilon",),
+    "prediction_type": PREDICTIONS,
     "beta_schedule": SCHEDULES,
     "trained_betas": (None,),
     "rescale_betas_zero_snr": (False,),
@@ -50,7 +50,7 @@ UNET_SETTINGS: dict[str, tuple[Any, ...]] = {
 
 
 def load_unet(path: str | Path, advice: str = "") -> UNet2DModel:
-    """Load an unconditional noise-estimating U-Net, in eval mode and float32.
+    """Load an unconditional U-Net that estimates the noise, or v, in eval mode and float32.
 
     Args:
         path: a diffusers folder (with `unet/`, or the U-Net's own), or a hub id `owner/name`. Weights are safetensors, or a
@@ -101,7 +101,7 @@ def load_diffusion(path: str | Path) -> dict[str, Any] | None:
 
     Raises:
         FileNotFoundError: nothing there, or no U-Net in it.
-        ValueError: a process that is not ours: another scheduler, another prediction than the noise, hand-made or rescaled
+        ValueError: a process that is not ours: another scheduler, another prediction than the noise or v, hand-made or rescaled
             betas, a network on latents.
     """
     return read_diffusion(_checked(path))
@@ -146,7 +146,8 @@ def save_pipeline(unet: UNet2DModel, diffusion: DiffusionConfig, folder: str | P
 
 def pipeline_scheduler(diffusion: DiffusionConfig) -> DDPMScheduler:
     """The scheduler with which a pipeline of ours samples."""
-    return noise_scheduler(diffusion, variance_type="fixed_large", clip_sample=True)
+    estimated = {"prediction_type": diffusion.prediction_type}
+    return noise_scheduler(diffusion, variance_type="fixed_large", clip_sample=True, **estimated)
 
 
 def _unet_folder(path: str | Path) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qdm_lightning.diffusion.sampling import sample, timesteps
 from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
-from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.models.denoiser import denoiser
 from qdm_lightning.quantization.layers import cached_weights
 
 
@@ -74,10 +74,11 @@ def draw_images(
         raise ValueError("the network is in training mode: call eval() before it draws")
     said = getattr(getattr(unet, "hf_quantizer", None), "settings", {}).get("diffusion")
     size = unet.config.sample_size
+    diffusion = diffusion or DiffusionConfig(**(said or {}))
     return ImageSampler(
-        network=Denoiser(unet),
+        network=denoiser(unet, diffusion),
         sampler=sampler or SamplerConfig(batch_size=16),
-        diffusion=diffusion or DiffusionConfig(**(said or {})),
+        diffusion=diffusion,
         shape=(unet.config.in_channels, *((size, size) if isinstance(size, int) else size)),
         device=next(iter(unet.state_dict().values())).device,
     ).draw(list(seeds))

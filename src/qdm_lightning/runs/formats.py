@@ -19,6 +19,7 @@ ADDED = {
     "teacher.retrain": False,
     "nem.weighting._target_": "qdm_lightning.diffusion.weighting.Uniform",
     "quant.channel_scales": "off",
+    "diffusion.prediction_type": "epsilon",
 }
 """Settings that came after version 0.1, by dotted name, and how a run of 0.1 behaved."""
 

@@ -19,7 +19,7 @@ from qdm_lightning.diffusion.images import to_float
 from qdm_lightning.diffusion.losses import per_sample_mse, student_errors
 from qdm_lightning.diffusion.process import add_noise, noise_scheduler
 from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig
-from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.models.denoiser import Denoiser, denoiser
 from qdm_lightning.training.dropout import share_dropout
 from qdm_lightning.training.network_settings import KEY, check_settings
 from qdm_lightning.training.on_policy import TrajectoryBuffer
@@ -80,9 +80,9 @@ class DiffusionModule(LightningModule):
         self.max_steps, self.seed, self.flip, self.prefix = max_steps, seed, flip, prefix
         self.teacher_bf16 = teacher_bf16
         self.register_buffer("weights", weights, persistent=False)
-        self.student = Denoiser(network)
+        self.student = denoiser(network, diffusion)
         share_dropout(self.student)
-        self.teacher = None if teacher is None else Denoiser(teacher).requires_grad_(False).eval()
+        self.teacher = None if teacher is None else denoiser(teacher, diffusion).requires_grad_(False).eval()
         self.ema = AveragedModel(self.student, multi_avg_fn=partial(average, optimizer.ema_decay)).requires_grad_(False).eval()
         self.scheduler = noise_scheduler(diffusion)
         self.buffer = TrajectoryBuffer(nem, diffusion, seed) if nem.on_policy_fraction else None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def network_settings(
     return {
         "format": FORMAT,
         **(full if quantization is None else quantization),
-        "diffusion": asdict(diffusion) if diffusion else {},
+        "diffusion": diffusion.settings() if diffusion else {},
         "unet": {name: value for name, value in unet.items() if not (name.startswith("_") or name in _NOT_SHAPING)},
     }
 

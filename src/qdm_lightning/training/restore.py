@@ -11,7 +11,7 @@ from torch import nn
 
 from qdm_lightning.base.files import file_hash, read_json
 from qdm_lightning.metrics.weights import state_hash
-from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.models.denoiser import Denoiser, denoiser
 from qdm_lightning.models.diffusers_io import load_unet
 from qdm_lightning.training.checkpoint_io import fill, fill_from_checkpoint, load_checkpoint
 from qdm_lightning.training.experiment import Experiment
@@ -49,7 +49,7 @@ def restore_teacher(experiment: Experiment, device: torch.device) -> Restored:
     files = list((folder / "unet").glob("*.safetensors"))
     file = files[0] if len(files) == 1 else folder
     digest = file_hash(file) if file.is_file() else state_hash(unet)
-    return _restored(unet, device, experiment.run_dir, file, weights="ema", sha256=digest, step=None)
+    return _restored(unet, device, experiment, file, weights="ema", sha256=digest, step=None)
 
 
 def restore_student(
@@ -85,7 +85,7 @@ def restore_student(
             path = run_dir / "checkpoints" / f"{checkpoint}.ckpt"
             _existing(path, f"{path} is not there: the run was ended before its first checkpoint, {goes_on}")
         step, warnings = fill_from_checkpoint(student, path, settings, weights)
-    return _restored(student, device, run_dir, path, weights=weights, sha256=file_hash(path), step=step, **warnings)
+    return _restored(student, device, experiment, path, weights=weights, sha256=file_hash(path), step=step, **warnings)
 
 
 def check_checkpoints(experiment: Experiment) -> None:
@@ -112,8 +112,9 @@ def _existing(path: Path, hint: str) -> Path:
     return path
 
 
-def _restored(unet: nn.Module, device: torch.device, run_dir: Path, path: Path, **origin: Any) -> Restored:
+def _restored(unet: nn.Module, device: torch.device, experiment: Experiment, path: Path, **origin: Any) -> Restored:
     """The network, and its origin: the path of its file, inside the run folder where it lies there, and what else is known."""
-    network = Denoiser(unet.to(memory_format=torch.channels_last).to(device)).requires_grad_(False).eval()
+    network = denoiser(unet.to(memory_format=torch.channels_last).to(device), experiment.diffusion).requires_grad_(False).eval()
+    run_dir = experiment.run_dir
     file = path.relative_to(run_dir).as_posix() if path.is_relative_to(run_dir) else str(path)
     return Restored(network, {"file": file, **origin})

@@ -24,7 +24,7 @@ from qdm_lightning.loggers import opened
 from qdm_lightning.loggers.csv_metrics import CSVMetrics
 from qdm_lightning.loggers.media import log_pictures
 from qdm_lightning.metrics.frechet import features, frechet_distance, frechet_key, halves_distance
-from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.models.denoiser import Denoiser, denoiser
 from qdm_lightning.models.image_sampler import ImageSampler
 from qdm_lightning.quantization import compiled
 from qdm_lightning.quantization.cost import cost as count_cost
@@ -136,7 +136,7 @@ class Run:
         """The frozen full-precision network, trained where there is none yet."""
         with self.timed("teacher"):
             unet, self.metrics["teacher_origin"] = obtain_teacher(self.experiment, self.fit, self.progress.say)
-        return Denoiser(unet.to(memory_format=torch.channels_last)).requires_grad_(False).eval()
+        return denoiser(unet.to(memory_format=torch.channels_last), self.experiment.diffusion).requires_grad_(False).eval()
 
     def student(self, teacher: Denoiser) -> DiffusionModule:
         """The quantized student, calibrated and trained; the module has its best checkpoint loaded."""

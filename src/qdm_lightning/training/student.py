@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qdm_lightning.diffusion.images import to_float
 from qdm_lightning.diffusion.process import add_noise, noise_scheduler
-from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.models.denoiser import denoiser
 from qdm_lightning.quantization.calibration import calibrate
 from qdm_lightning.quantization.preparation import prepare
 from qdm_lightning.quantization.summary import QuantizationReport
@@ -58,7 +58,7 @@ def calibrate_student(student: nn.Module, experiment: Experiment, progress: Any)
     )
     pick = torch.randint(len(images), (total,), generator=generator)
     scheduler = noise_scheduler(experiment.diffusion)
-    network = Denoiser(student).eval()
+    network = denoiser(student, experiment.diffusion).eval()
     device = next(student.parameters()).device
 
     drawn = generator.get_state()

@@ -51,7 +51,7 @@ def teacher_key(experiment: Experiment) -> tuple[str, dict[str, Any]]:
         "batch_size": experiment.data.batch_size,
         "flip": experiment.data.flip,
         "model": experiment.resolved["model"],
-        "diffusion": asdict(experiment.diffusion),
+        "diffusion": experiment.diffusion.settings(),
         "teacher": {name: value for name, value in asdict(experiment.teacher).items() if name != "retrain"},
         "precision": experiment.trainer.precision,
         "val_every": experiment.trainer.val_every,

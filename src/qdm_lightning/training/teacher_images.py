@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def images_key(drawn_by: ImageSampler, seeds: Sequence[int], model: Any) -> str:
     unet: Any = drawn_by.network.unet
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}  # `_` marks where it came from
     where = {name: value for name, value in environment(drawn_by.device).items() if name != "fake_quantization"}
-    settings = [state_hash(drawn_by.network), drawn_by.sampler.settings(), asdict(drawn_by.diffusion), model, config]
+    settings = [state_hash(drawn_by.network), drawn_by.sampler.settings(), drawn_by.diffusion.settings(), model, config]
     return data_hash([*settings, drawn_by.shape, seeds, where])[:24]
 
 

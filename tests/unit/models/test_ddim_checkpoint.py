@@ -156,6 +156,7 @@ def test_command_writes_a_folder_that_is_read(tmp_path, capsys):
         "beta_start": 1e-4,
         "beta_end": 0.02,
         "beta_schedule": "linear",
+        "prediction_type": "epsilon",
     }
     x, t = torch.randn(1, 3, 32, 32), torch.tensor([500])
     with torch.no_grad():
