@@ -62,7 +62,7 @@ Step = Callable[[], None]
 def student(base: nn.Module, bits: int, taq: str) -> Denoiser:
     """A calibrated copy: the ranges over one batch from all timesteps."""
     unet: Any = copy.deepcopy(base).eval()
-    quantizers = Quantizers.with_taq(LSQWeight, LSQActivation, TAQ[taq], "attention")
+    quantizers = Quantizers.with_taq(LSQWeight, LSQActivation, TAQ[taq], "qkv")
     prepare(unet, QuantConfig(weight_bits=bits, act_bits=bits), quantizers)
     network = Denoiser(unet).eval()
     t = torch.arange(25, 1000, 50)

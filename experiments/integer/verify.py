@@ -49,6 +49,7 @@ from qdm_lightning.quantization import (
     prepare,
 )
 from qdm_lightning.quantization.layers import QuantizedLayer
+from qdm_lightning.quantization.spec import SCOPES
 from qdm_lightning.training.student_files import load_student
 from qdm_lightning.training.teacher import ASSETS
 
@@ -161,7 +162,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--widths", nargs="*", default=list(WIDTHS), choices=list(WIDTHS))
     parser.add_argument("--taq", nargs="*", default=list(TAQ), choices=list(TAQ))
-    parser.add_argument("--scope", default="attention", choices=("attention", "all"))
+    parser.add_argument("--scope", default="qkv", choices=SCOPES)
     parser.add_argument("--teacher", type=Path, help="a diffusers folder; None: the digits that ship with the package")
     parser.add_argument("--student", type=Path, help="a run's folder, whose trained student is compared")
     options = parser.parse_args()

@@ -163,7 +163,7 @@ def test_a_group_that_was_never_seen_is_refused_as_in_the_simulation():
     integer = to_integer(model)[0]
     x = torch.randn(2, 3, 8, 8)
     integer(x, torch.tensor([0, 999]))
-    for network in (model, integer):
+    for network in (model, integer, integer.unet):
         with pytest.raises(RuntimeError, match=r"GroupedActivation: timestep groups \[1\] of 4 were never seen"):
             network(x, torch.tensor([0, 300]))
         with pytest.raises(ValueError, match=r"timesteps 0..1000 lie outside \[0, 1000\)"):
