@@ -1,7 +1,7 @@
 # Everything a developer types. `make` alone lists it.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-faults check audit format bench clean
+.PHONY: help setup run test test-extras test-faults check audit format bench clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -30,6 +30,13 @@ run: $(STAMP)  ## Train and measure the W4A4 student on the embedded digits (ARG
 
 test: $(STAMP)  ## Run all tests, as many at once as there are cores (ARGS="tests/unit -k taq" selects)
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-extras: $(VENV)/.extras  ## Run what needs the extras (datasets, Trackio, MLflow, transformers, Optuna), or is long
+	$(BIN)/python -m pytest -m extras $(ARGS)
+
+$(VENV)/.extras: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev,hf,trackio,mlflow,transformers,optuna]'
+	@touch $@
 
 test-faults: $(STAMP)  ## Kills, damaged and hostile files, bad input: all of them (in FAULTS=.faults; the same command goes on)
 	@for name in kills damage attacks bad_input; do \

@@ -19,6 +19,7 @@ EXAMPLES = (
     ("run=outputs/NAME network=teacher", "its teacher's, to compare: they share the closing table"),
     ("run=outputs/NAME sampler=ddim sampler.steps=100 num_samples=50000", "another sampler, more images"),
     ("run=outputs/NAME metrics=inception", "FID, Inception Score, KID, precision and recall"),
+    ("run=outputs/NAME repeats=3", "of three disjoint sets of images: mean and 95 % interval"),
     ("run=outputs/NAME num_samples=50000 shard=3/8", "the third of eight jobs; the command without shard= scores them all"),
     ("run=outputs/NAME file=student.onnx", "of a file that was exported from the run, beside the run's own"),
     ("run=outputs/NAME against=[outputs/OTHER]", "beside another run's scores, if its protocol is the same"),
@@ -57,7 +58,9 @@ def show(result: Evaluation, settings: EvaluateConfig) -> None:
     screen = console()
     screen.print(table([record, *result.others]))
     lines = [f"left out: {score}: {reason}" for score, reason in record["left_out"].items()]
-    lines += [f"{key} {value:.4g} between two halves of the real images" for key, value in record["floor"].items()]
+    if "repeats" in record:
+        lines.append(f"mean ± 95 % interval over {record['repeats']['count']} disjoint sets of images")
+    lines += [f"{key} {value:.4g} of as many real images" for key, value in record.get("floor_at_size", {}).items()]
     lines.append(f"record: {result.folder / 'evaluation.json'}")
     command = f"python -m qdm_lightning.evaluate run={settings.run}"
     following = [(f"{command} network=teacher", "the teacher's scores beside them")] if record["network"] == "student" else []

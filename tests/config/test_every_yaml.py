@@ -18,6 +18,7 @@ OPTIONS = [(group, option.name) for group in GROUPS for option in options(group)
 ROOTS = sorted(file.stem for file in CONF_DIR.glob("*.yaml"))
 
 UNET_FOR = {
+    "hf": "model=unet_small data.path=PATH data.image_size=16",
     "images": "model=unet_small data.path=PATH data.image_size=16",
     "cifar10": "model=unet_cifar10",
     "celeba": "model=unet_celeba",
@@ -30,7 +31,12 @@ DATA_FOR = {
     "unet_imagenet64": "data=imagenet64",
     "pretrained": "data=images data.path=PATH data.image_size=16 model.path=some/network",
 }
-WEIGHTS = ("inception", "resnet20")  # networks whose weights are the user's: their own tests write some and load them
+WEIGHTS = (
+    "inception",
+    "resnet20",
+    "dinov2",
+    "clip",
+)  # networks whose weights are the user's: their own tests write some and load them
 
 
 def companions(group: str, name: str) -> str:
@@ -41,6 +47,8 @@ def companions(group: str, name: str) -> str:
         ("metrics", "custom"): "metrics._target_=qdm_lightning.metrics.digits.DigitsFeatures",
         ("metrics", "resnet20"): "metrics.weights=PATH",
         ("sampler", "diffusers"): "sampler.scheduler._target_=diffusers.DEISMultistepScheduler",
+        ("metrics", "dinov2"): "metrics.weights=FOLDER",
+        ("metrics", "clip"): "metrics.weights=FOLDER",
         ("data", name): UNET_FOR.get(name, ""),
         ("model", name): DATA_FOR.get(name, ""),
         ("experiment", name): "metrics=digits" if name.startswith("paper/") else "",
@@ -57,7 +65,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS, ids=["=".join(option) for option in OPTIONS])
 def test_option(group, name, composed, pictures, monkeypatch):
-    cfg = composed(f"{group}={name}", *companions(group, name).replace("PATH", str(pictures)).split())
+    words = companions(group, name).replace("PATH", str(pictures)).replace("FOLDER", str(pictures.parent))
+    for place in ("data.spec", "metrics.spec", "cli.schema"):  # whatever extras are installed
+        monkeypatch.setattr(f"qdm_lightning.{place}.find_spec", bool)
+    cfg = composed(f"{group}={name}", *words.split())
     settings = validate(cfg)
     if name in WEIGHTS:
         return

@@ -422,7 +422,7 @@ def _attacks() -> Iterator[tuple[str, Attack]]:
     yield from _files()
     yield from _students()
     for name, content in PICTURES.items():
-        words = "data=images data.channels=1 data.image_size=8 data.path={F}/pics"
+        words = "data=images metrics=digits data.channels=1 data.image_size=8 data.path={F}/pics"
         yield f"train: {name}", Attack(partial(picture, content, name.rpartition(" ")[2]), "train", words)
     for place in ("name", "value", "config", "damaged", "folder"):
         words = "{F} out=r"
@@ -466,7 +466,7 @@ def _files() -> Iterator[tuple[str, Attack]]:
         "evaluate: reference statistics",
         Attack(partial(object_array, "x.npz"), "evaluate", f"{evaluate} reference={{F}}/x.npz"),
     )
-    pictures = "data=images data.channels=1 data.image_size=8 data.path={F}/x.npz"
+    pictures = "data=images metrics=digits data.channels=1 data.image_size=8 data.path={F}/x.npz"
     yield "train: an archive of pictures", Attack(partial(object_array, "x.npz"), "train", pictures)
     cifar = "data=cifar10 data.verify=false data.root={F} data.image_size=8 model.in_channels=3 model.out_channels=3"
     yield "train: CIFAR-10", Attack(cifar_pickles, "train", cifar)

@@ -50,7 +50,7 @@ TRAIN = {
     "teacher=none": "teacher=none is not an option",
     "metrics=fid": "metrics=fid is not an option",
     "trainer=tpu": "trainer=tpu is not an option",
-    "logger=mlflow": "logger=mlflow is not an option",
+    "logger=neptune": "logger=neptune is not an option",
     # types
     "sampler.steps=abc": "sampler.steps=abc is not allowed: sampler.steps must be an integer",
     "sampler.steps=4.5": "sampler.steps must be an integer",
@@ -168,7 +168,7 @@ TRAIN = {
     "taq=ema taq.num_train_timesteps=0": "taq.num_train_timesteps=0 is not allowed",
     "taq=scale taq.num_train_timesteps=0": "taq.num_train_timesteps=0 is not allowed",
     "taq=scale taq.num_train_timesteps=500": "taq.num_train_timesteps=500 is not allowed",
-    "logger.mode=sometimes": "choose one of offline, online",
+    "logger.mode=sometimes": "choose one of offline, online, disabled",
     "logger=tensorboard logger.folder=../outside": "logger.folder=../outside is not allowed",
     "logger=tensorboard logger.folder=/tmp/outside": "logger.folder=/tmp/outside is not allowed",
     "model.layers_per_block=0": "model.layers_per_block=0 is not allowed",
@@ -201,6 +201,12 @@ TRAIN = {
     "data.batch_size=99999999999999999999": "data.batch_size=99999999999999999999 is not allowed",
     # targets
     "metrics=custom": "metrics._target_=<package.module.Class>",
+    "metrics=dinov2": "metrics=dinov2 needs weights: type metrics.weights=<local folder of transformers' Dinov2Model",
+    "metrics=clip metrics.weights=/does/not/exist": "metrics.weights=/does/not/exist: no such folder",
+    "data=hf": "type data.path=<folder, .parquet file, or id on the hub>",
+    "data=hf data.path=/does/not/exist": "data.path=/does/not/exist: nothing there",
+    "trainer.overfit_images=-1": "trainer.overfit_images=-1 is not allowed",
+    "trainer.overfit_images=2": NETWORK + "2 to train on: at least 5 are needed",
     "metrics._target_=no.such.Network": "metrics._target_ cannot be imported: Error loading 'no.such.Network'",
     "metrics._target_=torch.nn.Linear": "metrics._target_ does not take these settings: Linear.__init__() missing 2",
     "metrics._target_=torch.nn.Identity": "Identity (name=None, dim=None) is no feature network",
@@ -395,6 +401,10 @@ EVALUATE = {
     f"{RUN} checkpoint=[best]": "checkpoint",
     f"{RUN} checkpoint=": "checkpoint",
     f"{RUN} network=teacher weights=raw": NETWORK + "leave out weights=raw",
+    f"{RUN} repeats=0": "repeats=0 is not allowed",
+    f"{RUN} repeats=2 seeds=0-9": "repeats=2 takes the images of a run seed",
+    f"{RUN} metrics=none": NETWORK + "metrics=none measures nothing",
+    f"{RUN} scores=cmmd": NETWORK + "it is defined over CLIP's embeddings",
     f"{RUN} shard=9/8": "shard=9/8 is not allowed",
     f"{RUN} shard=1": "shard=1 is not allowed",
     f"{RUN} shard=a/b": "shard=a/b is not allowed",
@@ -568,6 +578,17 @@ DASHBOARD = {
     "--nonsense": "unrecognized arguments",
 }
 
+PUBLISH = {
+    "": "run is missing: type run=",
+    "run={A}/pics": "has no config.yaml",
+    "run={A}/no_metrics": "is not finished: python -m qdm_lightning.train run=",
+    "run={A}/metrics_text": "metrics.json is damaged",
+    "run={A}/cut": "cut/config.yaml",
+    f"{RUN}": "has no student folder of this version",
+    f"{RUN} repository=me/x": "repository is not a setting",
+    f"{RUN} private=perhaps": "private must be true or false",
+}
+
 PACKAGE = {
     "nonsense": "nonsense is not a command: there are train, evaluate,",
     "trian": "did you mean train?",
@@ -586,5 +607,6 @@ TABLE: dict[str, dict[str, str]] = {
     "cost": COST,
     "convert": CONVERT,
     "dashboard": DASHBOARD,
+    "publish": PUBLISH,
     "__main__": PACKAGE,
 }

@@ -25,7 +25,8 @@ from pathlib import Path
 from kills import TIMES, command, compare, state, warm
 
 TINY = shlex.split(
-    "data=images data.image_size=8 data.channels=1 model=unet_digits model.block_out_channels=[8,16] model.norm_num_groups=4 "
+    "data=images metrics=digits data.image_size=8 data.channels=1 "
+    "model=unet_digits model.block_out_channels=[8,16] model.norm_num_groups=4 "
     "data.batch_size=8 teacher.max_steps=4 trainer.max_steps=6 trainer.val_every=2 trainer.log_every=1 trainer.val_images=8 "
     "trainer.compile=off trainer.accelerator=cpu trainer.threads=1 quant.calibration_batches=1 sampler.steps=2 "
     "sampler.batch_size=8 num_samples=8 logger=none"

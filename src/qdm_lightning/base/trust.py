@@ -25,6 +25,7 @@ ROLES = {
     "data": (
         "data.digits.DigitsData",
         "data.images.ImagesData",
+        "data.hf.HFData",
         "data.cifar10.Cifar10Data",
         "data.celeba.CelebAData",
         "data.imagenet64.ImageNet64Data",
@@ -35,8 +36,15 @@ ROLES = {
     "quant.calibrator": tuple(f"quantization.calibration.{name}" for name in ("MSESearch", "MinMax", "Percentile")),
     "taq": _ACTIVATION,
     "nem.weighting": tuple(f"diffusion.weighting.{name}" for name in ("Uniform", "MinSNR", "Propagation")),
-    "metrics": ("metrics.digits.DigitsFeatures", "metrics.inception.InceptionFeatures", "metrics.resnet20.ResNet20Features"),
-    "logger": ("loggers.wandb_logger", "loggers.tensorboard_logger"),
+    "metrics": (
+        "metrics.digits.DigitsFeatures",
+        "metrics.inception.InceptionFeatures",
+        "metrics.resnet20.ResNet20Features",
+        "metrics.vision_transformers.DINOv2Features",
+        "metrics.vision_transformers.CLIPFeatures",
+    ),
+    "callbacks.profile": ("training.profile.Profile",),
+    "logger": tuple(f"loggers.{name}_logger" for name in ("wandb", "tensorboard", "trackio", "mlflow")),
 }
 """What a stored configuration may name in each of its nodes, below the package."""
 

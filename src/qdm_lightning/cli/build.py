@@ -121,6 +121,7 @@ def build(cfg: DictConfig) -> Experiment:
     check_sizes(settings, network_settings(settings.model))
     if settings.sampler.scheduler:
         timesteps(settings.sampler, settings.diffusion)  # raises where its scheduler does not take what is given
+    measured = values["metrics"]["_target_"] is not None
     return Experiment(
         seed=settings.seed,
         run_dir=new_folder(cfg),
@@ -137,7 +138,7 @@ def build(cfg: DictConfig) -> Experiment:
         teacher=settings.teacher,
         optimizer=settings.optimizer,
         trainer=settings.trainer,
-        feature_network=instantiate(_located("metrics", values["metrics"]), _convert_="all"),
+        feature_network=instantiate(_located("metrics", values["metrics"]), _convert_="all") if measured else None,
         loggers=_factories("logger", values["logger"]),
         callbacks=[make() for make in _factories("callbacks", values["callbacks"])],
         paths=settings.paths,

@@ -37,9 +37,6 @@ GROUPS = ("sampler", "metrics", "logger")
 LOCATIONS = ("root", "path", "cache", "verify", "download")
 """Settings of `data` that say where it lies: it may have moved since the run. The others belong to training."""
 
-UNUSED_METRIC = {"_target_": "qdm_lightning.metrics.digits.DigitsFeatures"}
-"""Stands for the run's feature network where a command scores nothing: a large one need not be loaded."""
-
 
 @dataclass(kw_only=True)
 class RunConfig:
@@ -182,7 +179,7 @@ class RunCommand(Command):
             raise UserError(f"run={base.run} has no teacher yet: python -m qdm_lightning.train run={base.run} goes on with it")
         values, base = plain(cfg), base.copy()
         base.data, base.callbacks, base.logger = values["data"], {}, values.get("logger") or {}
-        base.metrics = values.get("metrics") or UNUSED_METRIC
+        base.metrics = values.get("metrics") or {"_target_": None}  # a command that scores nothing loads no feature network
         for group in ("sampler", "paths"):
             base[group].update(values[group])
         base.model = {"_target_": "qdm_lightning.models.diffusers_io.load_unet", "path": str(teacher)}

@@ -34,7 +34,7 @@ def keep_within(values: dict[str, Any], typed: Collection[str] = ()) -> list[str
         if "data.download" not in typed and data.get("download"):
             data["download"] = False
     named = {place: _at(values, place) for place in PLACES if place not in ("paths.output", "paths.cache", "data.cache")}
-    named["logger.entity"] = _at(values, "logger.entity")
+    named |= {name: _at(values, name) for name in ("logger.entity", "logger.tracking_uri", "logger.space_id")}
     told = [f"{place}={path}" for place, path in named.items() if path and place not in typed]
     return [*lines, *([f"named by the run's configuration: {', '.join(told)}"] if told else [])]
 

@@ -22,9 +22,18 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from qdm_lightning.base.checks import between, one_of
-from qdm_lightning.data.spec import CelebAConfig, Cifar10Config, DigitsConfig, ImageNet64Config, ImagesConfig
+from qdm_lightning.base.wandb_environment import MODES, wandb_mode
+from qdm_lightning.data.spec import CelebAConfig, Cifar10Config, DigitsConfig, HFConfig, ImageNet64Config, ImagesConfig
 from qdm_lightning.diffusion.spec import SEEDS, DiffusionConfig, NeMConfig, SamplerConfig
-from qdm_lightning.metrics.spec import CustomMetric, DigitsMetric, InceptionMetric, ResNet20Metric
+from qdm_lightning.metrics.spec import (
+    CLIPMetric,
+    CustomMetric,
+    DigitsMetric,
+    DINOv2Metric,
+    InceptionMetric,
+    NoMetric,
+    ResNet20Metric,
+)
 from qdm_lightning.models.spec import PretrainedConfig, UNetConfig
 from qdm_lightning.quantization.spec import TAQ, QuantConfig
 from qdm_lightning.runs import naming
@@ -41,15 +50,20 @@ class WandbConfig:
     """`logger=wandb`: a W&B run beside the files of the run folder.
 
     Args:
-        project, entity, tags: of the W&B run; the root's `tags` and what the run does (`bits:w4a4`) are added.
-        name: name of the W&B run; None takes the run folder's.
-        group: group of W&B runs; None takes the multirun's folder, if there is one.
-        mode: `online`, `offline`, or None: online only if the user is logged in.
+        project, entity: of the W&B run; None takes WANDB_PROJECT or `qdm-lightning`, and WANDB_ENTITY or the user's own.
+        tags: beside those of WANDB_TAGS and of the root, and of what the run does (`bits:w4a4`).
+        name: name of the W&B run; None takes WANDB_NAME, or the run folder's.
+        group: group of W&B runs; None takes WANDB_RUN_GROUP, or the multirun's folder, if there is one.
+        mode: `online`, `offline`, `disabled`, or None: as WANDB_DISABLED or WANDB_MODE say, else online only if the user is
+            logged in.
         artifacts: log the networks and evaluations as artifacts.
+
+    Raises:
+        ValueError: a mode, typed or in WANDB_MODE, that there is not.
     """
 
     _target_: str = "qdm_lightning.loggers.wandb_logger"
-    project: str = "qdm-lightning"
+    project: str | None = None
     entity: str | None = None
     name: str | None = None
     group: str | None = None
@@ -59,7 +73,8 @@ class WandbConfig:
 
     def __post_init__(self) -> None:
         if self.mode is not None:
-            one_of("logger.mode", self.mode, ("offline", "online"))
+            one_of("logger.mode", self.mode, MODES)
+        wandb_mode(self.mode)
 
 
 @dataclass(kw_only=True)
@@ -79,8 +94,57 @@ class TensorBoardConfig:
             raise ValueError(
                 f"logger.folder={self.folder} is not allowed: it lies in the run's folder, logger.folder=tensorboard"
             )
-        if find_spec("tensorboard") is None:
-            raise ValueError("logger=tensorboard needs tensorboard: pip install 'qdm-lightning[tensorboard]'")
+        _installed("tensorboard", "tensorboard")
+
+
+@dataclass(kw_only=True)
+class TrackioConfig:
+    """`logger=trackio`: scalars and the configuration, see `loggers.trackio_logger`.
+
+    Args:
+        project, group: of the run.
+        name: of the run; None takes the run folder's.
+        space_id: Space of the hub that gets the run; None keeps it on this machine.
+
+    Raises:
+        ValueError: trackio is not installed.
+    """
+
+    _target_: str = "qdm_lightning.loggers.trackio_logger"
+    project: str = "qdm-lightning"
+    name: str | None = None
+    group: str | None = None
+    space_id: str | None = None
+
+    def __post_init__(self) -> None:
+        _installed("trackio", "trackio")
+
+
+@dataclass(kw_only=True)
+class MLflowConfig:
+    """`logger=mlflow`: scalars, and the configuration as parameters, see `loggers.mlflow_logger`.
+
+    Args:
+        experiment: MLflow's experiment.
+        name: of the run; None takes the run folder's.
+        tracking_uri: of the server or database; None takes MLFLOW_TRACKING_URI, or mlflow.db in the run's folder.
+
+    Raises:
+        ValueError: mlflow is not installed.
+    """
+
+    _target_: str = "qdm_lightning.loggers.mlflow_logger"
+    experiment: str = "qdm-lightning"
+    name: str | None = None
+    tracking_uri: str | None = None
+
+    def __post_init__(self) -> None:
+        _installed("mlflow", "mlflow")
+
+
+def _installed(option: str, package: str) -> None:
+    if find_spec(package) is None:
+        raise ValueError(f"logger={option} needs {package}: pip install 'qdm-lightning[{option}]'")
 
 
 @dataclass(kw_only=True)
@@ -124,6 +188,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "data": {
         "digits": DigitsConfig,
         "images": ImagesConfig,
+        "hf": HFConfig,
         "cifar10": Cifar10Config,
         "celeba": CelebAConfig,
         "imagenet64": ImageNet64Config,
@@ -131,12 +196,20 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"unet": UNetConfig, "pretrained": PretrainedConfig},
     "taq": dict(TAQ),
     "metrics": {
+        "none": NoMetric,
         "digits": DigitsMetric,
         "inception": InceptionMetric,
         "resnet20": ResNet20Metric,
+        "dinov2": DINOv2Metric,
+        "clip": CLIPMetric,
         "custom": CustomMetric,
     },
-    "logger": {"wandb": WandbConfig, "tensorboard": TensorBoardConfig},
+    "logger": {
+        "wandb": WandbConfig,
+        "tensorboard": TensorBoardConfig,
+        "trackio": TrackioConfig,
+        "mlflow": MLflowConfig,
+    },
 }
 """Schemas of our options in the open groups: a YAML file takes one with `defaults: [base_<name>, _self_]`."""
 
@@ -181,7 +254,7 @@ def located(values: dict[str, Any]) -> dict[str, Any]:
         group, _, name = place.partition(".")
         node = values.get(group)
         path = node.get(name) if isinstance(node, dict) else None
-        hub = place in ("teacher.path", "model.path") and isinstance(path, str) and not Path(path).exists()
+        hub = place in ("teacher.path", "model.path", "data.path") and isinstance(path, str) and not Path(path).exists()
         if isinstance(path, str) and path and not path.startswith("~") and not hub:
             node[name] = str(Path(path).absolute())  # type: ignore[index]
     return values

@@ -13,7 +13,7 @@ from qdm_lightning.base.checks import UserError
 from qdm_lightning.base.files import read_json
 from qdm_lightning.cli.messages import unknown_setting
 from qdm_lightning.cli.schema import SCHEMAS, TrainConfig, plain, schema_of
-from qdm_lightning.data.spec import DigitsConfig, ImagesConfig
+from qdm_lightning.data.spec import DigitsConfig, PicturesConfig
 from qdm_lightning.models.spec import PretrainedConfig, UNetConfig
 from qdm_lightning.quantization.spec import TaQOff, check_scope
 
@@ -120,7 +120,7 @@ def _check_shape(s: TrainConfig) -> None:
         ways += ["other data="] if fixed else [f"model.sample_size={size}", "another model="]
         raise UserError(f"the images are {size} pixels wide, the network takes {network[0]}: type {' or '.join(ways)}")
     if channels != network[1]:
-        ways = [f"data.channels={network[1]}"] if isinstance(s.data, ImagesConfig) and network[1] in (1, 3) else []
+        ways = [f"data.channels={network[1]}"] if isinstance(s.data, PicturesConfig) and network[1] in (1, 3) else []
         ways += ["other data="] if fixed else [f"model.in_channels={channels} model.out_channels={channels}", "another model="]
         raise UserError(f"the images have {channels} channel(s), the network takes {network[1]}: type {' or '.join(ways)}")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,16 @@ def listing_key(files: Iterable[tuple[str, Path]], **settings: object) -> str:
     states = ((name, path.stat()) for name, path in files)
     fields = ("st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
     listing = ("\0".join(["\n" + name, *(str(getattr(state, field)) for field in fields)]) for name, state in states)
-    return sha256([json.dumps({"format": FORMAT, "pillow": PIL.__version__, **settings}, sort_keys=True), *listing])
+    return sha256([_settings(settings), *listing])
+
+
+def content_key(contents: Iterable[bytes], **settings: object) -> str:
+    """SHA-256 (hexadecimal) over the bytes of files, `settings` and Pillow's version."""
+    return sha256(chain([_settings(settings)], chain.from_iterable((f"\n{len(content)}\n", content) for content in contents)))
+
+
+def _settings(settings: Mapping[str, object]) -> str:
+    return json.dumps({"format": FORMAT, "pillow": PIL.__version__, **settings}, sort_keys=True)
 
 
 def _checked(blocks: Iterable[np.ndarray], shape: tuple[int, int, int, int]) -> Iterator[np.ndarray]:

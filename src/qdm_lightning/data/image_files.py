@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from typing import TypeVar
 
@@ -69,8 +70,13 @@ def picture_files(folder: Path) -> tuple[list[Path], dict[str, int]]:
     return [folder / path for path in sorted(found)], {why: count for why, count in left_out.items() if count}
 
 
-def decode(path: Path, channels: int) -> tuple[Image.Image, int]:
+def decode(path: Path | str, channels: int, content: bytes | None = None) -> tuple[Image.Image, int]:
     """Decode one picture completely, upright (EXIF), as gray (1 channel) or RGB (3); transparency is composed onto white.
+
+    Args:
+        path: the file, or what errors name where its `content` is given.
+        channels: 1 or 3.
+        content: bytes of the file; None reads it.
 
     Returns:
         The picture, the first where the file has several frames or pages, and how many it has.
@@ -79,18 +85,14 @@ def decode(path: Path, channels: int) -> tuple[Image.Image, int]:
         ValueError: the file is damaged, is no picture, has more than `MOST_PIXELS` or more than 8 bits a channel.
     """
     try:
-        with Image.open(path, formats=FORMATS) as opened:
+        with Image.open(path if content is None else BytesIO(content), formats=FORMATS) as opened:
             pages = getattr(opened, "n_frames", 1)
             picture = ImageOps.exif_transpose(opened)
             picture.load()
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path} has more than {MOST_PIXELS:,} pixels: make it smaller or take it out of the folder"
-        ) from error
+        raise ValueError(f"{path} has more than {MOST_PIXELS:,} pixels: make it smaller or take it out") from error
     except Exception as error:  # each decoder has its own
-        raise ValueError(
-            f"{path} is damaged or no picture: {first_line(error)}; replace it or take it out of the folder"
-        ) from error
+        raise ValueError(f"{path} is damaged or no picture: {first_line(error)}; replace it or take it out") from error
     if picture.mode in _DEEP:
         raise ValueError(f"{path} has more than 8 bits a channel (mode {picture.mode}): save it with 8 bits a channel")
     if picture.has_transparency_data:

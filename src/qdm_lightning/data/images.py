@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from qdm_lightning.base.files import reading
 from qdm_lightning.data.cache import cached, listing_key
 from qdm_lightning.data.image_files import FORMATS, MODES, channels_first, decode, in_threads, picture_files, resize
 from qdm_lightning.data.module import ImageDataModule
-from qdm_lightning.data.spec import ImagesConfig
+from qdm_lightning.data.spec import ImagesConfig, PicturesConfig
 
 log = logging.getLogger(__name__)
 
@@ -46,39 +47,59 @@ def split(count: int, val_fraction: float) -> tuple[list[int], list[int]]:
     return sorted(order[held_out:].tolist()), sorted(order[:held_out].tolist())
 
 
-def _from_folder(folder: Path, config: ImagesConfig) -> tuple[Tensor, Tensor]:
-    paths, left_out = picture_files(folder)
-    if not paths:
-        raise FileNotFoundError(f"data.path={config.path} holds no picture: {', '.join(FORMATS)} are read")
-    for why, count in left_out.items():
-        log.warning("data.path=%s: %d %s", config.path, count, why)
-    train, val = split(len(paths), config.val_fraction)
-    paths = [paths[index] for index in train + val]
-    edge = config.image_size or decode(paths[0], config.channels)[0].width
-    key = listing_key(
-        ((path.relative_to(folder).as_posix(), path) for path in paths),
-        data="images",
-        train=len(train),
-        size=config.image_size,
-        channels=config.channels,
-        filter=config.filter,
-    )
+def load_pictures(
+    config: PicturesConfig,
+    count: int,
+    read: Callable[[int], tuple[Image.Image, int]],
+    name: Callable[[int], str],
+    key: Callable[..., str],
+) -> tuple[Tensor, Tensor]:
+    """Pictures as (training images, held-out images), (N, C, H, W) uint8, decoded unless the cache has them.
 
-    several = []
+    Args:
+        count: of the pictures.
+        read: number of a picture to the picture, and how many frames or pages its file has.
+        name: number of a picture to what errors call it.
+        key: of the cached array, from the numbers of the pictures in its order, and settings by name.
 
-    def pixels(path: Path) -> np.ndarray:
-        picture, pages = decode(path, config.channels)
+    Raises:
+        ValueError: fewer than two pictures, one that is damaged, or of another size where no `image_size` is given.
+    """
+    train, val = split(count, config.val_fraction)
+    order, several = train + val, list[str]()
+    edge = config.image_size or read(order[0])[0].width
+
+    def pixels(index: int) -> np.ndarray:
+        picture, pages = read(index)
         if pages > 1:
-            several.append(path)
-        return _pixels(picture, edge, config, str(path))
+            several.append(name(index))
+        return _pixels(picture, edge, config, name(index))
 
-    images = cached(config.cache, key, (len(paths), config.channels, edge, edge), in_threads(pixels, paths))
+    settings = {"train": len(train), "size": config.image_size, "channels": config.channels, "filter": config.filter}
+    shape = (count, config.channels, edge, edge)
+    images = cached(config.cache, key(order, **settings), shape, in_threads(pixels, order))
     if several:
         first = min(several)
         log.warning(
             "data.path=%s: of %d files with several frames or pages the first is taken (%s)", config.path, len(several), first
         )
     return images[: len(train)], images[len(train) :]
+
+
+def _from_folder(folder: Path, config: ImagesConfig) -> tuple[Tensor, Tensor]:
+    paths, left_out = picture_files(folder)
+    if not paths:
+        raise FileNotFoundError(f"data.path={config.path} holds no picture: {', '.join(FORMATS)} are read")
+    for why, count in left_out.items():
+        log.warning("data.path=%s: %d %s", config.path, count, why)
+
+    def key(order: list[int], **settings: object) -> str:
+        files = ((paths[index].relative_to(folder).as_posix(), paths[index]) for index in order)
+        return listing_key(files, data="images", **settings)
+
+    return load_pictures(
+        config, len(paths), lambda index: decode(paths[index], config.channels), lambda index: str(paths[index]), key
+    )
 
 
 def _from_npz(path: Path, config: ImagesConfig) -> tuple[Tensor, Tensor]:
@@ -92,7 +113,7 @@ def _from_npz(path: Path, config: ImagesConfig) -> tuple[Tensor, Tensor]:
     return train, val
 
 
-def _pixels(picture: Image.Image, edge: int, config: ImagesConfig, name: str) -> np.ndarray:
+def _pixels(picture: Image.Image, edge: int, config: PicturesConfig, name: str) -> np.ndarray:
     """(C, edge, edge) uint8. Raises ValueError for a picture of another size where no `image_size` is given."""
     if config.image_size is not None:
         picture = resize(picture, edge, config.filter)

@@ -111,6 +111,11 @@ class ImageDataModule(LightningDataModule):
             self._images = train, val
             self.channels, self.image_size = train.shape[1], train.shape[2]
 
+    def keep_first(self, count: int) -> None:
+        """From now on the first `count` training images are all there are, to train on and held out. After `setup`."""
+        few = self.train_images[:count]
+        self._images, self._fingerprint = (few, few), None
+
     def _loaded(self) -> tuple[Tensor, Tensor]:
         if self._images is None:
             raise RuntimeError(f"{type(self).__name__} holds no images yet: call setup() first")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from qdm_lightning.base.checks import at_least, between, folder, one_of
@@ -45,25 +47,22 @@ class DigitsConfig(DataConfig):
 
 
 @dataclass(kw_only=True)
-class ImagesConfig(DataConfig):
-    """`data=images`: the user's own pictures.
+class PicturesConfig(DataConfig):
+    """What the user's own pictures have in common, however they are stored.
 
     Args:
-        path: a folder (every picture below it that Pillow reads, in sorted order) or an .npz of uint8 (N, H, W, C), array
-            `images` or the sole array.
+        path: where they are.
         image_size: edge length in pixels; pictures of another size are cropped to the central square and resized. None
             takes them as they are: squares of one size.
         channels: 3 (RGB) or 1 (gray).
         filter: resampling of the size change, one of `FILTERS`.
         val_fraction: share of the pictures that is held out, the same ones on every run.
-        cache: folder for the decoded pictures of a folder, memory-mapped by later runs; None decodes anew, into memory.
+        cache: folder for the decoded pictures, memory-mapped by later runs; None decodes anew, into memory.
 
     Raises:
-        ValueError: no path, or a value outside its range.
-        FileNotFoundError: nothing exists at `path`.
+        ValueError: a value outside its range.
     """
 
-    _target_: str = "qdm_lightning.data.images.ImagesData"
     path: str | None = None
     image_size: int | None = None
     channels: int = 3
@@ -73,12 +72,6 @@ class ImagesConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.path:
-            raise ValueError("data=images needs pictures: type data.path=<folder of pictures, or .npz of uint8 (N, H, W, C)>")
-        if not Path(self.path).expanduser().exists():
-            raise FileNotFoundError(
-                f"data.path={self.path}: nothing there; give a folder of pictures or an .npz of uint8 (N, H, W, C)"
-            )
         if self.image_size is not None:
             at_least("data.image_size", self.image_size, 1)
         one_of("data.channels", self.channels, (3, 1))
@@ -86,6 +79,68 @@ class ImagesConfig(DataConfig):
         between("data.val_fraction", self.val_fraction, 0.0, 0.5)
         if self.cache is not None:
             folder("data.cache", self.cache)
+
+
+@dataclass(kw_only=True)
+class ImagesConfig(PicturesConfig):
+    """`data=images`: the user's own picture files.
+
+    Args:
+        path: a folder (every picture below it that Pillow reads, in sorted order) or an .npz of uint8 (N, H, W, C), array
+            `images` or the sole array.
+        image_size, channels, filter, val_fraction, cache: see `PicturesConfig`; an .npz is not cached.
+
+    Raises:
+        ValueError: no path, or a value outside its range.
+        FileNotFoundError: nothing exists at `path`.
+    """
+
+    _target_: str = "qdm_lightning.data.images.ImagesData"
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("data=images needs pictures: type data.path=<folder of pictures, or .npz of uint8 (N, H, W, C)>")
+        if not Path(self.path).expanduser().exists():
+            raise FileNotFoundError(
+                f"data.path={self.path}: nothing there; give a folder of pictures or an .npz of uint8 (N, H, W, C)"
+            )
+        super().__post_init__()
+
+
+@dataclass(kw_only=True)
+class HFConfig(PicturesConfig):
+    """`data=hf`: a data set as the library `datasets` reads it.
+
+    Args:
+        path: a folder (of `save_to_disk`, of parquet files, or of pictures), a .parquet file, or the id of a data set on the
+            hub such as `uoft-cs/cifar10`.
+        name: configuration of the data set, where it has several.
+        split: the split to train on, part of which is held out.
+        column: the column of the pictures; None takes the only one that holds pictures.
+        image_size, channels, filter, val_fraction, cache: see `PicturesConfig`.
+
+    Raises:
+        ValueError: no path, a value outside its range, or `datasets` is not installed.
+        FileNotFoundError: `path` is neither there nor an id.
+    """
+
+    _target_: str = "qdm_lightning.data.hf.HFData"
+    name: str | None = None
+    split: str = "train"
+    column: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("data=hf needs a data set: type data.path=<folder, .parquet file, or id on the hub>")
+        if not Path(self.path).expanduser().exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.path):
+            raise FileNotFoundError(
+                f"data.path={self.path}: nothing there; give a folder, a .parquet file, or an id on the hub (uoft-cs/cifar10)"
+            )
+        if not self.split:
+            raise ValueError("data.split is empty: type data.split=train")
+        if find_spec("datasets") is None:
+            raise ValueError("data=hf needs datasets: pip install 'qdm-lightning[hf]'")
+        super().__post_init__()
 
 
 @dataclass(kw_only=True)

@@ -187,11 +187,10 @@ def print_closing(
     console = console or Console(soft_wrap=True)
     console.print(closing_table(metrics))
     rows = " (teacher above student, same seeds)" if metrics.get("student") else ""
-    floor = [
-        f"{name} {_number(value)} between two halves of the real images" for name, value in metrics.get("floor", {}).items()
-    ]
+    floor = [f"{name} {_number(value)} of as many real images" for name, value in metrics.get("floor_at_size", {}).items()]
     trial = ["a trial: these numbers mean nothing"] if metrics.get("trial") else []
-    lines = [*trial, *floor, f"pictures: {run_dir / 'samples.png'}{rows}", f"all else: {run_dir}"]
+    unmeasured = [str(metrics["unmeasured"])] if "unmeasured" in metrics else []
+    lines = [*trial, *unmeasured, *floor, f"pictures: {run_dir / 'samples.png'}{rows}", f"all else: {run_dir}"]
     console.print("\n".join([*lines, *following_lines(following)]), markup=False, highlight=False)
 
 

@@ -65,6 +65,7 @@ class Evaluator:
     Attributes:
         subject: the network that is measured, of the run or from a file that was exported from it.
         seeds, chunks: seeds of its images, as one list, and as lists of those that share a file.
+        sets, count: these lists by the set of images that is scored, and the images of a set.
         folder: holds the chunks, and a folder for each result.
         cache: the features of its images.
     """
@@ -75,10 +76,15 @@ class Evaluator:
         self.subject = _subject(experiment, config)
         seed = experiment.seed if config.seed is None else config.seed
         count = config.num_samples or experiment.num_samples
-        self.seeds = image_seeds(seed, count) if config.seeds is None else parse_seeds(config.seeds)
+        sets = [image_seeds(seed, count, number * count) for number in range(config.repeats)]
+        sets = sets if config.seeds is None else [parse_seeds(config.seeds)]
         size = config.images_per_file(experiment.sampler.batch_size)
-        self.chunks = [self.seeds[first : first + size] for first in range(0, len(self.seeds), size)]
+        self.sets = [[seeds[first : first + size] for first in range(0, len(seeds), size)] for seeds in sets]
+        self.chunks = [chunk for chunks in self.sets for chunk in chunks]
+        self.seeds, self.count = [seed for seeds in sets for seed in seeds], len(sets[0])
         self.folder = Path(config.out).expanduser().resolve() if config.out else experiment.run_dir / protocol.FOLDER
+        if experiment.feature_network is None:
+            raise ValueError("metrics=none measures nothing: type the feature network, for example metrics=inception")
         network = experiment.feature_network.to(self.subject.image_sampler.device)
         key, weights = data_hash(self.subject.identity()), state_hash(network)
         folder = self.folder / "chunks" / key[:16]
@@ -92,7 +98,7 @@ class Evaluator:
     def run_shard(self) -> Evaluation:
         """Make this shard's features, and score nothing."""
         features = self.config.reference is None
-        scores.choose(listed(self.config.scores), len(self.seeds), self.cache.feature_network, None, features)
+        scores.choose(listed(self.config.scores), self.count, self.cache.feature_network, None, features)
         self._fill(self.chunks[parse_shard(self.config.shard)])
         made = sum(len(seeds) for seeds in self.chunks if self.cache.features.file(seeds).is_file())
         rest = made < len(self.seeds)
@@ -106,7 +112,7 @@ class Evaluator:
         path = None if config.reference is None else Path(config.reference).expanduser().resolve()
         imported = None if path is None else import_reference(path, network)
         real = self._real_images(imported)
-        choice = scores.choose(listed(config.scores), len(self.seeds), network, real["count"], imported is None)
+        choice = scores.choose(listed(config.scores), self.count, network, real["count"], imported is None)
         record = self._record(real, choice)
         folder = self.folder if config.out else self.folder / _folder_name(record)
         against = (protocol.comparable(path, record["protocol"], config.force) for path in listed(config.against))
@@ -119,9 +125,9 @@ class Evaluator:
             writable("paths.cache", Path(self.experiment.paths.cache).expanduser())
             if not config.merge:
                 self._fill(self.chunks)
-            chunks = self.cache.read(self.chunks)
-            statistics = imported or self._statistics(real["source"], bool({"kid", "prc"} & set(choice.taken)))
-            result = self._result(record, chunks, statistics, choice)
+            sets = [self.cache.read(chunks) for chunks in self.sets]
+            statistics = imported or self._statistics(real["source"], bool(scores.NEED_FEATURES & set(choice.taken)))
+            result = self._result(record, sets, statistics, choice)
             write_json(folder / protocol.RESULT, result)
             log_evaluation(self.experiment, result, folder / protocol.RESULT)
         else:
@@ -180,7 +186,7 @@ class Evaluator:
     def _record(self, real: Mapping[str, Any], choice: scores.Choice) -> dict[str, Any]:
         """The record of this evaluation before it is made: all but the scores and what they took."""
         experiment, subject, network = self.experiment, self.subject, self.cache.feature_network
-        measured_by = protocol.protocol(network, len(self.seeds), real)
+        measured_by = protocol.protocol(network, self.count, real)
         images = {"count": len(self.seeds), "seeds": format_seeds(self.seeds), "sha256": seeds_hash(self.seeds)}
         identity = {"protocol": measured_by, "images": images, "scores": choice.taken, **subject.identity()}
         return {
@@ -203,22 +209,25 @@ class Evaluator:
         }
 
     def _result(
-        self, record: Mapping[str, Any], chunks: Sequence[Chunk], statistics: Reference, choice: scores.Choice
+        self, record: Mapping[str, Any], sets: Sequence[Sequence[Chunk]], statistics: Reference, choice: scores.Choice
     ) -> dict[str, Any]:
-        """The record with its scores."""
-        network, begin = self.cache.feature_network, time.perf_counter()
-        with self.progress.stage("scores", len(choice.taken), "scores") as stage:
-            values = scores.compute(choice.taken, chunks, statistics, network, stage.advance)
+        """The record with its scores, means where there are several sets of images."""
+        network, begin, chunks = self.cache.feature_network, time.perf_counter(), [chunk for one in sets for chunk in one]
+        with self.progress.stage("scores", len(sets) * len(choice.taken), "scores") as stage:
+            values = scores.repeated([scores.compute(choice.taken, one, statistics, network, stage.advance) for one in sets])
+        floor = scores.floor(statistics, network)
         environments = list({data_hash(chunk.meta["environment"]): chunk.meta["environment"] for chunk in chunks}.values())
-        warnings = [*self.subject.warnings, *_warnings(environments, choice, len(self.seeds), network)]
+        warnings = [*self.subject.warnings, *_warnings(environments, choice, self.count, network)]
         for line in warnings:
             self.progress.say(f"warning: {line}")
         seconds = {name: round(sum(chunk.meta["seconds"][name] for chunk in chunks), 3) for name in ("sampling", "features")}
         here = environment(self.subject.image_sampler.device)
         return {
             **record,
-            "scores": values,
-            "floor": scores.floor(statistics, network),
+            "scores": {name: value["mean"] for name, value in values.items()},
+            **({"repeats": {"count": len(sets), "scores": values}} if len(sets) > 1 else {}),
+            "floor": floor,
+            "floor_at_size": scores.floor_at_size(floor, statistics.moments.count, self.count),
             "reference": {**record["reference"], "moments_sha256": statistics.sha256},
             "images": {**record["images"], "sha256_of_images": sha256(chunk.arrays["images_sha256"] for chunk in chunks)},
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -266,7 +275,9 @@ def _folder_name(record: Mapping[str, Any]) -> str:
     weights, count = record["origin"]["weights"], record["images"]["count"]
     network = record["network"] if weights in ("ema", "calibrated") else f"{record['network']}_{weights}"
     sampler = protocol.sampler_name(record["sampler"])
-    return f"{network}_{sampler}_{record['metric']['network']}_n{count}-{record['identity'][:8]}"
+    each = record["protocol"]["num_samples"]
+    images = f"{each}x{count // each}" if count > each else str(count)
+    return f"{network}_{sampler}_{record['metric']['network']}_n{images}-{record['identity'][:8]}"
 
 
 def _others(run_dir: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -14,8 +14,9 @@ from torch import nn
 from qdm_lightning.base.checks import visible
 from qdm_lightning.base.files import read_json
 from qdm_lightning.diffusion.spec import solver_name
+from qdm_lightning.metrics.constants import PROTOCOL, with_added
 from qdm_lightning.metrics.frechet import batch_size_of
-from qdm_lightning.metrics.protocol import PROTOCOL, metric_keys
+from qdm_lightning.metrics.protocol import metric_keys
 from qdm_lightning.metrics.weights import state_hash
 from qdm_lightning.models.image_sampler import ImageSampler
 from qdm_lightning.runs.provenance import environment
@@ -34,7 +35,7 @@ def protocol(network: nn.Module, num_samples: int, reference: Mapping[str, Any])
         reference: the real images: `source` (hash of their content, or of imported moments) and `count`.
     """
     return {
-        **PROTOCOL,
+        **with_added(PROTOCOL),
         "network": network.name,
         "network_sha256": state_hash(network),
         "resize": getattr(network, "resize", None),
@@ -67,7 +68,7 @@ def read_result(file: Path) -> dict[str, Any]:
     record = read_json(file)
     if not {"protocol", "scores", "sampler", "identity"} <= set(record):
         raise ValueError(f"{file} is no record of an evaluation")
-    return record
+    return {**record, "protocol": with_added(record["protocol"])}
 
 
 def comparable(folder: str | Path, wanted: Mapping[str, Any], force: bool) -> list[dict[str, Any]]:
@@ -87,7 +88,7 @@ def comparable(folder: str | Path, wanted: Mapping[str, Any], force: bool) -> li
             f"against={folder} holds no {RESULT}: python -m qdm_lightning.evaluate run={folder} makes one for a run"
         )
     records = {file: read_result(file) for file in files}
-    different = {file: differences(wanted, record["protocol"]) for file, record in records.items()}
+    different = {file: differences(with_added(wanted), record["protocol"]) for file, record in records.items()}
     alike = [record for file, record in records.items() if force or not different[file]]
     if alike:
         return alike
@@ -117,7 +118,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> Table:
         network = f"{record['network']}{bits}, {record['origin']['weights']}{how}"
         measured = f"{record['protocol']['num_samples']} images, {_short(record['protocol']['reference'])}"
         cells = [run_label(record["name"]), network, sampler_name(record["sampler"]), *([measured] if mixed else [])]
-        cells += [_score(record["scores"], key) for key in keys]
+        cells += [_score(record, key) for key in keys]
         shown.add_row(*(Text(visible(cell)) for cell in cells))
     return shown
 
@@ -155,11 +156,13 @@ def sampler_name(sampler: Mapping[str, Any]) -> str:
     return "_".join(parts if sampler["clip_sample"] else [*parts, "noclip"])
 
 
-def _score(scores: Mapping[str, float], key: str) -> str:
+def _score(record: Mapping[str, Any], key: str) -> str:
+    """The score, ± half the 95 % interval over several sets of images, or else the deviation that belongs to the score."""
+    scores, repeats = record["scores"], record.get("repeats", {}).get("scores", {})
     if key not in scores:
         return "-"
-    std = scores.get(f"{key}_std")
-    return f"{scores[key]:.4g}" if std is None else f"{scores[key]:.4g} ± {std:.2g}"
+    around = repeats[key]["half_width"] if key in repeats else scores.get(f"{key}_std")
+    return f"{scores[key]:.4g}" if around is None else f"{scores[key]:.4g} ± {around:.2g}"
 
 
 def drawn_on(image_sampler: ImageSampler) -> dict[str, Any]:
@@ -179,8 +182,12 @@ def metric_provenance(network: nn.Module) -> dict[str, Any]:
         "batch_size": batch_size_of(network),
         "keys": {
             "fd": keys["frechet"],
+            "fd_inf": keys["frechet_inf"],
             "is": keys["score"],
             "kid": keys["kernel"],
+            "kid_all": keys["kernel_all"],
             "prc": [keys["precision"], keys["recall"]],
+            "dc": [keys["density"], keys["coverage"]],
+            **({"cmmd": keys["cmmd"]} if network.name == "clip" else {}),
         },
     }

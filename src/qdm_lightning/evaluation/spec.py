@@ -15,8 +15,11 @@ from qdm_lightning.diffusion.spec import SEEDS
 from qdm_lightning.runtimes.spec import RUNTIMES, runtime_of
 from qdm_lightning.training.spec import MOST_THREADS
 
-SCORES = ("fd", "is", "kid", "prc")
-"""Frechet distance, Inception Score, kernel distance, precision and recall."""
+SCORES = ("fd", "fd_inf", "is", "kid", "kid_all", "prc", "dc", "cmmd")
+"""Frechet distance, extrapolated to infinitely many images, Inception Score, kernel distance over subsets and over all images,
+precision and recall, density and coverage, CMMD."""
+
+MOST_REPEATS = 100
 
 EXECUTIONS = ("simulated", "integer")
 
@@ -152,6 +155,7 @@ class EvaluationConfig(SubjectConfig):
         num_samples: images; None takes the number of `seeds`, or else the run's own.
         seed: images 0..num_samples-1 of this run seed (see `image_seeds`); None takes the run's own.
         seeds: the images' own seeds instead, `0-49999` or a list.
+        repeats: score so many disjoint sets of `num_samples` images: mean, and its 95 % interval.
         shard: `k/n`: do the k-th of n shares, score nothing. The command without it does what is missing, then scores.
         merge: score what is there; an error where an image is missing.
         devices: processes that share the work, each with a device of its own.
@@ -167,6 +171,7 @@ class EvaluationConfig(SubjectConfig):
     num_samples: int | None = checked(None, between, low=2, high=MOST_SEEDS)
     seed: int | None = checked(None, between, low=0, high=SEEDS - 1)
     seeds: Any = None
+    repeats: int = checked(1, between, low=1, high=MOST_REPEATS)
     shard: str | None = checked(None, lambda name, value: parse_shard(value))
     merge: bool = False
     devices: int = checked(1, between, low=1, high=MOST_THREADS)
@@ -190,6 +195,9 @@ class EvaluationConfig(SubjectConfig):
             both: count is not None and self.num_samples not in (None, count),
             "seed= picks the images of a run seed, seeds= names the images themselves: leave out one of them": (
                 self.seeds is not None and self.seed is not None
+            ),
+            f"repeats={self.repeats} takes the images of a run seed, seeds= names them: leave out one of them": (
+                self.seeds is not None and self.repeats > 1
             ),
             "devices= shares work among processes, each of which would need the file: leave it out with file=": (
                 self.file is not None and self.devices > 1

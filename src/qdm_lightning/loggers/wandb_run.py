@@ -62,6 +62,13 @@ def sweep_name(run_dir: Path) -> str | None:
     return next((folder.name for folder in list(run_dir.parents)[:3] if (folder / "multirun.yaml").is_file()), None)
 
 
+def rows_before(run_dir: Path) -> int:
+    """No fewer than the rows that earlier offline parts of a run have logged. W&B numbers the rows of each part from 0, and a
+    row that bears a number twice may be lost where the parts are uploaded: this part begins with the number returned."""
+    least = 16  # bytes that a row takes in W&B's file
+    return sum(file.stat().st_size for file in run_dir.glob("wandb/offline-run-*/run-*.wandb")) // least
+
+
 def start_run(mode: str, otherwise: str | None, **settings: Any) -> Any:
     """A run of its own by `wandb.init`, also while another of this process goes on.
 
@@ -88,4 +95,5 @@ def start_run(mode: str, otherwise: str | None, **settings: Any) -> Any:
         if otherwise in (None, mode):
             raise ValueError(f"W&B refuses this run: {first}; to go without: logger.mode=offline or logger=none") from error
         logging.getLogger(__name__).warning("W&B cannot be reached (%s): this run is logged %s", first, otherwise)
+        wandb.teardown()  # its service holds on to the run's id
         return start_run(otherwise, None, **settings)

@@ -60,7 +60,7 @@ class DigitsFeatures(nn.Module):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (1, 8, 8):
             raise ValueError(
                 f"metrics=digits measures uint8 images (N, 1, 8, 8), not {images.dtype} {tuple(images.shape)}: "
-                "type data=digits, or another network, metrics=inception"
+                "type data=digits, another network, metrics=inception, or metrics=none to measure no distance"
             )
         features = self.classifier.features(images.float() / 127.5 - 1.0)
         return features, self.classifier.classify(F.relu(features))

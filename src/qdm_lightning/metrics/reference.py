@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from qdm_lightning.base.checksums import remove_checked
 from qdm_lightning.base.files import data_hash, reading, remove_leftovers, sha256
+from qdm_lightning.metrics.constants import PROTOCOL
 from qdm_lightning.metrics.frechet import batch_size_of, check_network, feature_batches
 from qdm_lightning.metrics.moments import Moments, load_moments, save_moments
-from qdm_lightning.metrics.protocol import PROTOCOL
 from qdm_lightning.metrics.weights import state_hash
 
 

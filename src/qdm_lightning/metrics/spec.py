@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+
+
+@dataclass(kw_only=True)
+class NoMetric:
+    """`metrics=none`: no feature network, and no distance."""
+
+    _target_: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -73,6 +81,53 @@ class ResNet20Metric:
                 "metrics=resnet20 needs trained weights: type metrics.weights=<.npz or .safetensors of a CIFAR-10 ResNet-20>"
             )
         _require_file(self.weights, "an .npz or .safetensors of a CIFAR-10 ResNet-20")
+
+
+@dataclass(kw_only=True)
+class DINOv2Metric:
+    """`metrics=dinov2`: DINOv2's class token; logged as `fd_dinov2`.
+
+    Args:
+        weights: local folder of transformers' `Dinov2Model` (config.json and model.safetensors).
+
+    Raises:
+        ValueError: no `weights`, or transformers is not installed.
+        FileNotFoundError: no folder at `weights`.
+    """
+
+    _target_: str = "qdm_lightning.metrics.vision_transformers.DINOv2Features"
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_folder("dinov2", self.weights, "Dinov2Model, such as facebook/dinov2-large")
+
+
+@dataclass(kw_only=True)
+class CLIPMetric:
+    """`metrics=clip`: CLIP's image embeddings; logged as `fd_clip`, and `cmmd` beside it.
+
+    Args:
+        weights: local folder of transformers' `CLIPVisionModelWithProjection`, or of a whole CLIP model.
+
+    Raises:
+        ValueError: no `weights`, or transformers is not installed.
+        FileNotFoundError: no folder at `weights`.
+    """
+
+    _target_: str = "qdm_lightning.metrics.vision_transformers.CLIPFeatures"
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_folder("clip", self.weights, "CLIPVisionModelWithProjection, such as openai/clip-vit-large-patch14-336")
+
+
+def _require_folder(option: str, weights: str | None, what: str) -> None:
+    if not weights:
+        raise ValueError(f"metrics={option} needs weights: type metrics.weights=<local folder of transformers' {what}>")
+    if not Path(weights).expanduser().is_dir():
+        raise FileNotFoundError(f"metrics.weights={weights}: no such folder; it must be that of transformers' {what}")
+    if find_spec("transformers") is None:
+        raise ValueError(f"metrics={option} needs transformers: pip install 'qdm-lightning[transformers]'")
 
 
 def _require_file(weights: str, what: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qdm_lightning.metrics.constants import with_added
 from qdm_lightning.reporting.records import (
     CONFIG,
     CURVES,
@@ -71,6 +72,7 @@ class Result:
         protocol: all that two results must share to stand in one table, as dotted names.
         scores, teacher, floor: name to value; `teacher` is empty where it was not measured alike.
         record: the whole file, with versions, hardware and commit.
+        equals: what as many real images would have, by name; empty in records of version 0.1.
     """
 
     run: Run
@@ -80,6 +82,7 @@ class Result:
     teacher: dict[str, float]
     floor: dict[str, float]
     record: dict[str, Any]
+    equals: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -165,7 +168,8 @@ def own_result(run: Run) -> Result:
         scores["nem_error"] = float(np.mean(run.student["nem_error"]))
     shared = {name: value for name, value in run.settings.items() if name.startswith(PROTOCOL) and name not in UNMEASURED}
     floors = {f"floor.{name}": f"{value:.4g}" for name, value in floor.items()}
-    return Result(run, METRICS, {"measured": "at the end of training", **shared, **floors}, scores, teacher, floor, run.metrics)
+    protocol = {"measured": "at the end of training", **shared, **floors}
+    return Result(run, METRICS, protocol, scores, teacher, floor, run.metrics, _floats(run.metrics.get("floor_at_size", {})))
 
 
 def _evaluations(run: Run, notes: list[str]) -> Iterator[Result]:
@@ -187,7 +191,9 @@ def _evaluations(run: Run, notes: list[str]) -> Iterator[Result]:
             teacher = next((scores for alike, scores in of_teacher if run.student and alike == protocol), {})
             weights = f"{origin.get('weights')} of {Path(str(origin.get('file'))).name}"
             execution = {"execution": record["execution"]} if record.get("execution", "simulated") != "simulated" else {}
-            yield Result(run, source, {**protocol, "weights": weights, **execution}, _scores(record), teacher, floor, record)
+            equals = _floats(record.get("floor_at_size", {}))
+            whole = {**protocol, "weights": weights, **execution}
+            yield Result(run, source, whole, _scores(record), teacher, floor, record, equals)
 
 
 def _floats(values: Mapping[str, float]) -> dict[str, float]:
@@ -201,4 +207,4 @@ def _scores(record: Mapping[str, Any]) -> dict[str, float]:
 def _protocol(record: Mapping[str, Any]) -> dict[str, Any]:
     """What two evaluations must share to compare, but for the weights."""
     rest = flatten({"sampler": record["sampler"], "diffusion": record["diffusion"]})
-    return {"measured": "by evaluate", **flatten(record["protocol"]), **rest}
+    return {"measured": "by evaluate", **flatten(with_added(record["protocol"])), **rest}

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from qdm_lightning.display.plots import Line, Panel
+from qdm_lightning.metrics.estimate import Estimate
 from qdm_lightning.reporting.labels import grouped, identity
 from qdm_lightning.reporting.records import read_curves, read_trajectory
-from qdm_lightning.reporting.summary import Cell, Estimate, Group, all_cells
+from qdm_lightning.reporting.summary import Cell, Group, all_cells
 
 POINTS = 150
 """Points of a loss curve, at most."""
@@ -55,7 +56,7 @@ def bits_sketch(group: Group, distance: str) -> Sketch:
     shift = {name: 0.07 * (index - (len(names) - 1) / 2) for index, name in enumerate(names)}
     lines = _lines((c.series, ticks.index(c.bits) + shift[c.series], c.estimate(distance)) for c in group.measured(distance))
     teacher = group.teacher(distance)
-    bounds = {"teacher": teacher.mean if teacher else None, "two halves of the real images": group.floor(distance)}
+    bounds = {"teacher": teacher.mean if teacher else None, **dict([floor] if (floor := group.floor(distance)) else [])}
     panel = Panel(
         title=title,
         xlabel="bits of weights and activations",

@@ -41,7 +41,7 @@ def read_metrics(file: Path) -> dict[str, Any]:
     """A metrics.json. Raises ValueError unless seed, teacher, floor and a student's cost are of the right kind."""
     metrics = {"seconds": {}, "student": {}, **upgraded(read_json(file, "remove it and run that job again"))}
     student, seed = metrics["student"], metrics.get("seed")
-    scores = numbers(metrics.get("teacher")) and numbers(metrics.get("floor"))
+    scores = all(numbers(metrics.get(name)) for name in ("teacher", "floor")) and numbers(metrics.get("floor_at_size", {}))
     if not scores or not isinstance(seed, int) or not isinstance(student, dict):
         raise ValueError(f"{file} is no run's record: it needs seed, teacher and floor, and their numbers")
     errors = student.get("nem_error", [])
@@ -61,7 +61,8 @@ def read_evaluation(file: Path) -> dict[str, Any]:
     """An evaluation.json. Raises ValueError unless it has what a report shows."""
     record = upgraded(read_json(file))
     known = all(isinstance(record.get(name), dict) for name in ("protocol", "scores", "sampler", "origin", "diffusion"))
-    if "network" not in record or not known or not numbers(record["scores"]) or not numbers(record.get("floor", {})):
+    numeric = all(numbers(record.get(name, {})) for name in ("scores", "floor", "floor_at_size"))
+    if "network" not in record or not known or not numeric:
         raise ValueError(f"{file} is no record of an evaluation")
     return dict(record)
 

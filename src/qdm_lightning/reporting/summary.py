@@ -11,44 +11,17 @@ A cell is a set of runs that differ in their seed alone. For a measure m with va
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit  # scipy.stats would take a second to load
 
 from qdm_lightning.diffusion.spec import solver_name
+from qdm_lightning.metrics.estimate import Estimate
 from qdm_lightning.reporting.collect import Result, Run
 from qdm_lightning.reporting.labels import NONE, grouped, identity, labels
 from qdm_lightning.reporting.records import METRICS, flatten
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Mean over n seeds, their standard deviation, and half the width of the mean's 95 % interval (NaN for one seed)."""
-
-    mean: float
-    std: float
-    half_width: float
-    n: int
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Estimate:
-        """From one value a seed, at least one."""
-        array = np.array(list(values), dtype=float)
-        n = len(array)
-        std = float(array.std(ddof=1)) if n > 1 else math.nan
-        return cls(float(array.mean()), std, float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n) if n > 1 else math.nan, n)
-
-    @property
-    def low(self) -> float:
-        return self.mean - self.half_width
-
-    @property
-    def high(self) -> float:
-        return self.mean + self.half_width
 
 
 @dataclass
@@ -143,9 +116,14 @@ class Group:
         values = {(result.run.seed, result.teacher[distance]) for result in self.results if distance in result.teacher}
         return Estimate.of(value for _, value in sorted(values)) if values else None
 
-    def floor(self, distance: str) -> float | None:
-        """The distance between two halves of the real images, where it is known."""
-        return min((result.floor[distance] for result in self.results if distance in result.floor), default=None)
+    def floor(self, distance: str) -> tuple[str, float] | None:
+        """What a perfect generator would reach, and what it is: of as many real images, or, where a record of an older version
+        knows no more, of two halves of the real images; None where neither is known."""
+        for words, known in (("as many real images", "equals"), ("two halves of the real images", "floor")):
+            values = [getattr(result, known)[distance] for result in self.results if distance in getattr(result, known)]
+            if values:
+                return words, min(values)
+        return None
 
 
 def _is_distance(name: str) -> bool:

@@ -8,9 +8,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qdm_lightning.metrics.estimate import Estimate
 from qdm_lightning.reporting.collect import Contents, Result, Run
 from qdm_lightning.reporting.labels import IGNORED, grouped, varying
-from qdm_lightning.reporting.summary import Cell, Estimate, Group, all_cells, difference, gap_closed
+from qdm_lightning.reporting.summary import Cell, Group, all_cells, difference, gap_closed
 
 ABSENT = "–"  # noqa: RUF001 - an en dash stands for no value
 COSTS = ("macs", "bytes", "float_bytes", "speedup.linear", "speedup.bops", "speedup.bops64")
@@ -109,14 +110,14 @@ def _versus(cell: Cell, baseline: Cell | None, measure: str, gaps: bool) -> list
 
 
 def reference_table(group: Group) -> Table | None:
-    """What bounds the distances: the teacher's over the seeds, and that between two halves of the real images."""
+    """What bounds the distances: the teacher's over the seeds, and that of real images."""
     rows = []
     for name in group.distances:
         teacher, floor = group.teacher(name), group.floor(name)
         if teacher:
             rows.append([Entry(f"teacher, {name}"), *_statistics(teacher)])
         if floor is not None:
-            rows.append([Entry(f"two halves of the real images, {name}"), Entry(ABSENT), number(floor), Entry(ABSENT)])
+            rows.append([Entry(f"{floor[0]}, {name}"), Entry(ABSENT), number(floor[1]), Entry(ABSENT)])
     return Table(f"What bounds the distances, protocol {group.name}", ["", "n", "mean", "std"], rows) if rows else None
 
 
@@ -229,8 +230,12 @@ def _markdown(table: Table | None) -> list[str]:
     """The table below its caption, and an empty line; nothing without a table."""
     if table is None:
         return []
-    rows = [table.head, ["---"] * len(table.head), *([entry.text for entry in row] for row in table.rows)]
-    return [f"**{_plain(table.caption)}**", "", *(f"| {' | '.join(map(_plain, row))} |" for row in rows), ""]
+    return [f"**{_plain(table.caption)}**", "", *markdown_table(table.head, [[e.text for e in row] for row in table.rows]), ""]
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, in whose cells nothing is left to interpret."""
+    return [f"| {' | '.join(map(_plain, row))} |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def csv_text(groups: Sequence[Group]) -> str:

@@ -36,7 +36,7 @@ class Experiment:
         build_model: makes a fresh U-Net, randomly initialized.
         quantizers: factories of the student's quantizers, TaQ's scope applied.
         calibrator: makes the search for the first scales.
-        feature_network: network whose features the distance compares.
+        feature_network: network whose features the distance compares; None measures none.
         weighting: weights of L_NeM over t.
         loggers: factories `logger(run_dir=..., run_tags=..., config=...)` of the loggers other than metrics.csv.
         resolved: the resolved configuration as plain data.
@@ -57,7 +57,7 @@ class Experiment:
     teacher: TeacherConfig
     optimizer: OptimizerConfig
     trainer: TrainerConfig
-    feature_network: nn.Module
+    feature_network: nn.Module | None
     weighting: Weighting = field(default_factory=Uniform)
     loggers: list[Callable[..., Any]] = field(default_factory=list)
     callbacks: list[Callback] = field(default_factory=list)
@@ -73,14 +73,15 @@ class Experiment:
         """
         named = {
             "data": (self.data, ImageDataModule),
-            "metrics": (self.feature_network, nn.Module),
+            **({} if self.feature_network is None else {"metrics": (self.feature_network, nn.Module)}),
             **{f"callbacks[{index}]": (callback, Callback) for index, callback in enumerate(self.callbacks)},
         }
         for place, (thing, kind) in named.items():
             if not isinstance(thing, kind):
                 target = self.resolved.get(place, {}).get("_target_", type(thing).__name__)
                 raise ValueError(f"{place}._target_={target} is no {kind.__name__}: name one of that kind")
-        check_network(self.feature_network)
+        if self.feature_network is not None:
+            check_network(self.feature_network)
         made_by = getattr(self.calibrator, "func", self.calibrator)
         if isinstance(made_by, type) and not hasattr(made_by, "search"):
             raise ValueError(
@@ -97,6 +98,8 @@ class Experiment:
             FileNotFoundError, ValueError: they cannot be loaded, or are others.
         """
         self.data.setup()
+        if self.trainer.overfit_images:
+            self.data.keep_first(self.trainer.overfit_images)
         file = self.run_dir / DATA
         if file.is_file() and read_json(file).get("fingerprint") != self.data.fingerprint():
             place = next((f"data.{name}={value}" for name, value in self._places if value), "the package")

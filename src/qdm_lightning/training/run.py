@@ -23,6 +23,7 @@ from qdm_lightning.display.image_grids import save_grid
 from qdm_lightning.loggers import opened
 from qdm_lightning.loggers.csv_metrics import CSVMetrics
 from qdm_lightning.loggers.media import log_pictures
+from qdm_lightning.metrics.few_images import distance_of_equals
 from qdm_lightning.metrics.frechet import features, frechet_distance, frechet_key, halves_distance
 from qdm_lightning.models.denoiser import Denoiser, denoiser
 from qdm_lightning.models.image_sampler import ImageSampler
@@ -48,6 +49,8 @@ from qdm_lightning.training.validation_set import ValidationSet, nem_error
 
 CHECKPOINTS = "checkpoints"
 GRID_IMAGES = 16
+
+UNMEASURED = "metrics=none: no distance is measured; metrics=inception, or another feature network, measures one"
 
 FEWEST_IMAGES = 4
 """Training images: their distance is measured between two halves, each of which needs a covariance."""
@@ -80,7 +83,10 @@ def run(experiment: Experiment, progress: Any) -> Result:
         )
     check_schedule(experiment)
     check_networks(experiment)
-    features(experiment.feature_network, experiment.data.train_images[:1])  # it takes such images, or says so now
+    if experiment.feature_network is None:
+        progress.say(UNMEASURED)
+    else:
+        features(experiment.feature_network, experiment.data.train_images[:1])  # it takes such images, or says so now
     writable("paths.cache", Path(experiment.paths.cache).expanduser())
     if experiment.resume:
         resume_point(experiment.run_dir / CHECKPOINTS)  # damaged checkpoints are told now
@@ -123,8 +129,11 @@ class Run:
     def result(self) -> Result:
         """The whole run, stage after stage; the first rank alone measures and writes."""
         teacher = self.teacher()
-        if not rank():
-            self.metrics["floor"] = {frechet_key(self.experiment.feature_network): halves_distance(self.real_features)}
+        network = self.experiment.feature_network
+        if not rank() and network is not None:
+            halves, key = halves_distance(self.real_features), frechet_key(network)
+            equals = distance_of_equals(halves, len(self.real_features), self.experiment.num_samples)
+            self.metrics |= {"floor": {key: halves}, "floor_at_size": {key: equals}}
         module = None if self.experiment.quant.is_float else self.student(teacher)
         student = module.ema_student if module else None
         if not rank():
@@ -193,6 +202,7 @@ class Run:
         e, name = self.experiment, module.prefix.rstrip("/") or "student"
         there = LambdaCallback(on_validation_end=lambda *_: check_there(self.folder))
         scales, student = LambdaCallback(on_validation_end=log_scales), module.teacher is not None
+        users = e.callbacks if student or e.quant.is_float else []
         with self.progress.stage(name, module.max_steps, "steps") as stage:
             fitted = fit(
                 module,
@@ -202,7 +212,7 @@ class Run:
                 folder=checkpoints,
                 stage=stage,
                 loggers=self.loggers,
-                callbacks=[there, scales, *e.callbacks] if student else [there],
+                callbacks=[there, *([scales] if student else []), *users],
                 between_steps=partial(self.sample, module) if student else None,
             )
         for warning in module.warnings:
@@ -220,7 +230,7 @@ class Run:
         save_grid(path, [to_uint8(images[:GRID_IMAGES])], [f"student, step {step}"])
         log_pictures(self.loggers, "samples/student", path, step)
         distance = {f"sampled/{key}": value for key, value in self.distance(images).items()}
-        for logger in self.loggers:
+        for logger in self.loggers if distance else ():
             logger.log_metrics(distance, step)
 
     def measure(self, teacher: Denoiser, student: Denoiser | None) -> None:
@@ -256,6 +266,7 @@ class Run:
             "hardware": hardware(),
             "peak_memory_bytes": peak_memory(),
             "git": git_commit(),
+            **({"unmeasured": UNMEASURED} if self.experiment.feature_network is None else {}),
             **({"trial": True} if self.experiment.resolved.get("trial", False) else {}),
         }
         log_results(self.loggers, self.experiment, self.metrics, student, self.validation_set)
@@ -277,14 +288,18 @@ class Run:
             return image_sampler.draw(self.seeds, lambda: shown.advance(1))
 
     def distance(self, images: Tensor) -> dict[str, float]:
-        """Frechet distance of images in [-1, 1] to the real training images, by its key."""
+        """Frechet distance of images in [-1, 1] to the real training images, by its key; empty where none is measured."""
         network = self.experiment.feature_network
+        if network is None:
+            return {}
         return {frechet_key(network): frechet_distance(self.real_features, features(network, to_uint8(images)))}
 
     @cached_property
     def real_features(self) -> Tensor:
         """Features of the training images, (N, dim); from here on the feature network is on the measuring device."""
-        return features(self.experiment.feature_network.to(self.device), self.experiment.data.train_images)
+        network = self.experiment.feature_network
+        assert network is not None
+        return features(network.to(self.device), self.experiment.data.train_images)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -115,6 +115,7 @@ class TrainerConfig:
         max_steps: optimizer steps of the student.
         val_every: steps between two measurements of `val/loss`, each with a checkpoint; the last step has one too.
         val_images: number of (x_0, t, eps) in the validation set, over which `val/loss` is the mean.
+        overfit_images: train on so many images alone, which are also those held out (0: on all): a network must learn them.
         sample_every: steps between two sample grids and distances in training (0: only at the end).
         log_every: steps between two logged losses; also of what callbacks log by Lightning's `log`.
         accelerator, devices, num_nodes, strategy, precision: as in `lightning.Trainer`; devices are a number or `auto`, the
@@ -130,6 +131,7 @@ class TrainerConfig:
     max_steps: int = 600
     val_every: int = 250
     val_images: int = 1024
+    overfit_images: int = 0
     sample_every: int = 0
     log_every: int = 10
     accelerator: str = "auto"
@@ -147,6 +149,7 @@ class TrainerConfig:
         for name in ("max_steps", "val_every", "val_images", "log_every", "num_nodes"):
             between(f"trainer.{name}", getattr(self, name), 1, MOST_STEPS)
         between("trainer.sample_every", self.sample_every, 0, MOST_STEPS)
+        between("trainer.overfit_images", self.overfit_images, 0, MOST_STEPS)
         between("trainer.threads", self.threads, 0, MOST_THREADS)
         one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps"))
         one_of("trainer.precision", self.precision, ("32-true", "bf16-mixed", "16-mixed"))

@@ -51,8 +51,14 @@ def test_it_scores_what_the_run_scored(tiny_run, tmp_path):
 
 
 def test_the_record(whole, tiny_run):
-    assert set(whole["scores"]) == {"fd_digits", "score_digits", "score_digits_std", "precision_digits", "recall_digits"}
-    assert whole["left_out"] == {"kid": "1000 images are needed, not 88: type num_samples=1000 or more"}
+    of_features = {f"{name}_digits" for name in ("precision", "recall", "density", "coverage")}
+    assert set(whole["scores"]) == {"fd_digits", "score_digits", "score_digits_std", "kd_digits_all", *of_features}
+    assert whole["left_out"] == {
+        "fd_inf": "130 images are needed, not 88: type num_samples=130 or more",
+        "kid": "1000 images are needed, not 88: type num_samples=1000 or more",
+    }
+    halves = whole["floor"]["fd_digits"]
+    assert whole["floor_at_size"]["fd_digits"] == pytest.approx(halves * (1 / 88 + 1 / 1500) / (2 / 750))
     assert whole["images"]["seeds"] == "0-87"
     assert whole["origin"]["file"] == "checkpoints/best.ckpt"
     assert (whole["origin"]["weights"], len(whole["origin"]["sha256"])) == ("ema", 64)
@@ -81,6 +87,21 @@ def test_shards_in_any_order_make_the_same(count, run_copy, whole, monkeypatch):
     same(measured(run_copy, "merge=true").record, whole)
     assert len(drawn) == 88
     assert json.loads((run_copy / "evaluation.json").read_text())["identity"] == whole["identity"]
+
+
+def test_repeats_are_scored_on_disjoint_sets_of_images(run_copy, whole):
+    alone = [whole["scores"], measured(run_copy, "seeds=88-175").record["scores"]]
+    done = measured(run_copy, "repeats=2")
+    record = done.record
+    assert (record["images"]["seeds"], record["images"]["count"], record["protocol"]) == ("0-175", 176, whole["protocol"])
+    for name, found in record["repeats"]["scores"].items():
+        values = [scores[name] for scores in alone]
+        assert found["values"] == values
+        assert record["scores"][name] == found["mean"] == pytest.approx(np.mean(values))
+        t_of_one_degree = 12.7062047
+        assert found["half_width"] == pytest.approx(t_of_one_degree * np.std(values, ddof=1) / np.sqrt(2), rel=1e-8)
+    assert "n88x2" in done.folder.name
+    assert json.loads((run_copy / "evaluation.json").read_text())["repeats"]["count"] == 2
 
 
 def test_done_is_done(run_copy, monkeypatch):
@@ -143,7 +164,8 @@ def test_images_need_not_be_kept_and_then_serve_other_metrics(run_copy, whole, m
     drawn = count_drawn(monkeypatch)
     again = measured(run_copy, "metrics=custom", f"metrics._target_={__name__}.Pixels").record
     assert not drawn
-    assert set(again["scores"]) == {"fd_pixels", "precision_pixels", "recall_pixels"}
+    of_features = {f"{name}_pixels" for name in ("precision", "recall", "density", "coverage")}
+    assert set(again["scores"]) == {"fd_pixels", "fd_pixels_inf", "kd_pixels_all", *of_features}
     assert again["left_out"]["is"] == "pixels has no class logits"
 
 

@@ -55,7 +55,11 @@ def test_bad_shards(shard):
         (EvaluationConfig, {"seed": -1}, "seed=-1"),
         (EvaluationConfig, {"merge": True, "shard": "1/2"}, "leave out shard="),
         (EvaluationConfig, {"devices": 0}, "devices=0"),
-        (EvaluationConfig, {"scores": "fid"}, "scores=fid is not allowed: choose one of fd, is, kid, prc"),
+        (
+            EvaluationConfig,
+            {"scores": "fid"},
+            "scores=fid is not allowed: choose one of fd, fd_inf, is, kid, kid_all",
+        ),
         (EvaluationConfig, {"scores": []}, "asks for nothing"),
         (EvaluationConfig, {"reference": "missing.npz"}, "reference=missing.npz: no such file"),
         (SampleConfig, {"trajectory_seeds": 0}, "trajectory_seeds=0"),

@@ -2,9 +2,16 @@ import pytest
 import torch
 from torch import nn
 
+from qdm_lightning.metrics.constants import PROTOCOL
 from qdm_lightning.metrics.digits import DigitsFeatures
 from qdm_lightning.metrics.frechet import feature_batches
-from qdm_lightning.metrics.protocol import PROTOCOL, inception_score, kernel_distance, metric_keys, precision_recall
+from qdm_lightning.metrics.protocol import (
+    density_coverage,
+    inception_score,
+    kernel_distance,
+    metric_keys,
+    precision_recall,
+)
 
 
 class Named(nn.Module):
@@ -24,7 +31,8 @@ def rows(count, seed=0, shift=0.0):
 
 def test_a_networks_name_is_in_its_keys():
     other = metric_keys(Named("mine"))
-    assert all(key.removesuffix("_std").endswith("_mine") for key in other.values())
+    assert other.pop("cmmd") == "cmmd"  # of CLIP alone
+    assert all("_mine" in key for key in other.values())
     assert len(set(other.values())) == len(other)
 
 
@@ -51,6 +59,19 @@ def test_precision_and_recall_of_known_sets():
     precision, recall = precision_recall(one_mode, real)
     assert precision > 0.9
     assert recall < 0.1
+
+
+def test_density_and_coverage_of_known_sets():
+    """A real image lies in k balls where no two distances are equal: its own among them, its k-th neighbor outside."""
+    real = rows(200)
+    assert density_coverage(real, real) == (1.0, 1.0)
+    assert density_coverage(rows(200, shift=100.0), real) == (0.0, 0.0)
+    line = torch.arange(20.0)[:, None] ** 2  # the fifth neighbor of 0 is 25, of 1 it is 25 too, and so on
+    radii = [float((line - x).abs().flatten().sort().values[5]) for x in line]
+    one = torch.tensor([[30.0]])
+    holding = sum(abs(float(x) - 30) < radius for x, radius in zip(line, radii, strict=True))
+    assert density_coverage(one, line) == (holding / 5, holding / 20)
+    assert 0 < holding < 20
 
 
 def test_too_few_unlike_or_broken_features_are_refused():

@@ -12,8 +12,9 @@ import yaml
 from omegaconf import OmegaConf
 from scipy import stats
 
+from qdm_lightning.metrics.estimate import Estimate
 from qdm_lightning.reporting.collect import collect
-from qdm_lightning.reporting.summary import Estimate, difference, gap_closed, summarize
+from qdm_lightning.reporting.summary import difference, gap_closed, summarize
 from qdm_lightning.reporting.tables import csv_text, markdown, measure_table
 from qdm_lightning.runs.formats import ADDED
 

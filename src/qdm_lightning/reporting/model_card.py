@@ -1,0 +1,232 @@
+"""The model card of a student: README.md of its folder on the hub, made of the run's own records alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from qdm_lightning.base.checks import visible
+from qdm_lightning.reporting.collect import Result, Run
+from qdm_lightning.reporting.labels import labels
+from qdm_lightning.reporting.records import METRICS
+from qdm_lightning.reporting.tables import FORMULAS, markdown_table
+
+TASK = "unconditional-image-generation"
+CODE = "qdm_lightning"
+CONVENTIONS = {
+    "linear": "MACs · b/32, b the wider operand",
+    "bops": "bit operations, full precision as 32 · 32",
+    "bops64": "bit operations / 64 + what stays float",
+}
+LICENSES = {"digits": "The digits are the UCI set of Alpaydin and Kaynak, CC BY 4.0."}
+"""What is known of the data that come with the package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """What a card says that no record holds.
+
+    Attributes:
+        name: of the model, its heading.
+        repo: on the hub; None for a folder alone.
+        command: what trains the run, for a shell; places are placeholders.
+        license: identifier of the hub's; None where the user chose none.
+    """
+
+    name: str
+    repo: str | None
+    command: str
+    license: str | None = None
+
+
+def model_card(run: Run, results: Sequence[Result], about: Publication) -> str:
+    """The card as Markdown with YAML front matter.
+
+    Args:
+        run: a finished run with a student.
+        results: what was measured of its student, see `reporting.collect`.
+        about: what no record holds.
+    """
+    bits, method, _ = labels([run])[run.folder]
+    data = _short(run.settings.get("data._target_"), "Data")
+    front = yaml.safe_dump(_front_matter(run, results, about, bits, data), sort_keys=False, allow_unicode=True)
+    grid = "![teacher above, student below, same seeds](samples.png)\n\n" if (run.folder / "samples.png").is_file() else ""
+    trial = "**A trial: it was trained for a few steps, and its numbers mean nothing.**\n\n" if run.metrics.get("trial") else ""
+    parts = [
+        f"---\n{front}---\n\n# {visible(about.name)}\n\n{trial}{_method(run, bits, method, data)}\n\n{grid}",
+        f"## Use\n\n{_usage(run, about.repo)}\n\n",
+        f"## Scores\n\n{_scores(results)}\n\n",
+        f"## Cost of one image and step\n\n{_cost(run)}\n\n## Measured speed\n\n{_speed(results)}\n\n",
+        f"## Training\n\n```bash\n{about.command}\n```\n\n{_training(run)}\n\n",
+        f"## Limits\n\n{_limits(run)}\n\n## Licence\n\n{_license(about.license, data)}\n",
+    ]
+    return "".join(parts)
+
+
+def _front_matter(run: Run, results: Sequence[Result], about: Publication, bits: str, data: str) -> dict[str, Any]:
+    scores = [
+        {"type": name, "value": round(value, 6), "name": f"{name} ({_how(result)})"}
+        for result in results
+        for name, value in result.scores.items()
+    ]
+    kind = {"type": TASK, "name": "Unconditional image generation"}
+    entry = {"name": about.name, "results": [{"task": kind, "dataset": {"type": data, "name": data}, "metrics": scores}]}
+    return {
+        "library_name": "diffusers",
+        "pipeline_tag": TASK,
+        **({"license": about.license} if about.license else {}),
+        "tags": ["diffusion", TASK, "quantization", "q-dm", CODE, bits],
+        **({"model-index": [entry]} if scores else {}),
+    }
+
+
+def _method(run: Run, bits: str, method: str, data: str) -> str:
+    s = run.settings
+    widths = f"weights of {s['quant.weight_bits']} bits and activations of {s['quant.act_bits']}"
+    ends = f"first and last layer {s.get('quant.first_last_bits', 8)}"
+    qkv = s.get("quant.qkv_bits") or s["quant.act_bits"]
+    attention = f"q, k, v {qkv}, attention probabilities {s.get('quant.probs_bits')}"
+    size = int(s.get("model.sample_size") or 0)
+    what = f"{size}x{size} images" if size else "images"
+    how = "post-training quantization" if s.get("quant.mode") == "ptq" else "quantization-aware training"
+    return (
+        f"A quantized diffusion model ({bits.upper()}, {method}) of {what}, data `{data}`: {widths} ({ends}; {attention}). "
+        f"It was made by {how} with {CODE}, an implementation of Q-DM "
+        '("Q-DM: An Efficient Low-bit Quantized Diffusion Model", Li et al., NeurIPS 2023), from a full-precision teacher.'
+    )
+
+
+def _usage(run: Run, repo: str | None) -> str:
+    s = run.settings
+    first = "" if repo is None else "from huggingface_hub import snapshot_download\n"
+    folder = '"FOLDER"' if repo is None else f"snapshot_download({json.dumps(repo)})"
+    sampler = f"{s.get('sampler.kind')} with {s.get('sampler.steps')} steps"
+    return (
+        f"```bash\npip install qdm-lightning\n```\n\n```python\n{first}import qdm_lightning\n"
+        f"student = qdm_lightning.load_student({folder})\n```\n\n"
+        f"`student` is a `UNet2DModel` that predicts the noise, measured with {sampler}; its schedule is in `scheduler/`. "
+        'Its forward quantizes as in training. `execution="integer"` runs it on integer codes, on a CPU.'
+    )
+
+
+def _scores(results: Sequence[Result]) -> str:
+    rows = []
+    for result in results:
+        for name, value in result.scores.items():
+            bound = result.equals.get(name)
+            rows.append(
+                [
+                    name,
+                    _with_interval(value, name, result.record),
+                    _number(result.teacher.get(name)),
+                    "" if bound is None else f"{bound:.4g}",
+                    _how(result),
+                ]
+            )
+    if not rows:
+        return "Nothing was measured."
+    notes = [f"* {name}: {FORMULAS[name]}" for name in ("image_mse", "nem_error") if any(row[0] == name for row in rows)]
+    notes.append(
+        "* A Frechet distance is called FID over Inception's published weights alone; others carry their network's name."
+    )
+    if not any("±" in row[1] for row in rows):
+        notes.append("* One training and one set of images: there is no interval. Distances of few images scatter.")
+    head = ["score", "student", "teacher", "as many real images", "protocol"]
+    return "\n".join([*markdown_table(head, rows), "", *notes])
+
+
+def _how(result: Result) -> str:
+    p = result.protocol
+    sampler = f"{p.get('sampler.kind')}-{p.get('sampler.steps')}"
+    return f"{p.get('num_samples')} images, {sampler}, {p['measured']}, {_execution(p)}"
+
+
+def _execution(protocol: Mapping[str, Any]) -> str:
+    return f"{protocol.get('execution', 'simulated')} execution"
+
+
+def _with_interval(value: float, name: str, record: Mapping[str, Any]) -> str:
+    repeated = (record.get("repeats") or {}).get("scores", {}).get(name)
+    if not repeated:
+        return _number(value)
+    return f"{value:.4g} ± {repeated['half_width']:.2g} (95 %, {repeated['n']} sets of images)"
+
+
+def _cost(run: Run) -> str:
+    cost = run.student.get("cost") or {}
+    rows = [
+        ["multiply-accumulates", f"{cost.get('macs', 0):,}"],
+        ["parameters", f"{cost.get('parameters', 0):,}"],
+        ["bytes as stored", f"{cost.get('bytes', 0):,} ({cost.get('float_bytes', 0):,} in float32)"],
+        *(
+            [f"speed-up in theory, {name}: {CONVENTIONS.get(name, name)}", f"{factor:.2f}"]
+            for name, factor in (cost.get("speedup") or {}).items()
+        ),
+    ]
+    theory = "Theory by convention: norms, activations and memory traffic are not counted."
+    return "\n".join([*markdown_table(["", ""], rows), "", theory])
+
+
+def _speed(results: Sequence[Result]) -> str:
+    lines = []
+    for result in results:
+        seconds, images = (result.record.get("seconds") or {}).get("sampling"), (result.record.get("images") or {}).get("count")
+        if result.source == METRICS or not seconds or not images:
+            continue
+        machine = next(iter(result.record.get("drawn_on") or [{}]))
+        where = f"{machine.get('processor', 'unknown processor')}, {machine.get('threads', '?')} threads"
+        steps = f"{result.protocol.get('sampler.kind')} with {result.protocol.get('sampler.steps')} steps"
+        lines.append(f"* {images} images, {steps}, {_execution(result.protocol)}: {float(seconds):.4g} s on {where}")
+    return "\n".join(lines) or (
+        "Not measured. Simulated quantization computes in float and is not faster than full precision; integer execution is "
+        '`load_student(..., execution="integer")`, or an ONNX or OpenVINO file by `python -m qdm_lightning.export`.'
+    )
+
+
+def _training(run: Run) -> str:
+    s, m = run.settings, run.metrics
+    versions, machine = m.get("versions") or {}, m.get("hardware") or {}
+    facts = {
+        "seed": m["seed"],
+        "steps": run.student.get("steps"),
+        "teacher": (m.get("teacher_origin") or {}).get("source"),
+        "NeM": "off" if s.get("quant.mode") == "ptq" else s.get("nem.mode"),
+        "versions": ", ".join(
+            f"{name} {versions[name]}" for name in ("qdm-lightning", "torch", "diffusers") if name in versions
+        ),
+        "processor": f"{machine.get('gpu') or machine.get('processor')}, {machine.get('threads')} threads",
+        "seconds": f"{run.seconds:.0f}",
+        "warnings": "; ".join(map(str, m.get("warnings") or [])),
+    }
+    return "\n".join(f"* {name}: {visible(value)}" for name, value in facts.items() if value not in (None, ""))
+
+
+def _limits(run: Run) -> str:
+    return (
+        "* It generates what its data are like, and inherits their biases; it is unconditional.\n"
+        "* The student imitates its teacher: `image_mse` says how far from the teacher's images its own are.\n"
+        f"* The scores hold for the sampler, the number of images and the seed above (run seed {run.seed}), not for others.\n"
+        "* Image i depends on its seed alone, on one machine with the same versions and threads; elsewhere last bits differ."
+    )
+
+
+def _license(chosen: str | None, data: str) -> str:
+    weights = f"The weights: {chosen}." if chosen else "No licence was chosen for the weights."
+    known = LICENSES.get(
+        data, "Weights that were trained on images may be bound by the licence of those images and of the teacher."
+    )
+    return f"{weights} {known} The code that loads them is Apache-2.0."
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}" if math.isfinite(value) else str(value)
+
+
+def _short(target: Any, suffix: str) -> str:
+    """`digits` of `qdm_lightning.data.digits.DigitsData`."""
+    return str(target or "unknown").rpartition(".")[2].removesuffix(suffix).lower()
