@@ -116,7 +116,7 @@ def steps(made: dict[str, Any], batch: int, compile_fp32: bool) -> dict[str, Ste
 def peers(base: nn.Module, folder: Path, threads: int, batch: int) -> dict[str, Step]:
     """The steps of other runtimes, by name."""
     found = runtimes.networks(base, folder, threads, batch)
-    return {name: step(found[name], batch, torch.contiguous_format) for name in PEERS}
+    return {name: step(found[name], batch, torch.contiguous_format) for name in PEERS if name in found}
 
 
 def kinds(run: Step, repeats: int = 3) -> dict[str, float]:

@@ -13,6 +13,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,9 @@ def write_files(base: nn.Module, folder: Path) -> None:
             model = Translator(make(), image_shape(base)).translate({})
             (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
     if not (folder / "nncf.xml").is_file():
+        if find_spec("nncf") is None:
+            print("NNCF is left out: pip install 'qdm-lightning[nncf]' brings it")
+            return
         import nncf
 
         read = openvino.Core().read_model(folder / "fp32.onnx")
@@ -101,13 +105,14 @@ def networks(base: nn.Module, folder: Path, threads: int, batch: int) -> dict[st
     models = {name: onnx.load(folder / f"{name}.onnx") for name in ("fp32", "w8a8", "w4a4")}
     run = partial(RuntimeNetwork, threads=threads, batch=batch)
     bf16 = {"INFERENCE_PRECISION_HINT": "bf16"}
+    nncf = folder / "nncf.xml"
+    by_nncf = {"nncf_w8a8": {}, "nncf_w8a8_bf16": bf16} if nncf.is_file() else {}
     return {
         BASE: Denoiser(base).eval(),
         "torch_fp32_channels_first": Denoiser(channels_first),
         "openvino_fp32": run(models["fp32"], "openvino"),
         "openvino_bf16": run(models["fp32"], "openvino", settings=bf16),
-        "nncf_w8a8": run(core.read_model(folder / "nncf.xml"), "openvino"),
-        "nncf_w8a8_bf16": run(core.read_model(folder / "nncf.xml"), "openvino", settings=bf16),
+        **{name: run(core.read_model(nncf), "openvino", settings=settings) for name, settings in by_nncf.items()},
         "onnxruntime_fp32": run(models["fp32"], "onnxruntime"),
         "w8a8_openvino": run(models["w8a8"], "openvino"),
         "w4a4_openvino": run(models["w4a4"], "openvino"),
@@ -163,7 +168,7 @@ def main() -> None:
         for batch in options.batch:
             found = networks(base, folder, options.threads, batch)
             if options.only:
-                found = {name: found[name] for name in (BASE, *options.only)}
+                found = {name: found[name] for name in (BASE, *options.only) if name in found}
             by_batch[str(batch)] = measure(found, image_shape(base), batch, options.rounds, options.warmup)
     ours = by_batch[str(options.batch[0])].get(OURS, {})
     record = {
