@@ -111,6 +111,8 @@ TRAIN = {
     "quant.calibration_batches=0": "quant.calibration_batches=0 is not allowed",
     "quant.calibration_timesteps=late": "quant.calibration_timesteps=late is not allowed",
     "num_samples=1": "num_samples=1 is not allowed",
+    "execution=int8": "execution=int8 is not allowed",
+    "execution=integer quant=fp32": "quant=fp32 has none",
     "num_samples=-4": "num_samples=-4 is not allowed",
     "num_samples=4294967297": "num_samples=4294967297 is not allowed",
     "diffusion.num_train_timesteps=1": "diffusion.num_train_timesteps=1 is not allowed",

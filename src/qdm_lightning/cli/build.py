@@ -126,6 +126,7 @@ def build(cfg: DictConfig) -> Experiment:
         seed=settings.seed,
         run_dir=new_folder(cfg),
         num_samples=settings.num_samples,
+        execution=settings.execution,
         data=instantiate(_located("data", values["data"]), _convert_="all"),
         build_model=_factory("model", values["model"], Module),
         diffusion=settings.diffusion,

@@ -25,6 +25,7 @@ from qdm_lightning.base.checks import between, one_of
 from qdm_lightning.base.wandb_environment import MODES, wandb_mode
 from qdm_lightning.data.spec import CelebAConfig, Cifar10Config, DigitsConfig, HFConfig, ImageNet64Config, ImagesConfig
 from qdm_lightning.diffusion.spec import SEEDS, DiffusionConfig, NeMConfig, SamplerConfig
+from qdm_lightning.evaluation.spec import EXECUTIONS
 from qdm_lightning.metrics.spec import (
     CLIPMetric,
     CustomMetric,
@@ -155,6 +156,7 @@ class TrainConfig:
         seed: seed of training, and of the images that are compared.
         run: folder of an earlier run to go on with; nothing else may be given with it.
         num_samples: images behind each distance.
+        execution: how the student draws them: `simulated` in float, or on `integer` codes, on the CPU. It trains in float.
         tags: labels of the run, for the records.
         trial: the run only tries whether everything works (`debug=trial`); its record says so.
     """
@@ -162,6 +164,7 @@ class TrainConfig:
     seed: int = 0
     run: str | None = None
     num_samples: int = 1024
+    execution: str = "simulated"
     tags: list[str] = field(default_factory=list)
     trial: bool = False
     data: Any = MISSING
@@ -182,6 +185,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         between("seed", self.seed, 0, SEEDS - 1)
         between("num_samples", self.num_samples, 2, SEEDS)
+        one_of("execution", self.execution, EXECUTIONS)
+        if self.execution == "integer" and self.quant.is_float:
+            raise ValueError("execution=integer is for a quantized student, quant=fp32 has none: leave one of the two out")
 
 
 SCHEMAS: dict[str, dict[str, type]] = {

@@ -22,7 +22,7 @@ from qdm_lightning.reporting.records import (
     read_settings,
 )
 
-PROTOCOL = ("num_samples", "data.", "sampler.", "metrics.", "diffusion.")
+PROTOCOL = ("num_samples", "execution", "data.", "sampler.", "metrics.", "diffusion.")
 """Beginnings of settings that say how a run measured its result."""
 
 UNMEASURED = tuple(f"data.{name}" for name in ("batch_size", "flip", "root", "path", "cache", "verify", "download"))
@@ -167,6 +167,8 @@ def own_result(run: Run) -> Result:
     if run.student.get("nem_error"):
         scores["nem_error"] = float(np.mean(run.student["nem_error"]))
     shared = {name: value for name, value in run.settings.items() if name.startswith(PROTOCOL) and name not in UNMEASURED}
+    if shared.get("execution") == "simulated":  # which goes without saying
+        del shared["execution"]
     floors = {f"floor.{name}": f"{value:.4g}" for name, value in floor.items()}
     protocol = {"measured": "at the end of training", **shared, **floors}
     return Result(run, METRICS, protocol, scores, teacher, floor, run.metrics, _floats(run.metrics.get("floor_at_size", {})))

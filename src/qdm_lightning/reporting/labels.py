@@ -16,7 +16,7 @@ IGNORED = (
 )
 """Beginnings of settings that do not make another cell."""
 
-MEASURED = ("sampler.", "num_samples", "metrics.")
+MEASURED = ("sampler.", "num_samples", "metrics.", "execution")
 """Beginnings of settings that belong to the protocol: they do not make another cell either."""
 
 NONE = "none"

@@ -16,6 +16,7 @@ RENAMED = {"edge_bits": "first_last_bits", "micro_batch": "batch_size"}
 
 ADDED = {
     "trial": False,
+    "execution": "simulated",
     "teacher.retrain": False,
     "nem.weighting._target_": "qdm_lightning.diffusion.weighting.Uniform",
     "quant.channel_scales": "off",

@@ -32,6 +32,7 @@ class Experiment:
         seed: seed of the student's training and of the compared images.
         run_dir: folder where the run leaves its files.
         num_samples: number of images behind each distance.
+        execution: `simulated` or `integer`: how the student draws them.
         data: the data module, not yet set up.
         build_model: makes a fresh U-Net, randomly initialized.
         quantizers: factories of the student's quantizers, TaQ's scope applied.
@@ -64,6 +65,7 @@ class Experiment:
     paths: PathsConfig = field(default_factory=PathsConfig)
     resolved: dict[str, Any] = field(default_factory=dict)
     resume: bool = False
+    execution: str = "simulated"
 
     def __post_init__(self) -> None:
         """A full-precision run is its own teacher: what is typed for the run holds for the teacher.

@@ -20,6 +20,8 @@ from qdm_lightning.base.ranks import rank
 from qdm_lightning.diffusion.images import to_uint8
 from qdm_lightning.diffusion.sampling import image_seeds
 from qdm_lightning.display.image_grids import save_grid
+from qdm_lightning.integer import provenance as integer_provenance
+from qdm_lightning.integer import to_integer
 from qdm_lightning.loggers import opened
 from qdm_lightning.loggers.csv_metrics import CSVMetrics
 from qdm_lightning.loggers.media import log_pictures
@@ -81,6 +83,9 @@ def run(experiment: Experiment, progress: Any) -> Result:
         raise ValueError(
             f"the data hold {train + val} images, {train} to train on: at least 5 are needed, {FEWEST_IMAGES} to train on"
         )
+    device = measuring_device(experiment.trainer.accelerator)
+    if experiment.execution == "integer" and device.type != "cpu":
+        raise ValueError(f"execution=integer runs on the CPU, not on {device.type}: type trainer.accelerator=cpu")
     check_schedule(experiment)
     check_networks(experiment)
     if experiment.feature_network is None:
@@ -157,6 +162,8 @@ class Run:
                     logger.go_back(of_teacher=False, step=0)
             with self.timed("calibration"):
                 calibrate_student(unet, e, self.progress)
+            if e.execution == "integer":
+                to_integer(unet)  # what can't be is told before anything is trained
         weights = None if e.nem.mode == "off" else e.weighting(e.diffusion, partial(self.propagation, teacher))
         module = DiffusionModule(
             unet,
@@ -241,8 +248,13 @@ class Run:
         self.metrics["teacher"] = self.distance(wanted)
         rows = {"teacher": to_uint8(wanted[:GRID_IMAGES])}
         if student is not None:
+            student = student.to(self.device)
+            drawing = student
+            if e.execution == "integer":
+                drawing = denoiser(to_integer(student.unet)[0], e.diffusion)
+                self.metrics["student"] |= {"execution": e.execution, **integer_provenance()}
             with self.timed("sampling_student"):
-                images = self.draw(self.image_sampler(student.to(self.device)), "sampling (student)")
+                images = self.draw(self.image_sampler(drawing), "sampling (student)")
             self.metrics["student"] |= {
                 **self.distance(images),
                 "image_mse": float((images.double() - wanted.double()).square().mean()),

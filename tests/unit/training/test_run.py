@@ -328,6 +328,15 @@ def test_post_training_quantization_takes_no_step(first):
     assert result.metrics["student"]["image_mse"] > 0
 
 
+def test_images_may_be_drawn_on_integer_codes(first):
+    root, result = first
+    drawn = run(root, "execution=integer", name="integer").metrics["student"]
+    simulated = result.metrics["student"]
+    assert (drawn["execution"], "execution" in simulated) == ("integer", False)
+    assert {name: drawn[name] for name in ("val_loss", "nem_error")} == {n: simulated[n] for n in ("val_loss", "nem_error")}
+    assert drawn["image_mse"] == pytest.approx(simulated["image_mse"], rel=0.05)
+
+
 def test_weighted_by_propagation(first):
     """S(t) is measured once for the teacher and the sampler, and lies in the run; a run that goes on has the same weights."""
     runs = [run(first[0], "nem/weighting=propagation", "trainer.max_steps=2", name=f"weighted_{k}") for k in (0, 1)]
