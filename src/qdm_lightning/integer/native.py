@@ -1,4 +1,4 @@
-"""The C++ of this package (kernels.cpp), compiled once by inductor's compiler; where there is none, tensor operations run.
+"""The C++ of this package (folder cpp), compiled once by inductor's compiler; where there is none, tensor operations run.
 
 `quantization.compiled.set_mode` chooses: `auto` compiles where that works, `on` insists, `off` computes by tensor operations.
 """
@@ -20,6 +20,7 @@ from qdm_lightning.quantization import compiled
 if TYPE_CHECKING:
     from qdm_lightning.integer.grids import Grid, Target
 
+_FILES = ("common", "encode", "winograd", "attention")
 _FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-Wno-maybe-uninitialized")
 
 
@@ -65,7 +66,7 @@ def _load() -> tuple[Any, str]:
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        source = Path(__file__).with_name("kernels.cpp").read_text("utf-8")
+        source = "".join((Path(__file__).with_name("cpp") / f"{name}.cpp").read_text("utf-8") for name in _FILES)
         return CppCodeCache.load(source, device_type="cpu", extra_flags=_FLAGS), ""
     except (ImportError, OSError, RuntimeError, AttributeError) as error:  # no compiler, or a broken one; kept in the record
         return None, f"compiling failed: {one_line(error)}"
