@@ -186,8 +186,8 @@ class DiffusersSolver(Solver):
         self.timesteps = self._integral(self.scheduler.timesteps, diffusion.num_train_timesteps)
         if alphas_cumprod(diffusion)[self.timesteps[0]] > FIRST_IS_NOISE:
             raise ValueError(
-                f"sampler.scheduler: {self.name} would begin at t={self.timesteps[0]} of {diffusion.num_train_timesteps}, "
-                "where an image is no noise yet: type sampler.scheduler.timestep_spacing=trailing, or fewer sampler.steps"
+                f"sampler.scheduler: {self.name} would begin at t={self.timesteps[0]}, where an image is no "
+                "noise yet: type sampler.scheduler.timestep_spacing=trailing, or fewer sampler.steps"
             )
         self.own = dict(zip(self.timesteps, self.scheduler.timesteps, strict=True))  # some take nothing but these
         self.draws = "generator" in inspect.signature(kind.step).parameters
