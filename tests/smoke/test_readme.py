@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 
 import qdm_lightning
@@ -76,12 +75,11 @@ def test_the_plain_loop_learns():
 def test_the_python_api(tmp_path):
     scope: dict[str, object] = {}
     words = [*TINY, f"paths.cache={tmp_path}", f"paths.output={tmp_path / 'o'}"]
+    words += ["num_samples=8", "sampler.batch_size=8", "trainer.val_images=32", "quant.calibrator.steps=2"]
     exec(block("python").replace('"debug=trial"', ", ".join(map(repr, words))), scope)
     images, result = scope["images"], scope["result"]
     assert images.shape == (16, 1, 8, 8)  # type: ignore[attr-defined]
     assert result.metrics["student"]["image_mse"] > 0  # type: ignore[attr-defined]
-    draw = qdm_lightning.draw_images
-    assert torch.equal(draw(scope["student"], [3]), images[3:4])  # type: ignore[index]
     assert all(callable(getattr(qdm_lightning, name)) for name in qdm_lightning.__all__ if name != "__version__")
 
 

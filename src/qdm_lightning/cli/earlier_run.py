@@ -114,6 +114,7 @@ class RunCommand(Command):
         """
         store, values = ConfigStore.instance(), {} if self.base is None else plain(self.base)
         root = OmegaConf.structured(self.schema)
+        OmegaConf.set_struct(root.sampler.scheduler, False)  # any argument of the scheduler: no `+` to type
         root.data, root.paths = values.get("data", {}), PathsConfig(**values.get("paths", {}))
         for key, target in (extra or {}).items():
             OmegaConf.update(root, key, target, force_add=True)

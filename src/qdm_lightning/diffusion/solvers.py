@@ -163,7 +163,7 @@ def ddim_step(
 
 
 FIRST_IS_NOISE = 0.04
-"""The greatest abar at the first timestep: images are started from noise alone."""
+"""The greatest abar at a first timestep before the last of the process: images are started from noise alone."""
 
 
 class DiffusersSolver(Solver):
@@ -173,9 +173,7 @@ class DiffusersSolver(Solver):
         options = dict(sampler.scheduler)
         kind = getattr(diffusers, options.pop("_target_").rpartition(".")[2])
         self.name = kind.__name__
-        schedule = {
-            name: value for name, value in vars(diffusion).items() if name != "prediction_type"
-        }  # a Denoiser gives noise
+        schedule = {name: value for name, value in vars(diffusion).items() if name != "prediction_type"}  # of a Denoiser: noise
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of their schedulers about numpy
@@ -184,10 +182,11 @@ class DiffusersSolver(Solver):
         except (ValueError, TypeError, NotImplementedError, ArithmeticError, LookupError, AssertionError) as error:
             raise ValueError(f"sampler.scheduler: {self.name} refuses these settings: {one_line(error)}") from error
         self.timesteps = self._integral(self.scheduler.timesteps, diffusion.num_train_timesteps)
-        if alphas_cumprod(diffusion)[self.timesteps[0]] > FIRST_IS_NOISE:
+        first, last = self.timesteps[0], diffusion.num_train_timesteps - 1
+        if first < last and alphas_cumprod(diffusion)[first] > FIRST_IS_NOISE:
             raise ValueError(
-                f"sampler.scheduler: {self.name} would begin at t={self.timesteps[0]} of {diffusion.num_train_timesteps}, "
-                "where an image is no noise yet: type sampler.scheduler.timestep_spacing=trailing, or fewer sampler.steps"
+                f"sampler.scheduler: {self.name} would begin at t={first}, where an image is no "
+                "noise yet: type sampler.scheduler.timestep_spacing=trailing, or fewer sampler.steps"
             )
         self.own = dict(zip(self.timesteps, self.scheduler.timesteps, strict=True))  # some take nothing but these
         self.draws = "generator" in inspect.signature(kind.step).parameters

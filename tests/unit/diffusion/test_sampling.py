@@ -233,7 +233,7 @@ def test_a_solver_that_corrects_its_steps_calls_twice_and_shows_each_timestep_on
         ({"scheduler": {"_target_": "diffusers.PNDMScheduler"}}, r"does not clip .* type sampler\.clip_sample=false"),
         (
             {"scheduler": {"_target_": DPM, "timestep_spacing": "leading"}, "steps": 500},
-            "would begin at t=500 of 1000, where an image is",
+            "would begin at t=500, where an image is no noise",
         ),
         ({"scheduler": {"_target_": HEUN}, "steps": 7}, r"would call the network at t=832\.5, which is no timestep"),
         ({"scheduler": {"_target_": HEUN, "use_karras_sigmas": True}}, "which is no timestep of its process: type"),

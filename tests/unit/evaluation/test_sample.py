@@ -5,8 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
+from qdm_lightning import draw_images, load_student
 from qdm_lightning.base.checks import UserError
 from qdm_lightning.base.files import data_hash
+from qdm_lightning.diffusion.images import to_uint8
+from qdm_lightning.diffusion.spec import SamplerConfig
 from qdm_lightning.display.progress import Progress
 from qdm_lightning.evaluate import evaluate
 from qdm_lightning.evaluation import sample as pictures
@@ -108,3 +111,14 @@ def test_trajectories(run_copy, together):
     assert sorted(file.name for file in result.folder.glob("trajectory*")) == ["trajectory_4.png", "trajectory_9.png"]
     with Image.open(result.folder / "trajectory_9.png") as picture:
         assert picture.height > 4 * 64  # teacher and student, x_t and x_0
+
+
+def test_a_sampler_of_diffusers_over_the_runs_own(tiny_run, tmp_path):
+    """As `draw_images` draws with the student's files; the record says which sampler it was."""
+    words = ["sampler=dpmsolver", "sampler.steps=4", "sampler.batch_size=4", "sampler.scheduler.solver_order=1"]
+    folder = drawn(tiny_run, "seeds=0-3", *words, f"out={tmp_path / 'out'}").folder
+    record = read_picture(folder / "0.png")[1]["sampler"]
+    node = {"_target_": "diffusers.DPMSolverMultistepScheduler", "timestep_spacing": "trailing", "solver_order": 1}
+    assert record == SamplerConfig(kind="diffusers", steps=4, batch_size=4, scheduler=node).settings()
+    images = to_uint8(draw_images(load_student(tiny_run), range(4), SamplerConfig(**record)))
+    assert all(torch.equal(image, images[seed]) for seed, image in pixels(folder).items())
