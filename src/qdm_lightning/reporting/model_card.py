@@ -103,11 +103,14 @@ def _method(run: Run, bits: str, method: str, data: str) -> str:
 
 def _usage(run: Run, repo: str | None) -> str:
     s = run.settings
+    place = "FOLDER" if repo is None else repo
     first = "" if repo is None else "from huggingface_hub import snapshot_download\n"
     folder = '"FOLDER"' if repo is None else f"snapshot_download({json.dumps(repo)})"
     sampler = f"{s.get('sampler.kind')} with {s.get('sampler.steps')} steps"
     return (
-        f"```bash\npip install qdm-lightning\n```\n\n```python\n{first}import qdm_lightning\n"
+        "```bash\npip install qdm-lightning\n```\n\n```python\nimport qdm_lightning  # diffusers knows its quantization then\n"
+        f"from diffusers import DDPMPipeline\npipeline = DDPMPipeline.from_pretrained({json.dumps(place)})\n```\n\n"
+        f"or the network alone:\n\n```python\n{first}import qdm_lightning\n"
         f"student = qdm_lightning.load_student({folder})\n```\n\n"
         f"`student` is a `UNet2DModel` that predicts the noise, measured with {sampler}; its schedule is in `scheduler/`. "
         'Its forward quantizes as in training. `execution="integer"` runs it on integer codes, on a CPU.'

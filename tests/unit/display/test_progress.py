@@ -95,7 +95,7 @@ def test_mode_is_chosen_by_terminal_and_rank(monkeypatch, console):
 
 
 METRICS = {
-    "floor": {"fd_digits": 4.55},
+    "floor": {"fd_digits": 4.55}, "floor_at_size": {"fd_digits": 2.8},
     "teacher": {"fd_digits": 10.0},
     "student": {"bits": [4, 4], "steps": 1200, "fd_digits": 15.0, "image_mse": 0.03, "nem_error": [1.0, 2.0]},
     "seconds": {"teacher": 1.0},
@@ -116,7 +116,7 @@ def test_table_of_a_teacher_alone(console):
 def test_closing_says_where_and_what_next(console, tmp_path, monkeypatch):
     print_closing(METRICS, tmp_path, [("qdm-train quant=w3a3", "fewer bits")], console)
     shown = text(console)
-    assert "fd_digits 4.55 between two halves of the real images\n" in shown
+    assert "fd_digits 2.8 of as many real images\n" in shown
     assert f"pictures: {tmp_path / 'samples.png'} (teacher above student, same seeds)\n" in shown
     assert "  qdm-train quant=w3a3  fewer bits\n" in shown
     assert "trial" not in shown

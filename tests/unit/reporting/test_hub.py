@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from diffusers import DDPMPipeline
 
 from qdm_lightning import load_student
 from qdm_lightning.base.checks import UserError
@@ -121,6 +122,8 @@ def test_there_and_back(tiny_run, tmp_path, hub):
     assert {"README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json"} < set(made.files)
     back = huggingface_hub.snapshot_download(REPO, endpoint=hub["url"], cache_dir=tmp_path / "cache")
     assert torch.equal(estimate(load_student(back)), estimate(load_student(tiny_run)))
+    pipeline = DDPMPipeline.from_pretrained(back)  # as the card says
+    assert torch.equal(estimate(pipeline.unet), estimate(load_student(tiny_run)))
 
 
 def test_the_card_says_what_the_records_say(tiny_run, tmp_path):
