@@ -348,7 +348,8 @@ def survived(words: list[str], root: Path, at: int, how: signal.Signals, draw: r
             said = ended.err.strip().partition("python -m qdm_lightning.")[2]
             words = shlex.split(said)
         elif words[0] == "train" and (root / "run" / "config.yaml").is_file() and draw.random() < 0.5:
-            words = ["train", "run=run"]
+            if (root / "cache" / "CACHEDIR.TAG").is_file():  # else `run=` does not take the folder for a cache of ours
+                words = ["train", "run=run"]
     ended = command(words, root)
     return f"{' '.join(words)} ended with {ended.status}: {ended.err[-2000:]}" if ended.status else ""
 

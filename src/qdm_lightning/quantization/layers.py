@@ -79,6 +79,7 @@ class QuantizedLayer(nn.Module):
             weights.append(self._quantize_weight())
         return weights[0]
 
+    @torch.compiler.disable  # see `ActivationQuantizer.forward`
     def _quantize_weight(self) -> Tensor:
         weight = self.scaled_weight()
         return weight if self.weight_quantizer is None else cast(Tensor, self.weight_quantizer(weight))

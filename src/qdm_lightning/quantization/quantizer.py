@@ -51,6 +51,7 @@ class ActivationQuantizer(nn.Module):
         self.observer: Watcher | None = None
         self.silu = False
 
+    @torch.compiler.disable  # its kernels work on rows of memory, which a trace would get wrong
     def forward(self, x: Tensor, channels: Tensor | None = None) -> Tensor:
         """x_hat of x (B, ...); with `channels`, factors that broadcast against x, of channels silu(x) or channels x."""
         if self.observer is not None:

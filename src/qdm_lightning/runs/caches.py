@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qdm_lightning.base.files import write_whole
+from qdm_lightning.base.files import remove_leftovers, write_whole
 
 DEFAULT = "~/.cache/qdm_lightning"
 
@@ -28,4 +28,6 @@ def _marked(folder: Path) -> bool:
 def mark_cache(path: str | Path) -> None:
     """Make a cache of a folder that the user typed. Raises OSError where it cannot be written."""
     if not is_cache(path):
-        write_whole(Path(path).expanduser() / TAG, _CONTENT)
+        file = Path(path).expanduser() / TAG
+        remove_leftovers(file, locked=False)
+        write_whole(file, _CONTENT)
