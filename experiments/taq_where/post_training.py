@@ -210,7 +210,8 @@ def table(data: str) -> list[str]:
         for name in ("nem", "image_mse"):
             mean = interval([float(a[name]) for a, _ in paired])[0]
             change, half = interval([100 * (float(a[name]) / float(b[name]) - 1) for a, b in paired])
-            texts += [f"{mean:.5f}", "" if cell["taq"] == "off" else f"{change:+.1f} % ± {half:.1f}"]
+            bounds = "" if math.isnan(half) else f" ± {half:.1f}"
+            texts += [f"{mean:.5f}", "" if cell["taq"] == "off" else f"{change:+.1f} %{bounds}"]
         method = "off" if cell["taq"] == "off" else f"{cell['taq']}, {cell['scope']}"
         lines.append(
             f"| {cell['probs_bits']} bits | {cell['channel_scales']} | {method} | {len(paired)} | {' | '.join(texts)} |"
