@@ -3,12 +3,13 @@
     python experiments/taq_where/post_training.py digits
     python experiments/taq_where/post_training.py cifar10_16 teacher=pretrained teacher.path=FOLDER data=images \\
         data.path=cifar10_test.npz data.image_size=16 data.filter=area
+    python experiments/taq_where/post_training.py digits --gains
     python experiments/taq_where/post_training.py --table
 
 What follows the name are settings of `qdm_lightning.train`. For each seed, which draws the calibration, the samples and
 the images: L_NeM on 512 held-out samples over all t, and the mean squared deviation of DDIM-50 images from the teacher's. A
 row is appended to results.csv as soon as it is measured; the same command goes on with those that are missing. `--table` prints
-means and paired differences with 95 % intervals.
+means and paired differences with 95 % intervals; `--gains` what grids by timestep gain by kind of layer, as `diagnose` does.
 
 A calibration sees the full-precision activations, so the grid of a quantizer does not depend on the other ones: each variant is
 calibrated once with TaQ everywhere, and the students of all scopes are put together from those grids.
@@ -21,6 +22,7 @@ import csv
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ from torch import Tensor, nn
 from qdm_lightning.cli.build import build
 from qdm_lightning.cli.schema import CONF_DIR
 from qdm_lightning.data.module import ImageDataModule
+from qdm_lightning.diagnosis.gains import grid_gains
+from qdm_lightning.diagnosis.gains import table as gains_table
 from qdm_lightning.diffusion.sampling import image_seeds
 from qdm_lightning.display.progress import Progress
 from qdm_lightning.models.denoiser import Denoiser
@@ -118,6 +122,22 @@ def sampler(network: Denoiser, e: Experiment) -> ImageSampler:
     )
 
 
+def loaded(settings: Sequence[str]) -> tuple[Experiment, Denoiser]:
+    """An experiment with its data, and its teacher; without teacher=pretrained that of the digits, which ships."""
+    e = experiment(next(cells()), 0, settings)
+    e.load_data()
+    given = e.teacher.path if e.teacher.source == "pretrained" else next(ASSETS.glob(f"*/{FITTED}")).parent
+    return e, Denoiser(load_unet(given).to(memory_format=torch.channels_last)).eval().requires_grad_(False)
+
+
+def print_gains(settings: Sequence[str]) -> None:
+    e, teacher = loaded(settings)
+    for bits in (4, 8):
+        quant = replace(e.quant, probs_bits=bits)
+        found = grid_gains(teacher, quant, e.data.val_images, e.diffusion, device=torch.device("cpu"), batch_size=64, groups=20)
+        print(f"probabilities at {bits} bits\n{gains_table(found)}\n")
+
+
 def rows() -> list[dict[str, str]]:
     if not RESULTS.is_file():
         return []
@@ -136,10 +156,7 @@ def append(row: dict[str, Any]) -> None:
 
 def measure(data: str, settings: Sequence[str], seeds: Sequence[int], methods: Sequence[str]) -> None:
     """Append what is missing of the cells with these methods (all where there are none), seed by seed."""
-    e = experiment(next(cells()), 0, settings)
-    e.load_data()
-    given = e.teacher.path if e.teacher.source == "pretrained" else next(ASSETS.glob(f"*/{FITTED}")).parent
-    teacher = Denoiser(load_unet(given).to(memory_format=torch.channels_last)).eval().requires_grad_(False)
+    e, teacher = loaded(settings)
     count = IMAGES.get(data, 16)
     e.sampler.batch_size = count
     for seed in seeds:
@@ -193,7 +210,8 @@ def table(data: str) -> list[str]:
         for name in ("nem", "image_mse"):
             mean = interval([float(a[name]) for a, _ in paired])[0]
             change, half = interval([100 * (float(a[name]) / float(b[name]) - 1) for a, b in paired])
-            texts += [f"{mean:.5f}", "" if cell["taq"] == "off" else f"{change:+.1f} % ± {half:.1f}"]
+            bounds = "" if math.isnan(half) else f" ± {half:.1f}"
+            texts += [f"{mean:.5f}", "" if cell["taq"] == "off" else f"{change:+.1f} %{bounds}"]
         method = "off" if cell["taq"] == "off" else f"{cell['taq']}, {cell['scope']}"
         lines.append(
             f"| {cell['probs_bits']} bits | {cell['channel_scales']} | {method} | {len(paired)} | {' | '.join(texts)} |"
@@ -222,12 +240,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--methods", nargs="+", default=[], help="such as off:qkv scale:all; all where left out")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--gains", action="store_true")
     asked = parser.parse_args()
     if asked.table:
         for data in sorted({row["data"] for row in rows()}):
             print(f"### {data}\n\n" + "\n".join(table(data)) + "\n")
     elif asked.data is None:
         parser.error("give a name for the data set, such as digits")
+    elif asked.gains:
+        print_gains(asked.settings)
     else:
         measure(asked.data, asked.settings, asked.seeds, asked.methods)
 

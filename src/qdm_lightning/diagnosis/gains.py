@@ -70,11 +70,9 @@ class _Rows:
     @torch.no_grad()
     def see(self, quantizer: Any, x: Tensor) -> None:
         rows = x.detach().flatten(1).float()
-        mean, square = rows.mean(1), rows.square().mean(1)
+        mean, std = rows.mean(1), (rows.var(1, correction=0) + TaQNormalize.psi).sqrt()
         if quantizer.symmetric:
-            mean, std = torch.zeros_like(mean), square.sqrt()
-        else:
-            std = (rows.var(1, correction=0) + TaQNormalize.psi).sqrt()
+            mean, std = torch.zeros_like(mean), rows.amax(1).clamp(min=TaQNormalize.psi)
         if rows.shape[1] > VALUES:
             rows = rows[:, torch.randint(rows.shape[1], (VALUES,), generator=self.generator).to(rows.device)]
         times = current_timesteps(len(rows))

@@ -150,9 +150,8 @@ def _sample_grid(graph: Graph, quantizer: NormalizedActivation, x: str, ndim: in
     """s_n and z_n of `taq=normalize`, (N, 1, ...): see `NormalizedActivation`."""
     axes = graph.integers(*range(1, ndim))
     if quantizer.symmetric:
-        square = graph.op("ReduceMean", graph.op("Mul", x, x), axes, keepdims=1)
-        rms = graph.op("Sqrt", graph.op("Add", square, graph.number(quantizer.psi**2)))
-        return graph.op("Mul", rms, graph.number(float(quantizer.scale.detach()))), graph.number(0.0)
+        greatest = graph.op("Max", graph.op("ReduceMax", x, axes, keepdims=1), graph.number(quantizer.psi))
+        return graph.op("Mul", greatest, graph.number(float(quantizer.scale.detach()))), graph.number(0.0)
     mean = graph.op("ReduceMean", x, axes, keepdims=1)
     centred = graph.op("Sub", x, mean)
     variance = graph.op("ReduceMean", graph.op("Mul", centred, centred), axes, keepdims=1)

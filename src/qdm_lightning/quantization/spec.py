@@ -114,7 +114,7 @@ class TaQOff:
 class TaQNormalize(TaQOff):
     """`taq=normalize`: the quantizer follows each sample's own mean and standard deviation; `psi` is added to the variance.
 
-    Attention probabilities, whose zero point is 0, follow their root mean square.
+    Attention probabilities, whose zero point is 0, follow their greatest value.
     """
 
     _target_: str = "qdm_lightning.quantization.taq.NormalizedActivation"

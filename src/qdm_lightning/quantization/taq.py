@@ -27,8 +27,8 @@ class NormalizedActivation(LSQActivation):
     x_hat = s_n (clip(round(x / s_n) + z_n, 0, 2^b - 1) - z_n). mu_n and sigma_n are taken over all axes but the first, in
     float32 and without gradient. s and z are learned in units of the normalized activation (x - mu_n) / sigma_n.
 
-    With `symmetric`, mu_n = 0 and sigma_n = sqrt(mean x^2 + psi^2): probabilities that sum to 1 have a root mean square of at
-    least 1 / N, far above psi.
+    With `symmetric`, as probabilities are quantized, mu_n = 0 and sigma_n is the sample's greatest value (at least psi; that of
+    probabilities over N keys is 1 / N or more): it leaves less error than root mean square or deviation.
     """
 
     def __init__(self, *, bits: int, padded: bool = False, symmetric: bool = False, psi: float = TaQNormalize.psi) -> None:
@@ -39,8 +39,8 @@ class NormalizedActivation(LSQActivation):
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mu_n and sigma_n of x (B, ...), each (B,), float32, no gradient."""
         if self.symmetric:
-            mean, std = compiled.row_moments(x, self.psi**2)
-            return torch.zeros_like(mean), torch.hypot(mean, std)
+            greatest = x.flatten(1).amax(1).float().clamp(min=self.psi)
+            return torch.zeros_like(greatest), greatest
         return compiled.row_moments(x, self.psi)
 
     def learned_grid(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,9 @@ T = torch.arange(0, 1000, 5)
 
 def gain(quantizer, scales, name="conv1.input_quantizer"):
     """Of one activation whose samples are noise times `scales`, (200,)."""
-    rows = _Rows(torch.Generator().manual_seed(0))
-    x = torch.randn(len(T), 2, 60, generator=torch.Generator().manual_seed(1)) * scales.view(-1, 1, 1)
+    rows, draw = _Rows(torch.Generator().manual_seed(0)), torch.rand if quantizer.symmetric else torch.randn
     with timesteps(T):
-        rows.see(quantizer, x.abs() if quantizer.symmetric else x)
+        rows.see(quantizer, draw(len(T), 2, 60, generator=torch.Generator().manual_seed(1)) * scales.view(-1, 1, 1))
     return _gain(name, quantizer, rows, 20, 1000)
 
 

@@ -266,15 +266,15 @@ def probabilities(rows=6, keys=9):
     return (torch.randn(rows, 2, keys, keys) * torch.logspace(-1.5, 1, rows).view(-1, 1, 1, 1)).softmax(-1)
 
 
-def test_normalize_without_a_zero_point_follows_the_root_mean_square():
+def test_normalize_without_a_zero_point_follows_the_greatest_value():
     p = probabilities().requires_grad_()
     quantizer = NormalizedActivation(bits=4, symmetric=True)
-    quantizer.set_grid(torch.tensor([0.3]), torch.zeros(1))
+    quantizer.set_grid(torch.tensor([0.06]), torch.zeros(1))
     out = quantizer(p)
     out.sum().backward()
     expected, slope = [], 0.0
     for sample in p.detach().double():
-        step = 0.3 * sample.square().mean().sqrt()
+        step = 0.06 * sample.max()
         ratio = sample / step
         codes = ratio.round().clamp(0, 15)
         expected.append(codes * step)
