@@ -95,7 +95,8 @@ def test_mode_is_chosen_by_terminal_and_rank(monkeypatch, console):
 
 
 METRICS = {
-    "floor": {"fd_digits": 4.55}, "floor_at_size": {"fd_digits": 2.8},
+    "floor": {"fd_digits": 4.55},
+    "floor_at_size": {"fd_digits": 2.8},
     "teacher": {"fd_digits": 10.0},
     "student": {"bits": [4, 4], "steps": 1200, "fd_digits": 15.0, "image_mse": 0.03, "nem_error": [1.0, 2.0]},
     "seconds": {"teacher": 1.0},
