@@ -347,9 +347,9 @@ def survived(words: list[str], root: Path, at: int, how: signal.Signals, draw: r
         if ended.status > 0:  # what it says itself
             said = ended.err.strip().partition("python -m qdm_lightning.")[2]
             words = shlex.split(said)
-        elif words[0] == "train" and (root / "run" / "config.yaml").is_file() and draw.random() < 0.5:
-            if (root / "cache" / "CACHEDIR.TAG").is_file():  # else `run=` does not take the folder for a cache of ours
-                words = ["train", "run=run"]
+        elif words[0] == "train" and draw.random() < 0.5:
+            begun = (root / "run" / "config.yaml", root / "cache" / "CACHEDIR.TAG")  # without: no cache of ours to `run=`
+            words = ["train", "run=run"] if all(file.is_file() for file in begun) else words
     ended = command(words, root)
     return f"{' '.join(words)} ended with {ended.status}: {ended.err[-2000:]}" if ended.status else ""
 
