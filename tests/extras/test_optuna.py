@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
 
-optuna = pytest.importorskip("optuna")
 pytestmark = [pytest.mark.extras, pytest.mark.filterwarnings("ignore")]
 SEARCH = Path(__file__).parents[2] / "experiments" / "optuna_digits" / "search.py"
 TINY = (

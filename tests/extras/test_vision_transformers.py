@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -16,7 +17,6 @@ from qdm_lightning.metrics.frechet import features, frechet_key
 from qdm_lightning.metrics.vision_transformers import CLIPFeatures, DINOv2Features
 
 pytestmark = [pytest.mark.extras, pytest.mark.filterwarnings("ignore")]
-transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")

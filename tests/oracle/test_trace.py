@@ -1,4 +1,4 @@
-"""A seeded run is what it was: losses of 24 student steps and the images of 16 seeds, kept in tests/assets/trace.npz.
+"""A seeded run is what it was: losses of 16 student steps and the images of 16 seeds, kept in tests/assets/trace.npz.
 
 `python tests/oracle/test_trace.py` writes the file anew. Equality is exact where instruction set and version of torch are those
 that the file tells, and to a tolerance elsewhere.
@@ -20,21 +20,29 @@ from qdm_lightning.display.progress import Progress
 from qdm_lightning.train import train
 
 FILE = Path(__file__).parents[1] / "assets" / "trace.npz"
+MIN_MAX = "quant.calibrator._target_=qdm_lightning.quantization.calibration.MinMax"
 VARIANTS = {
     "default": [],
-    "ema": ["taq=ema", "nem=add", "quant=w3a3"],
-    "scale": ["taq=scale", "taq.scope=all_but_probs", "nem=on_policy", "nem.on_policy_buffer=64", "nem.on_policy_refresh=8"],
-    "plain": ["taq=off", "nem=off", "quant=w2a2", "sampler=ddpm"],
+    "ema": [MIN_MAX, "taq=ema", "nem=add", "quant=w3a3"],
+    "scale": [
+        MIN_MAX,
+        "taq=scale",
+        "taq.scope=all_but_probs",
+        "nem=on_policy",
+        "nem.on_policy_buffer=64",
+        "nem.on_policy_refresh=8",
+    ],
+    "plain": [MIN_MAX, "taq=off", "nem=off", "quant=w2a2", "sampler=ddpm"],
 }
 RUN = [
     "model.block_out_channels=[8,16]",
     "model.norm_num_groups=4",
     "model.layers_per_block=1",
     "data.batch_size=16",
-    "teacher.max_steps=10",
+    "teacher.max_steps=6",
     "trainer=cpu",
-    "trainer.max_steps=24",
-    "trainer.val_every=12",
+    "trainer.max_steps=16",
+    "trainer.val_every=8",
     "trainer.val_images=64",
     "trainer.log_every=1",
     "trainer.compile=off",
@@ -52,7 +60,7 @@ def surroundings() -> str:
 
 
 def run(variant: str, folder: Path) -> dict[str, np.ndarray]:
-    """Losses (24,) float64 and images (16, 1, 8, 8) float32 of one variant."""
+    """Losses (16,) float64 and images (16, 1, 8, 8) float32 of one variant."""
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         cfg = compose("train", [*RUN, *VARIANTS[variant], f"paths.cache={folder / 'cache'}", f"paths.output={folder / 'runs'}"])
     result = train(cfg, Progress("silent"))
@@ -68,7 +76,7 @@ def test_trace(variant, tmp_path):
     with np.load(FILE, allow_pickle=False) as kept:
         expected = {name: kept[name] for name in kept.files}
     found = run(variant, tmp_path)
-    assert found[f"{variant}/losses"].shape == (24,)
+    assert found[f"{variant}/losses"].shape == (16,)
     for name, values in found.items():
         if str(expected["surroundings"]) == surroundings():
             np.testing.assert_array_equal(values, expected[name])

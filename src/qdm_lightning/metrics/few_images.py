@@ -93,7 +93,7 @@ def extrapolation_sizes(count: int, dim: int) -> list[int]:
     Ten, evenly spaced in 1/N from a fifth of the images, or as many as make a covariance of full rank, to all of them.
 
     >>> extrapolation_sizes(1024, 64)[:3], extrapolation_sizes(1024, 64)[-1], extrapolation_sizes(1024, 2048)
-    ([205, 222, 243], 1024, [])
+    ([205, 225, 249], 1024, [])
     """
     least = max(-(-count // 5), dim + 1)
     if 2 * least > count:

@@ -22,7 +22,7 @@ TINY = {
     "norm_num_groups": 4,
 }
 
-SETTINGS = {"format": 2, "taq": {}, "quant": {"weight_bits": 4}, "diffusion": {}, "unet": {}}
+SETTINGS = {"format": 2, "taq": {}, "quant": {"weight_bits": 4, "channel_scales": "off"}, "diffusion": {}, "unet": {}}
 
 
 def module(mode="replace", teacher=True, flip=False, dropout=0.0, settings=SETTINGS, weights=None, **nem):
