@@ -22,6 +22,9 @@ from qdm_lightning.sample import sample
 from qdm_lightning.training.checkpoint_io import load_checkpoint
 from qdm_lightning.training.network_settings import KEY
 
+KILLS = 4
+"""Of a command at least, and until one has left something to take up; `make test-faults` has more."""
+
 COMMANDS = {"evaluate": evaluate, "sample": sample, "diagnose": diagnose}
 
 READY = multiprocessing.get_context("forkserver")
@@ -71,7 +74,7 @@ def left_behind(run):
     ],
     ids=["evaluate", "sample"],
 )
-def test_killed_ten_times_at_random_moments(command, overrides, made, run_copy, tmp_path):
+def test_killed_at_random_moments(command, overrides, made, run_copy, tmp_path):
     """By SIGKILL, anywhere: while it sets up, draws, takes features, writes, scores. What got to its end begins again."""
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed of the moments: {seed}")
@@ -82,13 +85,13 @@ def test_killed_ten_times_at_random_moments(command, overrides, made, run_copy, 
     whole, seconds = left_behind(run_copy), time.monotonic() - begun
     assert len([name for name in whole if name.startswith(made)]) > 10
     moments, kills, taken_up, done = random.Random(seed), 0, 0, True
-    while kills < 10 or not done:
+    while kills < KILLS or not done or not taken_up:
         if done:
             shutil.rmtree(run_copy / made)
             shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         taken_up += any((run_copy / made).rglob("*.*"))
         process = begin(command, run_copy, overrides)
-        process.join(moments.uniform(0, seconds) if kills < 10 else None)
+        process.join(moments.uniform(0, seconds) if kills < KILLS or not taken_up else None)
         process.kill()
         process.join()
         done = process.exitcode == 0
@@ -97,7 +100,6 @@ def test_killed_ten_times_at_random_moments(command, overrides, made, run_copy, 
         else:
             assert process.exitcode == -signal.SIGKILL
             kills += 1
-    assert taken_up
 
 
 def test_two_shards_at_once_and_one_of_them_killed(run_copy, tiny_run, tmp_path):
