@@ -234,3 +234,13 @@ def test_a_folder_belongs_to_one_process_at_a_time(folder, capsys):
     assert "waiting for the process that still runs" in capsys.readouterr().out
     with held(folder):
         pass
+
+
+def test_what_is_left_of_a_sweep(tmp_path, monkeypatch):
+    folders = [tmp_path / str(i) for i in range(7)]
+    monkeypatch.setattr(jobs, "is_finished", lambda folder: folder in folders[:2])
+    settings = OmegaConf.create(
+        {"launcher": {"_target_": "x.JoblibLauncher", "n_jobs": 2}, "sweeper": {"max_batch_size": None}}
+    )
+    assert jobs._what_is_left(60.0, settings, folders) == "; 5 of 7 left, about 2:30 at this pace"
+    assert jobs._what_is_left(60.0, settings, folders[:2]) == ""

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,13 @@ OUTPUT_FILE = "output.log"
 """What a job printed, where jobs run at once."""
 
 
-def launched(cfg: DictConfig, config_dir: str | None, count: int) -> str:
+def launched(cfg: DictConfig, config_dir: str | None, folders: Sequence[Path]) -> str:
     """What a launcher calls for each job, in this process or another; arguments and result as of `run_job`."""
     settings = HydraConfig.get()
-    return run_job(Path(settings.runtime.output_dir), cfg, settings, config_dir=config_dir, count=count)
+    return run_job(Path(settings.runtime.output_dir), cfg, settings, config_dir=config_dir, folders=folders)
 
 
-def run_job(folder: Path, cfg: DictConfig, settings: Any, *, config_dir: str | None, count: int) -> str:
+def run_job(folder: Path, cfg: DictConfig, settings: Any, *, config_dir: str | None, folders: Sequence[Path]) -> str:
     """Start the job's own process, and wait for it.
 
     Args:
@@ -51,7 +51,7 @@ def run_job(folder: Path, cfg: DictConfig, settings: Any, *, config_dir: str | N
         cfg: configuration of the job.
         settings: Hydra's node: launcher, sweeper and what was typed.
         config_dir: folder of the user's own options.
-        count: jobs of the whole sweep.
+        folders: of all jobs of the sweep.
 
     Returns:
         Why it failed; empty if it did not.
@@ -61,7 +61,7 @@ def run_job(folder: Path, cfg: DictConfig, settings: Any, *, config_dir: str | N
     if is_finished(folder):
         return ""
     if not (folder / CONFIG).is_file():  # a half-done job keeps its threads: they change the last bits
-        cfg.trainer.threads = cfg.trainer.threads or _threads(settings, count, cfg.trainer.devices)
+        cfg.trainer.threads = cfg.trainer.threads or _threads(settings, len(folders), cfg.trainer.devices)
         write_config(folder, plain(cfg))
     for cache in (cfg.paths.cache, cfg.data.get("cache")):  # the job's own process takes no other from a stored file
         if cache:
@@ -73,10 +73,17 @@ def run_job(folder: Path, cfg: DictConfig, settings: Any, *, config_dir: str | N
         print(f"started: {folder.name}", flush=True)
     status = _run(_arguments(folder, config_dir, settings), _environment(folder), log)
     reason = "" if status == 0 else _explained(status, log)
-    if log:
-        took = duration(time.monotonic() - begin)
-        print(f"{'failed' if reason else 'done'}: {folder.name}, {took}{', ' if reason else ''}{reason}", flush=True)
+    took = time.monotonic() - begin
+    ended = f"failed: {folder.name}, {duration(took)}, {reason}" if reason else f"done: {folder.name}, {duration(took)}"
+    print(f"{ended}{_what_is_left(took, settings, folders)}", flush=True)
     return reason
+
+
+def _what_is_left(took: float, settings: Any, folders: Sequence[Path]) -> str:
+    """How many jobs of the sweep are not done, and how long they take if each takes `took` seconds."""
+    left = sum(not is_finished(folder) for folder in folders)
+    about = duration(took * left / min(left, _at_once(settings, len(folders)))) if left else ""
+    return f"; {left} of {len(folders)} left, about {about} at this pace" if left else ""
 
 
 def _wait_for(folder: Path) -> None:
@@ -96,13 +103,21 @@ def _threads(settings: Any, count: int, devices: int | str) -> int:
     launcher, processes = settings.launcher, devices if isinstance(devices, int) else 1
     if launcher.get("cpus_per_task"):
         return max(1, launcher.cpus_per_task * launcher.tasks_per_node // processes)
+    if str(launcher._target_).endswith(".BasicLauncher"):
+        return 0
+    return max(1, cores() // _at_once(settings, count) // processes)
+
+
+def _at_once(settings: Any, count: int) -> int:
+    """Jobs of `count` that run at the same time, as far as the launcher's settings say."""
+    launcher = settings.launcher
     if "n_jobs" in launcher:  # joblib: -1 is all cores, -2 all but one
         at_once = launcher.n_jobs if launcher.n_jobs > 0 else cores() + 1 + launcher.n_jobs
     elif str(launcher._target_).endswith(".LocalLauncher"):  # submitit starts all of them
         at_once = settings.sweeper.max_batch_size or count
     else:
-        return 0
-    return max(1, cores() // max(1, min(at_once, count)) // processes)
+        at_once = launcher.get("array_parallelism") or 1
+    return max(1, min(at_once, count))
 
 
 def _arguments(folder: Path, config_dir: str | None, settings: Any) -> list[str]:

@@ -143,11 +143,12 @@ def _train(job: Job, plans: Sequence[Plan], launcher: Any, master: DictConfig) -
     same = f"python -m qdm_lightning.{job.command.name} {shlex.join(words)} {for_shell('hydra.sweep.dir', _shown(root))}"
     reasons: dict[Path, str] = {}
     if missing:
+        print(_what_it_takes(missing), flush=True)
         root.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(master, root / "multirun.yaml")
         ended_by: int | None = None
         try:
-            _launch(missing, len(plans), job.args.config_dir, launcher, master, reasons)
+            _launch(missing, [plan.folder for plan in plans], job.args.config_dir, launcher, master, reasons)
         except KeyboardInterrupt as error:
             ended_by = error.number if isinstance(error, signals.Interrupted) else signal.SIGINT
         if ended_by is not None:  # outside of the except block, or `Command.main` would speak too
@@ -163,11 +164,23 @@ def _train(job: Job, plans: Sequence[Plan], launcher: Any, master: DictConfig) -
     print(f"next: python -m qdm_lightning.report {shlex.quote(_shown(root))}")
 
 
+def _what_it_takes(missing: Sequence[Plan]) -> str:
+    """The work of the jobs, as they say it; how long it takes is known once one of them is done."""
+    steps = sum(plan.cfg.trainer.max_steps for plan in missing if plan.cfg.quant.mode == "qat")
+    images = sum(plan.cfg.num_samples for plan in missing)
+    return f"plan: {len(missing)} jobs, {steps:,} training steps of theirs in all, {images:,} images"
+
+
 def _launch(
-    missing: Sequence[Plan], count: int, config_dir: str | None, launcher: Any, master: DictConfig, reasons: dict[Path, str]
+    missing: Sequence[Plan],
+    folders: Sequence[Path],
+    config_dir: str | None,
+    launcher: Any,
+    master: DictConfig,
+    reasons: dict[Path, str],
 ) -> None:
     """Run the jobs, one after another or by the launcher that was chosen; why jobs failed goes into `reasons`, by folder."""
-    options: dict[str, Any] = {"config_dir": config_dir, "count": count}
+    options: dict[str, Any] = {"config_dir": config_dir, "folders": folders}
     if str(master.hydra.launcher._target_).endswith(".BasicLauncher"):
         for plan in missing:
             reasons[plan.folder] = run_job(plan.folder, without_hydra(plan.cfg), plan.cfg.hydra, **options)

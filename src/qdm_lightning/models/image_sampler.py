@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,18 @@ class ImageSampler:
     def steps(self, count: int) -> int:
         """Calls of the network for `count` images that are drawn together."""
         return -(-count // self.sampler.batch_size) * len(timesteps(self.sampler, self.diffusion))
+
+    def call_seconds(self) -> float:
+        """Seconds of one of those calls, at the batch size: the second of two, as the first one may compile."""
+        x = torch.zeros(self.sampler.batch_size, *self.shape, device=self.device)
+        t = torch.zeros(len(x), dtype=torch.int64, device=self.device)
+        seconds = 0.0
+        with torch.no_grad(), cached_weights(self.network):
+            for _ in range(2):
+                begin = time.perf_counter()
+                self.network(x, t).sum().item()  # waits for the device
+                seconds = time.perf_counter() - begin
+        return seconds
 
     def draw(
         self,

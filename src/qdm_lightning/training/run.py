@@ -38,6 +38,7 @@ from qdm_lightning.training.checkpoints import LAST
 from qdm_lightning.training.devices import deterministic_or_one_line, measuring_device, set_up
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.module import DiffusionModule
+from qdm_lightning.training.plan import PlanOfRun
 from qdm_lightning.training.propagation import propagation
 from qdm_lightning.training.publishing import log_layers, log_results, log_scales
 from qdm_lightning.training.restore import check_checkpoints
@@ -209,7 +210,7 @@ class Run:
         e, name = self.experiment, module.prefix.rstrip("/") or "student"
         there = LambdaCallback(on_validation_end=lambda *_: check_there(self.folder))
         scales, student = LambdaCallback(on_validation_end=log_scales), module.teacher is not None
-        users = e.callbacks if student or e.quant.is_float else []
+        users = [self.plan(module), *e.callbacks] if student or e.quant.is_float else []
         with self.progress.stage(name, module.max_steps, "steps") as stage:
             fitted = fit(
                 module,
@@ -226,6 +227,12 @@ class Run:
             self.progress.say(f"warning: {warning}")
         self.metrics["warnings"] += module.warnings
         return fitted
+
+    def plan(self, module: DiffusionModule) -> PlanOfRun:
+        """Says after the first steps of the run's last training what is left of the run."""
+        drawn_by = self.image_sampler(module.ema_student)
+        calls = drawn_by.steps(len(self.seeds)) * (1 if module.teacher is None else 2)
+        return PlanOfRun(self.progress.say, calls, drawn_by.call_seconds)
 
     def sample(self, module: DiffusionModule, step: int) -> None:
         """After each `trainer.sample_every`th step but the last: a grid of the student's images, and their distance."""
