@@ -71,7 +71,8 @@ def marked(student: nn.Module) -> tuple[nn.Module, list[tuple[str, nn.Module]]]:
         if isinstance(module, QuantizedLayer):
             channels = module.channel_factors()
             if channels is not None:  # r_c goes into the weight for good
-                module.weight, module.channel_scale = nn.Parameter(module.scaled_weight().detach()), None
+                channels = channels.detach()
+                module.weight, module.log_channel_scale = nn.Parameter(module.scaled_weight().detach()), None
             for part in ("weight_quantizer", "input_quantizer"):
                 own = channels if part == "input_quantizer" else None
                 setattr(module, part, stand_in(f"{name}.{part}", getattr(module, part), own))

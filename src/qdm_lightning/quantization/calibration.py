@@ -144,12 +144,12 @@ def set_channel_scales(model: nn.Module, run: Callable[[], object]) -> None:
     """
     quantizers = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
     layers = {
-        id(m.input_quantizer): m for m in model.modules() if isinstance(m, QuantizedLayer) and m.channel_scale is not None
+        id(m.input_quantizer): m for m in model.modules() if isinstance(m, QuantizedLayer) and m.log_channel_scale is not None
     }
     if not layers:
         return
     for layer in layers.values():
-        layer.channel_scale.fill_(1.0)  # type: ignore[union-attr]
+        layer.log_channel_scale.detach().zero_()  # type: ignore[union-attr]
     observers = {
         name: ChannelSquares(layers[id(q)].channel_axis if id(q) in layers else None) for name, q in quantizers.items()
     }
@@ -159,8 +159,8 @@ def set_channel_scales(model: nn.Module, run: Callable[[], object]) -> None:
             rms = observers[name].root_mean_square()
             _check_finite(f"the input of {name}", rms)
             rms = rms.clamp(min=LEAST_CHANNEL * float(rms.square().mean().sqrt())).clamp(min=torch.finfo(torch.float32).tiny)
-            scale = (rms.log() - rms.log().mean()).mul(0.5).exp()
-            layers[id(quantizer)].channel_scale.copy_(scale)  # type: ignore[union-attr]
+            logarithm = (rms.log() - rms.log().mean()).mul(0.5)
+            layers[id(quantizer)].log_channel_scale.detach().copy_(logarithm)  # type: ignore[union-attr]
 
 
 def _check_finite(what: str, values: Tensor | None = None, *more: Tensor) -> None:

@@ -215,9 +215,9 @@ def _own_sizes(module: nn.Module, weight_bits: int, met: set[int]) -> tuple[int,
     weight = module.weight if isinstance(module, QuantizedLayer) else None
     # A quantized weight counts also where it is shared: each layer has codes of its own.
     codes = sum(-(-tensor.numel() * weight_bits // 8) for tensor in tensors if tensor is weight)
-    added = module.channel_scale if isinstance(module, QuantizedLayer) else None
+    added = module.log_channel_scale if isinstance(module, QuantizedLayer) else None
     return (
-        sum(tensor.numel() for tensor in new.values() if isinstance(tensor, nn.Parameter)),
+        sum(tensor.numel() for tensor in new.values() if isinstance(tensor, nn.Parameter) and tensor is not added),
         codes + sum(_bytes(tensor) for tensor in new.values() if tensor is not weight),
         sum(_bytes(tensor) for tensor in new.values() if tensor is not added),
     )

@@ -25,22 +25,31 @@ class QuantizedLayer(nn.Module):
     weight: Tensor
     weight_quantizer: WeightQuantizer | None
     input_quantizer: ActivationQuantizer | None
-    channel_scale: Tensor | None
+    log_channel_scale: Tensor | None
 
     def attach(
         self,
         weight_quantizer: WeightQuantizer | None,
         input_quantizer: ActivationQuantizer | None,
         *,
-        by_channel: bool = False,
+        channel_scales: str = "off",
     ) -> None:
-        """Set the quantizers; None leaves weight or input in float. `by_channel` registers r, which starts at 1."""
+        """Set the quantizers; None leaves weight or input in float. `channel_scales` as in `QuantConfig`: log r starts at 0."""
+        self._parameters.pop("log_channel_scale", None)  # of an earlier call
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
         self.calibrating = False
         channels = self.weight.shape[1] * int(getattr(self, "groups", 1))
-        own = by_channel and input_quantizer is not None
-        self.register_buffer("channel_scale", torch.ones(channels, device=self.weight.device) if own else None)
+        start = None if channel_scales == "off" or input_quantizer is None else torch.zeros(channels, device=self.weight.device)
+        if channel_scales == "learned" and start is not None:
+            self.log_channel_scale = nn.Parameter(start)
+        else:
+            self.register_buffer("log_channel_scale", start)
+
+    @property
+    def channel_scale(self) -> Tensor | None:
+        """r, (C,), positive; None without scales by channel."""
+        return None if self.log_channel_scale is None else self.log_channel_scale.exp()
 
     @property
     def channel_axis(self) -> int:
@@ -49,28 +58,28 @@ class QuantizedLayer(nn.Module):
 
     def channel_factors(self) -> Tensor | None:
         """1 / r_c, which broadcasts against a sample of the input; None without scales by channel."""
-        if self.channel_scale is None:
+        if self.log_channel_scale is None:
             return None
-        return self.channel_scale.reciprocal().view(-1, *[1] * (self.weight.ndim - 2))
+        return self.log_channel_scale.neg().exp().view(-1, *[1] * (self.weight.ndim - 2))
 
     def scaled_weight(self) -> Tensor:
         """r_c w_c, of the weight's shape: what is quantized; the weight itself without scales by channel."""
-        if self.channel_scale is None:
+        if self.log_channel_scale is None:
             return self.weight
         return self.weight * self.weight_factors()
 
     def weight_factors(self) -> Tensor:
         """r_c, which broadcasts against the weight (O, C / groups, ...)."""
-        assert self.channel_scale is not None
+        assert self.log_channel_scale is not None
         groups = int(getattr(self, "groups", 1))
-        scale = self.channel_scale.view(groups, -1)
+        scale = self.log_channel_scale.exp().view(groups, -1)
         if groups > 1:
             scale = scale.repeat_interleave(len(self.weight) // groups, dim=0)
         return scale.view(*scale.shape, *[1] * (self.weight.ndim - 2))
 
     def quantized_weight(self) -> Tensor:
         """w_hat, of the weight's shape, times r_c where there are scales by channel."""
-        if self.calibrating or (self.weight_quantizer is None and self.channel_scale is None):
+        if self.calibrating or (self.weight_quantizer is None and self.log_channel_scale is None):
             return self.weight
         weights = _cached.get().get(self)
         if weights is None or self.training or torch.is_grad_enabled():
@@ -88,7 +97,7 @@ class QuantizedLayer(nn.Module):
         """x_hat, of x's shape, over r_c where there are scales by channel."""
         if self.input_quantizer is None:
             return x
-        if self.channel_scale is None:
+        if self.log_channel_scale is None:
             return cast(Tensor, self.input_quantizer(x))
         return cast(Tensor, self.input_quantizer(x, self.channel_factors()))
 
@@ -150,13 +159,13 @@ def swap(
     weight_quantizer: WeightQuantizer | None,
     input_quantizer: ActivationQuantizer | None,
     *,
-    by_channel: bool = False,
+    channel_scales: str = "off",
 ) -> QuantizedLayer:
     """A quantized layer that holds the very parameters, buffers and hooks of `layer`, of a type in `SWAPS`; the quantizers and
-    `by_channel` as in `QuantizedLayer.attach`."""
+    `channel_scales` as in `QuantizedLayer.attach`."""
     kind = SWAPS[type(layer)]
     new = kind.__new__(kind)
     new.__dict__.update(layer.__dict__)
-    new._modules, new._buffers = dict(layer._modules), dict(layer._buffers)
-    new.attach(weight_quantizer, input_quantizer, by_channel=by_channel)
+    new._modules, new._buffers, new._parameters = dict(layer._modules), dict(layer._buffers), dict(layer._parameters)
+    new.attach(weight_quantizer, input_quantizer, channel_scales=channel_scales)
     return new

@@ -104,8 +104,8 @@ def load_packed(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             quantizer.load_state_dict(own, strict=False)  # what is missing is told with its whole name below
             codes = unpack(packed, quantizer.bits, tuple(layer.weight.shape))
             weight = quantizer.scale.reshape(-1, *[1] * (codes.ndim - 1)) * codes.to(layer.weight.device)
-            if layer.channel_scale is not None and f"{name}channel_scale" in state:
-                layer.channel_scale.copy_(state[f"{name}channel_scale"])
+            if layer.log_channel_scale is not None and f"{name}log_channel_scale" in state:
+                layer.log_channel_scale.copy_(state[f"{name}log_channel_scale"])
                 weight = weight / layer.weight_factors()  # times r_c its codes are the same again
             weights[f"{name}weight"] = weight
     rest = {name: value for name, value in state.items() if name.removesuffix(CODES) not in weights}

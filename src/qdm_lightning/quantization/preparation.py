@@ -128,12 +128,12 @@ def prepare(
         raise ValueError("the model is prepared already: prepare a fresh float model")
     bits = _bits(config, modules, first_last)
     quantizers.check_patterns(_activations(modules, bits))
-    by_channel, rows = config.channel_scales != "off", []
+    rows = list[LayerRow]()
     for name, module in modules.items():
         if is_attention(module):
             rows += _prepare_attention(name, module, *bits[name], quantizers)
         elif isinstance(module, _WEIGHTED):
-            rows.append(_prepare_layer(model, name, module, *bits[name], quantizers, by_channel))
+            rows.append(_prepare_layer(model, name, module, *bits[name], quantizers, config.channel_scales))
         elif (own := sum(p.numel() for p in module.parameters(recurse=False))) > 0:
             rows.append(LayerRow(name, type(module).__name__, own, FLOAT, FLOAT))
     fuse_silu(model)
@@ -207,7 +207,7 @@ def _prepare_layer(
     weight_bits: int,
     act_bits: int,
     quantizers: Quantizers,
-    by_channel: bool,
+    channel_scales: str,
 ) -> LayerRow:
     kind = type(layer)
     parameters = sum(p.numel() for p in layer.parameters(recurse=not isinstance(layer, tuple(SWAPS))))
@@ -223,7 +223,7 @@ def _prepare_layer(
         raise ValueError(f"the model is a bare {kind.__name__}: wrap it, for example nn.Sequential(model)")
     weight_quantizer = _quantizer(quantizers.weight, weight_bits, weight=layer.weight)
     input_quantizer = _quantizer(quantizers.of(name, "activation"), act_bits, padded=not isinstance(layer, nn.Linear))
-    new = swap(layer, weight_quantizer, input_quantizer, by_channel=by_channel)
+    new = swap(layer, weight_quantizer, input_quantizer, channel_scales=channel_scales)
     new.to(next(layer.parameters()).device).train(layer.training)
     everywhere = [n for n, m in model.named_modules(remove_duplicate=False) if m is layer]  # one layer may stand in two places
     for parent, _, leaf in (n.rpartition(".") for n in everywhere):

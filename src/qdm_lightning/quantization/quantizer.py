@@ -59,6 +59,8 @@ class ActivationQuantizer(nn.Module):
             self.observer.see(self, x if channels is None else x * channels)
             return x
         if channels is not None:
+            if channels.requires_grad and torch.is_grad_enabled():  # learned ones: a fused pass has no gradient for them
+                return ActivationQuantizer.quantize_channels(self, x, channels)
             return self.quantize_channels(x, channels)
         return self.quantize_silu(x) if self.silu else self.quantize(x)
 

@@ -15,7 +15,7 @@ SCOPES = ("qkv", "attention", "all", "all_but_probs")
 """Where TaQ acts: on q, k, v; on all four operands of attention, the probabilities too; on every quantized activation; on every
 one but the probabilities, which version 0.1 called `all`, as it called q, k, v alone `attention`."""
 
-CHANNEL_SCALES = ("off", "rms")
+CHANNEL_SCALES = ("off", "rms", "learned")
 """Whether each input channel of a layer has a scale of its own beside the learned one."""
 
 
@@ -47,7 +47,8 @@ class QuantConfig:
         calibration_batches: batches that calibration sees, spread over all timesteps.
         calibration_timesteps: `uniform` over t (Q-Diffusion) or `normal` (PTQ4DM).
         channel_scales: `rms` divides each input channel of a layer by r_c, the root of its root mean square in calibration,
-            before it is quantized, and multiplies the weight by it; `off` leaves both as they are.
+            before it is quantized, and multiplies the weight by it; `learned` starts there, and trains log r_c with the
+            quantizers' learning rate; `off` leaves both as they are.
 
     Raises:
         ValueError: a bit-width outside {2..8, 32}, an unknown mode, fewer than one calibration batch.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdm_lightning.quantization.layers import QuantizedLayer
 from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from qdm_lightning.training.spec import OptimizerConfig
 
@@ -16,9 +17,11 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters of the network, and those of its quantizers."""
+    """Parameters of the network, and those of its quantizers, learned scales by channel among them."""
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer | WeightQuantizer)]
-    learned = {id(p): p for m in quantizers for p in m.parameters()}
+    channels = [m.log_channel_scale for m in model.modules() if isinstance(m, QuantizedLayer)]
+    of_channels = [scale for scale in channels if isinstance(scale, nn.Parameter)]
+    learned = {id(p): p for p in [*(p for m in quantizers for p in m.parameters()), *of_channels]}
     return [p for p in model.parameters() if id(p) not in learned], list(learned.values())
 
 

@@ -112,7 +112,8 @@ def test_layers_of_any_kind_equal_the_simulation(bits, taq):
 
 @pytest.mark.parametrize("taq", TAQ)
 @pytest.mark.parametrize(
-    ("mode", "bits", "scope", "channels"), [("auto", 4, "all", "rms"), ("off", 8, "qkv", "off"), ("off", 4, "attention", "rms")]
+    ("mode", "bits", "scope", "channels"),
+    [("auto", 4, "all", "rms"), ("off", 8, "qkv", "off"), ("off", 4, "attention", "learned")],
 )
 def test_a_unet_equals_its_simulation_layer_by_layer(mode, bits, taq, scope, channels):
     compiled.set_mode(mode)

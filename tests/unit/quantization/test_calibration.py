@@ -220,4 +220,4 @@ def test_inputs_in_float_have_no_scales_by_channel():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 3, 1))
     prepare(model, QuantConfig(act_bits=32, channel_scales="rms"))
     assert [layer.channel_scale is None for layer in model] == [False, True, False]
-    assert "1.channel_scale" not in model.state_dict()
+    assert "1.log_channel_scale" not in model.state_dict()

@@ -71,9 +71,11 @@ def test_small_net_by_hand():
 
 
 def test_scales_by_channel_are_stored_and_cost_nothing_else():
-    plain, scaled = (
-        cost(conv_net(), QuantConfig(channel_scales=kind), torch.zeros(1, 3, 8, 8)).as_dict() for kind in ("off", "rms")
+    plain, scaled, learned = (
+        cost(conv_net(), QuantConfig(channel_scales=kind), torch.zeros(1, 3, 8, 8)).as_dict()
+        for kind in ("off", "rms", "learned")
     )
+    assert learned == scaled
     assert scaled["bytes"] - plain["bytes"] == 4 * (3 + 8 + 128)
     same = ("macs", "parameters", "float_bytes")
     assert [scaled[name] for name in same] == [plain[name] for name in same]

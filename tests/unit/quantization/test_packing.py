@@ -52,7 +52,7 @@ def test_codes_that_do_not_fit(codes, bits):
         pack(torch.tensor(codes), bits)
 
 
-@pytest.mark.parametrize("channels", ["off", "rms"])
+@pytest.mark.parametrize("channels", ["off", "rms", "learned"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 def test_the_network_from_its_codes_is_the_same_to_the_last_bit(bits, channels):
     net, report = model(bits, channel_scales=channels)
