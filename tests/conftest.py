@@ -64,6 +64,7 @@ TINY_RUN = [
     "sampler.steps=4",
     "sampler.batch_size=16",
     "num_samples=64",
+    "taq=normalize",  # a state of a scale and a zero point for each quantizer
     "logger=none",
 ]
 

@@ -30,7 +30,7 @@ def test_main_job(composed):
     assert e.build_model.keywords["block_out_channels"] == [32, 48]
     assert type(e.build_model.keywords["block_out_channels"]) is list
     factories = (e.quantizers.weight, e.quantizers.activation, e.quantizers.of("a.query", "attention"), e.calibrator)
-    assert [factory.func for factory in factories] == [LSQWeight, LSQActivation, NormalizedActivation, MSESearch]
+    assert [factory.func for factory in factories] == [LSQWeight, LSQActivation, GroupedActivation, MSESearch]
     assert [logger.func for logger in e.loggers] == [wandb_logger]
     assert (e.callbacks, e.resume) == ([], False)
     assert str(e.run_dir.parent) == "/somewhere"
@@ -57,9 +57,9 @@ def test_taq_gives_its_settings_without_the_scope(taq, quantizer, settings, comp
 
 def test_settings_reach_the_factories(composed):
     e = build(
-        composed("taq.psi=0.5", "callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor", "logger.project=p")
+        composed("taq.groups=5", "callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor", "logger.project=p")
     )
-    assert e.quantizers.taq.keywords == {"psi": 0.5}
+    assert e.quantizers.taq.keywords == {"groups": 5, "num_train_timesteps": 1000}
     assert [type(callback) for callback in e.callbacks] == [LearningRateMonitor]
     assert e.loggers[0].keywords["project"] == "p"
 

@@ -27,7 +27,7 @@ def test_a_job_gets_its_settings_and_a_folder_of_its_own(folder, train):
     [(first, one)], [(_, other)] = train("quant=w3a3", "seed=7"), train("quant=w3a3", "seed=7")
     assert (first["quant"]["weight_bits"], first["seed"]) == (3, 7)
     assert one.parent == folder / "outputs"
-    assert one.name.endswith("_w3a3_normalize_replace_ddim50_seed7")
+    assert one.name.endswith("_w3a3_scale-all_replace_ddim50_seed7")
     assert one != other
     assert not (one / ".hydra").exists()
 
@@ -48,12 +48,12 @@ def test_what_hydra_would_not_read_is_read(folder):
 @pytest.mark.parametrize(
     ("overrides", "name"),
     [
-        ((), "w4a4_normalize_replace_ddim50_seed0"),
+        ((), "w4a4_scale-all_replace_ddim50_seed0"),
         (("quant.act_bits=6", "taq=ema", "nem=off", "sampler=ddpm", "seed=2"), "w4a6_ema_off_ddpm1000_seed2"),
         (("taq=off",), "w4a4_off_replace_ddim50_seed0"),
-        (("taq._target_=my.own.Quantizer",), "w4a4_Quantizer_replace_ddim50_seed0"),
-        (("quant.mode=ptq",), "w4a4_normalize_ptq_ddim50_seed0"),
-        (("nem=on_policy",), "w4a4_normalize_on_policy_ddim50_seed0"),
+        (("taq._target_=my.own.Quantizer",), "w4a4_Quantizer-all_replace_ddim50_seed0"),
+        (("quant.mode=ptq",), "w4a4_scale-all_ptq_ddim50_seed0"),
+        (("nem=on_policy",), "w4a4_scale-all_on_policy_ddim50_seed0"),
         (("quant=fp32",), "fp32_ddim50_seed0"),
     ],
 )
@@ -98,7 +98,7 @@ def test_a_stored_run_may_not_bring_code(folder, composed, capsys, train):
 
 
 def test_code_of_the_users_own_is_trusted_by_name_or_folder(folder, composed, train):
-    leave_a_run(folder, composed, "quant.act_quantizer._target_=my.own.Quantizer")
+    leave_a_run(folder, composed, "taq=off", "quant.act_quantizer._target_=my.own.Quantizer")
     assert train("run=.", "quant.act_quantizer._target_=my.own.Quantizer")[0][0]["quant"]["act_quantizer"] == {
         "_target_": "my.own.Quantizer"
     }

@@ -92,5 +92,5 @@ def test_each_begins_with_a_line_that_says_what_it_is():
 
 
 def test_no_override_is_the_documented_main_job(composed):
-    explicit = composed("data=digits", "model=unet_digits", "quant=w4a4", "taq=normalize", "nem=replace", "sampler=ddim")
+    explicit = composed("data=digits", "model=unet_digits", "quant=w4a4", "taq=scale", "nem=replace", "sampler=ddim")
     assert composed() == explicit

@@ -13,7 +13,7 @@ from qdm_lightning.cli.validate import validate
 from qdm_lightning.metrics import inception
 from qdm_lightning.metrics.spec import InceptionMetric
 from qdm_lightning.quantization import prepare
-from qdm_lightning.quantization.spec import TaQNormalize
+from qdm_lightning.quantization.spec import TaQScale
 
 PARAMETERS = {"cifar10": 35_746_307, "celeba": 78_700_803, "imagenet64": 121_059_459}
 SIZES = {"cifar10": 32, "celeba": 64, "imagenet64": 64}
@@ -47,7 +47,7 @@ def test_settings_are_ddpms(name, quant, composed):
     assert s.num_samples == 50_000
     assert isinstance(s.metrics, InceptionMetric)
     assert (s.quant.weight_bits, s.quant.act_bits, s.quant.probs_bits, s.quant.first_last_bits) == (QUANTS[quant],) * 2 + (8, 8)
-    assert isinstance(s.taq, TaQNormalize)
+    assert (type(s.taq), s.taq.scope) == (TaQScale, "all")
     assert s.nem.mode == "replace"
 
 

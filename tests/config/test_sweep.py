@@ -67,7 +67,7 @@ def cells(found) -> list[str]:
     return [job.folder.name.rpartition("_seed")[0] for job in found]
 
 
-TAQ_NEM = [f"{t}_{n}" for t in ("off", "normalize") for n in ("off", "replace")]
+TAQ_NEM = [f"{t}_{n}" for t in ("off", "scale-all") for n in ("off", "replace")]
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,9 @@ TAQ_NEM = [f"{t}_{n}" for t in ("off", "normalize") for n in ("off", "replace")]
     [
         ("taq_nem", [f"w{b}a{b}_{cell}_ddim50" for b in (4, 3, 2) for cell in TAQ_NEM]),
         ("taq_nem quant=w4a4 taq=off", ["w4a4_off_off_ddim50", "w4a4_off_replace_ddim50"]),
-        ("bits", [f"w{w}a{a}_normalize_replace_ddim50" for w, a in ((8, 8), (4, 8), (4, 4), (3, 3), (2, 2))]),
-        ("samplers sampler=ddpm", [f"w4a4_normalize_replace_ddpm{n}" for n in (10, 20, 50, 100)]),
-        ("taq_variants", [f"w4a4_{t}_replace_ddim50" for t in ("off", "normalize", "ema", "scale")]),
+        ("bits", [f"w{w}a{a}_scale-all_replace_ddim50" for w, a in ((8, 8), (4, 8), (4, 4), (3, 3), (2, 2))]),
+        ("samplers sampler=ddpm", [f"w4a4_scale-all_replace_ddpm{n}" for n in (10, 20, 50, 100)]),
+        ("taq_variants", [f"w4a4_{t}_replace_ddim50" for t in ("off", "normalize", "ema", "scale-all")]),
         ("taq_variants taq=ema,scale taq.scope=all", ["w4a4_ema-all_replace_ddim50", "w4a4_scale-all_replace_ddim50"]),
     ],
 )
@@ -105,8 +105,8 @@ def test_a_folder_is_named_by_the_settings_alone(folder, planned):
     names = [job.folder.name for job in wide]
     assert len(set(names)) == len(names) == 4
     elsewhere = ("paths.cache=other", "logger=none", "trainer.threads=1", "hydra/launcher=joblib")
-    narrow = planned("quant=w3a3", "nem=off", "taq=normalize", "seed=1", "sampler.steps=20", *elsewhere)
-    assert [job.folder.name for job in narrow] == [n for n in names if n.startswith("w3a3_normalize_off_ddim20_seed1_")]
+    narrow = planned("quant=w3a3", "nem=off", "taq=scale", "seed=1", "sampler.steps=20", *elsewhere)
+    assert [job.folder.name for job in narrow] == [n for n in names if n.startswith("w3a3_scale-all_off_ddim20_seed1_")]
     changed = planned("quant=w3a3", "nem=off", "seed=1", "sampler.steps=20", "optimizer.lr=1e-4,1e-5")
     assert len({*names, *(job.folder.name for job in changed)}) == 6
 
@@ -115,7 +115,9 @@ def test_a_default_that_is_typed_renames_nothing(folder, planned):
     [plain] = planned("quant=w3a3", "seed=1")
     typed = planned("quant=w3a3", "seed=1", "trainer.log_every=10", "quant.first_last_bits=8", "optimizer.ema_decay=0.995")
     assert [job.folder.name for job in typed] == [plain.folder.name]
-    assert plain.folder.name == "w3a3_normalize_replace_ddim50_seed1_bab5b5"  # where a later version must find these results
+    earlier, now = planned("quant=w3a3", "seed=1", "taq=normalize,scale")
+    assert now.folder.name == plain.folder.name
+    assert earlier.folder.name == "w3a3_normalize_replace_ddim50_seed1_bab5b5"  # where a later version must find these results
 
 
 def test_equal_jobs_are_refused_before_anything_starts(folder, capsys, trained, sweep):
@@ -134,7 +136,7 @@ def test_a_failed_job_does_not_stop_the_others_and_the_same_command_runs_it_alon
     assert len(trained.commands) == 3
     assert "1 of 3 jobs are done" in out
     first, second, how = err.splitlines()
-    assert first.startswith("failed: w3a3_normalize_replace_ddim50_seed0_")
+    assert first.startswith("failed: w3a3_scale-all_replace_ddim50_seed0_")
     assert first.endswith(": killed by SIGKILL")
     assert second.endswith(": exit status 2, see above")
     assert how == "to run what is missing: python -m qdm_lightning.train -m seed=0,1,2 quant=w3a3 hydra.sweep.dir=mine"
@@ -142,7 +144,7 @@ def test_a_failed_job_does_not_stop_the_others_and_the_same_command_runs_it_alon
     sweep(*command)
     assert [c[-1] for c in trained.commands[3:]] == [c[-1] for c in trained.commands[:2]]
     out = capsys.readouterr().out
-    assert "skipped, it is there: w3a3_normalize_replace_ddim50_seed2_" in out
+    assert "skipped, it is there: w3a3_scale-all_replace_ddim50_seed2_" in out
     assert "3 of 3 jobs are done" in out
     sweep(*command)
     sweep("seed=2", *command[1:])

@@ -109,6 +109,7 @@ def test_a_quantizer_of_the_users_own(tmp_path, monkeypatch, capsys):
     arguments = [
         f"--config-dir={tmp_path / 'conf'}",
         "quant=fixed",
+        "taq=off",
         *TINY,
         f"paths.cache={tmp_path}",
         f"paths.output={tmp_path / 'o'}",

@@ -171,14 +171,22 @@ def build_student(cfg: DictConfig) -> tuple[Callable[[], nn.Module], QuantConfig
 
 
 def _quantizers(values: dict[str, Any], scope: str | list[str]) -> Quantizers:
-    """The factories that the settings name in `quant` and `taq`."""
+    """The factories that the settings name in `quant` and `taq`.
+
+    Raises UserError where TaQ serves every activation, so that a quantizer that was chosen for the others would serve none.
+    """
     from qdm_lightning.quantization.preparation import Quantizers
     from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 
     quant, taq = values["quant"], {key: value for key, value in values["taq"].items() if key != "scope"}
-    return Quantizers.with_taq(
+    made = (
         _factory("quant.weight_quantizer", quant["weight_quantizer"], WeightQuantizer),
         _factory("quant.act_quantizer", quant["act_quantizer"], ActivationQuantizer),
         _factory("taq", taq, ActivationQuantizer) if taq.get("_target_") else None,
-        scope,
     )
+    if made[2] is not None and scope in ("all", "all_but_probs") and quant["act_quantizer"] != QuantConfig().act_quantizer:
+        raise UserError(
+            f"quant.act_quantizer={quant['act_quantizer']['_target_']} would quantize nothing, as TaQ quantizes every "
+            f"activation (taq.scope={scope}): type taq=off, or taq.scope=qkv"
+        )
+    return Quantizers.with_taq(*made, scope)

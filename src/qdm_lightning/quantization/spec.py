@@ -144,9 +144,10 @@ class TaQEma(TaQNormalize):
 
 @dataclass(kw_only=True)
 class TaQScale(TaQOff):
-    """`taq=scale`: a learned scale and zero point for each of `groups` timestep groups."""
+    """`taq=scale`: a learned scale and zero point for each of `groups` timestep groups, on every quantized activation."""
 
     _target_: str = "qdm_lightning.quantization.taq.GroupedActivation"
+    scope: Any = "all"
     groups: int = 20
     num_train_timesteps: int = 1000
 

@@ -39,8 +39,8 @@ def test_wandb_says_which_run_it_is(board_run, offline_runs):
     result = board_run
     found = offline_runs(result.run_dir)[0]
     assert (found.run.job_type, found.run.run_group, found.run.project) == ("qat", "", "qdm-lightning")
-    assert list(found.run.tags) == ["mine", "bits:w4a4", "taq:normalize", "nem:replace", "sampler:ddim-2"]
-    expected = {**labels(plain(stored(result.run_dir))), "name": "w4a4 normalize replace ddim-2"}
+    assert list(found.run.tags) == ["mine", "bits:w4a4", "taq:scale-all", "nem:replace", "sampler:ddim-2"]
+    expected = {**labels(plain(stored(result.run_dir))), "name": "w4a4 scale-all replace ddim-2"}
     assert found.config["cell"] == expected
     assert found.config["quant"]["weight_bits"] == 4
     assert found.run.run_id == (result.run_dir / "wandb_id").read_text().strip()
@@ -73,7 +73,7 @@ def test_tables_hold_what_the_record_holds(board_run):
     layers = {row["module"]: row for row in table(result.run_dir, "quantization/layers")}
     assert sum(row["macs"] for row in layers.values()) == result.metrics["student"]["cost"]["macs"]
     assert sum(row["bytes"] for row in layers.values()) == result.metrics["student"]["cost"]["bytes"]
-    assert (layers["conv_in"]["weight_bits"], layers["conv_in"]["quantizers"]) == (8, "LSQWeight LSQActivation")
+    assert (layers["conv_in"]["weight_bits"], layers["conv_in"]["quantizers"]) == (8, "LSQWeight GroupedActivation")
     final = {(row["network"], row["measure"]): row["value"] for row in table(result.run_dir, "results/final")}
     assert final["student", "fd_digits"] == result.metrics["student"]["fd_digits"]
     errors = table(result.run_dir, "nem_error/table")
@@ -106,7 +106,7 @@ def test_the_students_folder_is_an_artifact_and_the_best_checkpoint_named_in_it(
     assert Path(entries[weights].local_path) == result.run_dir / "student" / weights
     assert entries["best.ckpt"].ref == (result.run_dir / "checkpoints" / "best.ckpt").as_uri()
     metadata = json.loads(model.metadata)
-    assert (metadata["bits"], metadata["taq"], metadata["nem"]) == ("w4a4", "normalize", "replace")
+    assert (metadata["bits"], metadata["taq"], metadata["nem"]) == ("w4a4", "scale-all", "replace")
     assert metadata["student/image_mse"] == result.metrics["student"]["image_mse"]
 
 
@@ -208,8 +208,8 @@ def test_job_types(board_runs, typed, job, offline_runs):
     [
         (["quant=w3a3", "taq=ema", "nem=on_policy", "sampler=ddpm"], "qat w3a3 ema on_policy ddpm-1000"),
         (["taq=off", "nem=off"], "qat w4a4 off off ddim-50"),
-        (["taq=scale", "taq.scope=all", "quant.mode=ptq"], "ptq w4a4 scale-all off ddim-50"),
-        (["taq._target_=my.Grid", "quant.qkv_bits=8"], "qat w4a4 Grid replace ddim-50"),
+        (["quant.mode=ptq"], "ptq w4a4 scale-all off ddim-50"),
+        (["taq._target_=my.Grid", "quant.qkv_bits=8"], "qat w4a4 Grid-all replace ddim-50"),
         (["quant=fp32"], "teacher ddim-50"),
     ],
 )

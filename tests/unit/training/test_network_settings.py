@@ -31,12 +31,12 @@ OTHERS = {
     "quant=w4a8": r"quant\.act_bits=8, not 4",
     "quant.qkv_bits=8": r"quant\.qkv_bits=8, not 4",
     "quant.rules={conv_out: 5}": r"quant\.rules=\{'conv_out': 5\}, not \{\}",
-    "taq=off": "taq=off, not normalize",
-    "taq=ema": "taq=ema, not normalize",
-    "taq.scope=all": r"taq\.scope=all, not qkv",
-    "taq.scope=[*query]": r"taq\.scope=\['\*query'\], not qkv",
+    "taq=off": "taq=off, not scale",
+    "taq=ema": "taq=ema, not scale",
+    "taq.scope=qkv": r"taq\.scope=qkv, not all",
+    "taq.scope=[*query]": r"taq\.scope=\['\*query'\], not all",
     "quant.channel_scales=rms": r"quant\.channel_scales=rms, not off",
-    "taq.psi=0.5": r"taq\.psi=0\.5, not 1e-05",
+    "taq.groups=10": r"taq\.groups=10, not 20",
     "diffusion.beta_schedule=squaredcos_cap_v2": r"diffusion\.beta_schedule=squaredcos_cap_v2, not linear",
     "model.freq_shift=1": r"unet\.freq_shift=1, not 0",
 }
@@ -166,7 +166,7 @@ def test_a_students_checkpoint_is_no_teacher(run, composed, tmp_path):
     file = run() / "checkpoints" / "best.ckpt"
     shutil.copy(file, tmp_path / "alone.ckpt")
     cfg = composed(*TINY.split(), f"paths.output={tmp_path}", "teacher=checkpoint", f"teacher.path={tmp_path / 'alone.ckpt'}")
-    with pytest.raises(UserError, match=r"alone\.ckpt is of another network: taq=normalize, not off"):
+    with pytest.raises(UserError, match=r"alone\.ckpt is of another network: taq=scale, not off"):
         train(cfg, Progress("silent"))
 
 

@@ -27,7 +27,7 @@ TINY = """
     sampler.steps=2 num_samples=4 logger=none
 """
 VARIANTS = {
-    "normalize": [],
+    "normalize": ["taq=normalize"],
     "scale everywhere, rules": ["taq=scale", "taq.scope=all_but_probs", "taq.groups=4", "quant.rules={down_blocks.0.*: 8}"],
     "ema, post-training": ["taq=ema", "taq.groups=4", "quant.mode=ptq", "quant=w3a3"],
     "no TaQ, float attention": ["taq=off", "quant.qkv_bits=32", "quant.probs_bits=32"],
@@ -106,6 +106,7 @@ def test_the_file_says_what_the_student_is(folder):
     assert config["_class_name"] == "UNet2DModel"
     assert config["dropout"] == 0
     assert "_name_or_path" not in config
+    grouped = {"_target_": "qdm_lightning.quantization.taq.GroupedActivation", "groups": 20, "num_train_timesteps": 1000}
     assert config["quantization_config"] == {
         "quant_method": "qdm_lightning",
         "format": 2,
@@ -118,9 +119,9 @@ def test_the_file_says_what_the_student_is(folder):
             "channel_scales": "off",
             "rules": {},
             "weight_quantizer": {"_target_": "qdm_lightning.quantization.quantizer.LSQWeight"},
-            "act_quantizer": {"_target_": "qdm_lightning.quantization.quantizer.LSQActivation"},
+            "act_quantizer": grouped,
         },
-        "taq": {"_target_": "qdm_lightning.quantization.taq.NormalizedActivation", "scope": "qkv", "psi": 1e-5},
+        "taq": {"scope": "all", **grouped},
     }
 
 
@@ -155,7 +156,7 @@ def test_a_quantizer_of_the_users_own_must_be_trusted(run, tmp_path, monkeypatch
     (tmp_path / "own_quantizers.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     node = "{_target_: own_quantizers.Own, factor: 0.5, inner: {_target_: own_quantizers.Inner, size: 3}}"
-    result = run(f"quant.act_quantizer={node}")
+    result = run(f"quant.act_quantizer={node}", "taq=off")
     with pytest.raises(
         ValueError, match=r"would run own_quantizers\.Own .*load_student\(\.\.\., trusted=\['own_quantizers\.Own'"
     ):
@@ -212,7 +213,7 @@ def test_only_quantizers_run(folder, target):
         # What is whole, and not what the weights are of:
         ({"weight_bits": 3}, r"is of another network: quant\.weight_bits=4, not 3"),
         ({"rules": {"conv_in": 32}}, r"is of another network: quant\.rules=\{\}, not \{'conv_in': 32\}"),
-        ({"taq": {}}, "is of another network: taq=normalize, not off"),
+        ({"taq": {}}, "is of another network: taq=scale, not off"),
         ({"unet": {"freq_shift": 1}}, r"is of another network: unet\.freq_shift=0, not 1"),
     ],
 )
