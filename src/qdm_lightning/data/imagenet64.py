@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from qdm_lightning.base.archives import array_headers
@@ -42,6 +43,12 @@ class ImageNet64Data(ImageDataModule):
         train = self._read([root / name for name in TRAIN_FILES], TRAIN_IMAGES)
         return train, self._read([root / name for name in VAL_FILES], VAL_IMAGES)
 
+    def load_labels(self) -> tuple[Tensor, Tensor]:
+        """Classes 0 to 999: the files' own numbers, which begin at 1, less 1. Raises ValueError for a damaged file."""
+        root = Path(self.config.root).expanduser()
+        train, val = (torch.cat([read_labels(root / name) for name in names]) for names in (TRAIN_FILES, VAL_FILES))
+        return train, val
+
     def _read(self, paths: Sequence[Path], expected: int) -> Tensor:
         config, size = self.config, self.config.image_size
         count = sum(count_images(path) for path in paths)
@@ -68,6 +75,15 @@ def count_images(path: Path) -> int:
         if data.shape[0] > TRAIN_IMAGES:
             raise ValueError(f"it says that it holds {data.shape[0]} images, and all of ImageNet are {TRAIN_IMAGES}")
     return data.shape[0]
+
+
+def read_labels(path: Path) -> Tensor:
+    """Classes (N,) int64, 0 to 999, of one batch. Raises ValueError where it is damaged, or its labels are not 1 to 1000."""
+    with reading(path, GET) as stream, np.load(stream, allow_pickle=False) as archive:
+        labels = torch.from_numpy(archive["labels"].astype(np.int64)) - 1
+        if labels.ndim != 1 or not ((labels >= 0) & (labels < 1000)).all():
+            raise ValueError("its `labels` are not N numbers from 1 to 1000")
+    return labels
 
 
 def read_batch(path: Path) -> np.ndarray:

@@ -173,7 +173,8 @@ class DiffusersSolver(Solver):
         options = dict(sampler.scheduler)
         kind = getattr(diffusers, options.pop("_target_").rpartition(".")[2])
         self.name = kind.__name__
-        schedule = {name: value for name, value in vars(diffusion).items() if name != "prediction_type"}  # of a Denoiser: noise
+        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")  # what a Denoiser estimates is the noise
+        schedule = {name: getattr(diffusion, name) for name in names}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of their schedulers about numpy

@@ -21,11 +21,18 @@ PREDICTIONS = ("epsilon", "v_prediction")
 
 @dataclass(kw_only=True)
 class DiffusionConfig:
-    """The forward process q(x_t | x_0) (DDPM, eq. 2): T timesteps, beta from `beta_start` to `beta_end`, and what the
-    network estimates of it, `prediction_type`, one of `PREDICTIONS`.
+    """The forward process q(x_t | x_0) (DDPM, eq. 2), and what the network estimates of it.
+
+    Args:
+        num_train_timesteps: T.
+        beta_start, beta_end, beta_schedule: the betas, and how they go from the first to the last, one of `SCHEDULES`.
+        prediction_type: what the network estimates, one of `PREDICTIONS`.
+        label_dropout: share of the class labels that training replaces by the null label, the last of the network's
+            `num_class_embeds` (classifier-free guidance, arXiv 2207.12598); 0: the network has no null label.
 
     Raises:
-        ValueError: fewer than two timesteps, betas outside (0, 1) or in falling order, an unknown schedule or prediction.
+        ValueError: fewer than two timesteps, betas outside (0, 1) or in falling order, an unknown schedule or prediction, a
+            share outside [0, 1).
     """
 
     num_train_timesteps: int = 1000
@@ -33,6 +40,7 @@ class DiffusionConfig:
     beta_end: float = 0.02
     beta_schedule: str = "linear"
     prediction_type: str = "epsilon"
+    label_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         at_least("diffusion.num_train_timesteps", self.num_train_timesteps, 2)
@@ -40,10 +48,12 @@ class DiffusionConfig:
         between("diffusion.beta_end", self.beta_end, self.beta_start, 0.999)
         one_of("diffusion.beta_schedule", self.beta_schedule, SCHEDULES)
         one_of("diffusion.prediction_type", self.prediction_type, PREDICTIONS)
+        between("diffusion.label_dropout", self.label_dropout, 0.0, 0.99)
 
     def settings(self) -> dict[str, Any]:
-        """As plain data for a record: `prediction_type` where it is not the noise, so that older records compare."""
-        return {name: value for name, value in vars(self).items() if (name, value) != ("prediction_type", "epsilon")}
+        """As plain data for a record, without the defaults that came after version 0.1, so that older records compare."""
+        added = {"prediction_type": "epsilon", "label_dropout": 0.0}
+        return {name: value for name, value in vars(self).items() if name not in added or value != added[name]}
 
 
 UNIFORM = "qdm_lightning.diffusion.weighting.Uniform"
@@ -111,10 +121,22 @@ OF_THE_PROCESS = (
 """Settings of a scheduler that are the network's."""
 
 
+def check_guidance(guidance: float, label_dropout: float) -> None:
+    """Raise ValueError where a sampler would be guided by the null label of a network that was never trained with it."""
+    if guidance != 1 and not label_dropout:
+        raise ValueError(
+            f"sampler.guidance={guidance:g} needs a network that was trained with dropped labels, diffusion.label_dropout=0.1: "
+            "leave it out"
+        )
+
+
 def solver_name(sampler: Mapping[str, Any]) -> str:
     """What records call a sampler, from its plain settings: `ddim`, `ddpm`, or as `SOLVERS` has it."""
     target = (sampler.get("scheduler") or {}).get("_target_")
     return SOLVERS.get(str(target), str(target)) if target else str(sampler["kind"])
+
+
+MOST_GUIDANCE = 100.0
 
 
 @dataclass(kw_only=True)
@@ -129,6 +151,8 @@ class SamplerConfig:
         spacing: DDIM's timesteps, `uniform` or `quadratic`.
         variance: DDPM's, `fixed_large` (beta_t) or `fixed_small` (the posterior's).
         clip_sample: clip the predicted x_0 to [-1, 1] at every step.
+        guidance: w of classifier-free guidance, eps_null + w (eps_label - eps_null): 1 takes the label's estimate alone, more
+            follows it further. For networks that were trained with `diffusion.label_dropout`.
         scheduler: `_target_`, one of `SOLVERS`, and arguments of it that are not the process's own.
 
     Raises:
@@ -142,6 +166,7 @@ class SamplerConfig:
     spacing: str = "uniform"
     variance: str = "fixed_large"
     clip_sample: bool = True
+    guidance: float = 1.0
     scheduler: Any = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -151,6 +176,7 @@ class SamplerConfig:
         between("sampler.eta", self.eta, 0.0, 1.0)
         one_of("sampler.spacing", self.spacing, ("uniform", "quadratic"))
         one_of("sampler.variance", self.variance, ("fixed_large", "fixed_small"))
+        between("sampler.guidance", self.guidance, 0.0, MOST_GUIDANCE)
         if self.kind != "ddim" and (self.eta or self.spacing != "uniform"):
             raise ValueError("sampler.eta and sampler.spacing belong to DDIM: type sampler=ddim, or leave them out")
         if self.kind == "diffusers":
@@ -172,5 +198,6 @@ class SamplerConfig:
                 raise ValueError(f"sampler.scheduler.{name}={value} is not allowed: give a number, a word or a list of them")
 
     def settings(self) -> dict[str, Any]:
-        """As plain data for a record: `scheduler` where there is one, so that older records compare."""
-        return {name: value for name, value in asdict(self).items() if name != "scheduler" or value}
+        """As plain data for a record, without the defaults that came after version 0.1, so that older records compare."""
+        added: dict[str, Any] = {"scheduler": {}, "guidance": 1.0}
+        return {name: value for name, value in asdict(self).items() if name not in added or value != added[name]}

@@ -21,7 +21,7 @@ _PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
 _INDEX, _SCHEDULER = "model_index.json", "scheduler_config.json"
 _CONFIGS = (_INDEX, "config.json", "unet/config.json", _SCHEDULER, f"scheduler/{_SCHEDULER}")
 
-SUPPORTED = "supported are unconditional UNet2DModels that estimate the noise of pixels, or v, at step t of a DDPM"
+SUPPORTED = "supported are UNet2DModels, class-conditional or not, that estimate the noise of pixels, or v, at step t of a DDPM"
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 PARTS = ("unet", "scheduler")
@@ -42,7 +42,6 @@ SCHEDULER_SETTINGS: dict[str, tuple[Any, ...]] = {
 }
 UNET_SETTINGS: dict[str, tuple[Any, ...]] = {
     "class_embed_type": (None,),
-    "num_class_embeds": (None,),
     "time_embedding_type": ("positional", "learned"),
     "center_input_sample": (False,),
 }
@@ -50,7 +49,7 @@ UNET_SETTINGS: dict[str, tuple[Any, ...]] = {
 
 
 def load_unet(path: str | Path, advice: str = "") -> UNet2DModel:
-    """Load an unconditional U-Net that estimates the noise, or v, in eval mode and float32.
+    """Load a U-Net that estimates the noise, or v, in eval mode and float32.
 
     Args:
         path: a diffusers folder (with `unet/`, or the U-Net's own), or a hub id `owner/name`. Weights are safetensors, or a
@@ -59,7 +58,7 @@ def load_unet(path: str | Path, advice: str = "") -> UNet2DModel:
 
     Raises:
         FileNotFoundError: nothing there, or no U-Net in it.
-        ValueError: not an unconditional `UNet2DModel`, damaged or incomplete files, a learned variance, weights that are
+        ValueError: not a `UNet2DModel`, damaged or incomplete files, a learned variance, weights that are
             not finite, or a network of another process, by its own config.json or the pipeline and the scheduler beside it.
     """
     folder = _checked(path, advice)
@@ -113,7 +112,7 @@ def read_diffusion(folder: Path) -> dict[str, Any] | None:
     if found is None:
         return None
     file, config = found
-    values = {field.name: config[field.name] for field in fields(DiffusionConfig)}
+    values = {field.name: config[field.name] for field in fields(DiffusionConfig) if field.name in config}
     try:
         DiffusionConfig(**values)
     except ValueError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from qdm_lightning.base.checks import at_least, between, one_of, positive
 
@@ -27,6 +29,8 @@ class UNetConfig:
         downsample_padding: 1 pads both sides, 0 pads right and bottom alone, as DDPM's code.
         freq_shift, flip_sin_to_cos: form of the sinusoidal time embedding; 1 and false are DDPM's.
         resnet_time_scale_shift: `default` adds the time embedding, `scale_shift` modulates the norm with it.
+        num_class_embeds: labels that a class-conditional network takes: the classes of the data, and one more, the null
+            label, where `diffusion.label_dropout` drops some. None: a network without labels.
 
     Raises:
         ValueError: lists of different length, an unknown block, a size that cannot be halved, groups or heads that do not
@@ -50,6 +54,7 @@ class UNetConfig:
     freq_shift: int = 0
     flip_sin_to_cos: bool = True
     resnet_time_scale_shift: str = "default"
+    num_class_embeds: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("sample_size", "in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
@@ -58,6 +63,8 @@ class UNetConfig:
         between("model.dropout", self.dropout, 0.0, 0.999)
         one_of("model.downsample_padding", self.downsample_padding, (0, 1))
         one_of("model.freq_shift", self.freq_shift, (0, 1))
+        if self.num_class_embeds is not None:
+            at_least("model.num_class_embeds", self.num_class_embeds, 1)
         one_of("model.resnet_time_scale_shift", self.resnet_time_scale_shift, ("default", "scale_shift"))
         levels = len(self.block_out_channels)
         at_least("number of model.block_out_channels", levels, 1)
@@ -82,6 +89,45 @@ class UNetConfig:
                 divisor = getattr(self, name)
                 if divisor is not None and (divisor < 1 or channels % divisor):
                     raise ValueError(f"model.{name}={divisor} does not divide {channels} of model.block_out_channels")
+
+
+ADDED = {"num_class_embeds": None}
+"""Settings of `UNetConfig` that came after version 0.1, and how its networks were."""
+
+
+def key_settings(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a network for the key of a cache: what came after version 0.1 where it makes another network."""
+    return {name: value for name, value in model.items() if name not in ADDED or value != ADDED[name]}
+
+
+def check_classes(rows: int | None, classes: int | None, label_dropout: float) -> None:
+    """Raise ValueError unless network and data have the same classes, and a null label where labels are dropped.
+
+    Args:
+        rows: `num_class_embeds` of the network.
+        classes: of the data's labels; None where they have none.
+        label_dropout: `diffusion.label_dropout`.
+    """
+    if rows is None and label_dropout:
+        way = f"type model.num_class_embeds={classes + 1}, or " if classes else ""
+        raise ValueError(
+            f"diffusion.label_dropout={label_dropout:g} drops class labels, and this network takes none: {way}leave it out"
+        )
+    if rows is None:
+        return
+    if classes is None:
+        raise ValueError(
+            f"the network takes class labels (num_class_embeds={rows}), and the data have none: "
+            "take data=digits, cifar10 or imagenet64, or a network without"
+        )
+    wanted = classes + (label_dropout > 0)
+    if rows != wanted:
+        has = f"{classes}, and a null label for those that are dropped" if label_dropout else str(classes)
+        null = ", or diffusion.label_dropout=0.1 where its last one stands for no class" if rows == classes + 1 else ""
+        raise ValueError(
+            f"the network takes {rows} class labels (num_class_embeds), the data have {has}: "
+            f"type model.num_class_embeds={wanted}{null}"
+        )
 
 
 @dataclass(kw_only=True)

@@ -36,6 +36,9 @@ def test_batches_in_order_channel_by_channel(root):
     planes = np.stack([rows[:, i * 4096 : (i + 1) * 4096].reshape(-1, 64, 64) for i in range(3)], axis=1)
     assert np.array_equal(data.train_images.numpy(), planes)
     assert np.array_equal(data.val_images.numpy().reshape(4, -1), np.load(root / "val_data.npz")["data"])
+    data.labelled = True
+    assert data.train_labels.tolist() == [label for i in range(10) for label in range(2 + i % 2)]  # theirs begin at 1
+    assert data.val_labels.tolist() == [0, 1, 2, 3]
 
 
 def test_half_size_by_area(root):
