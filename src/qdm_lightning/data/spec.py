@@ -218,14 +218,16 @@ class ImageNet64Config(DownloadedConfig):
     `root` holds `train_data_batch_1.npz` to `train_data_batch_10.npz` and `val_data.npz`; the images are kept uncompressed in
     `cache` (15.7 GB; None: in memory). ImageNet asks for a login, so `download=true` is an error.
 
-    Its classes are numbered as in its files (0 is their class 1, the kit fox), not in the order of their WordNet names, as
-    networks are that were trained on folders of ImageNet (0 is the tench).
+    Its classes are numbered as in its files (0 is their class 1, the kit fox). With `synsets`, a file of lines
+    `n02119789 1 kit_fox` (map_clsloc.txt of the development kit), they are in the order of their WordNet ids (0 is the tench),
+    as for networks that were trained on ImageNet's folders.
     """
 
     _target_: str = "qdm_lightning.data.imagenet64.ImageNet64Data"
     classes: ClassVar[int | None] = 1000
     root: str = f"{DATASETS}/imagenet64"
     cache: str | None = DATASETS
+    synsets: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -67,7 +67,8 @@ def _estimates(image_sampler: ImageSampler, x: Tensor, t: int, labels: Sequence[
     padded = torch.cat([x, x[-1:].expand(-len(x) % size, *x.shape[1:])])
     network, parts = image_sampler.estimator, []
     for first, part in zip(range(0, len(x), size), padded.split(size), strict=True):
-        parts.append(network(part.to(device), times, *batch_labels(labels, first, size, device)).float().cpu())
+        estimate = network(part.to(device), times, *batch_labels(labels, first, size, device))
+        parts.append(estimate[:, : x.shape[1]].float().cpu())
     return torch.cat(parts)[: len(x)]
 
 

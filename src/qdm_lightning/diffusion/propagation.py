@@ -53,11 +53,15 @@ def error_propagation(
         on_step()
         return eps
 
+    def disturbed(eps: Tensor, error: Tensor) -> Tensor:
+        """The estimate, whose variance, if there is one, stays."""
+        return torch.cat([eps[:, : shape[0]] + error, eps[:, shape[0] :]], dim=1)
+
     def finished(solver: Solver, x: Tensor, after: int, error: Tensor, generators: list[torch.Generator]) -> Tensor:
         """The image of the state after call number `after`, with the error at further calls at that timestep."""
         for t in calls[after + 1 :]:
             eps = estimate(solver.network_input(x, t), t)
-            x = solver.step(eps + error if t == calls[after] else eps, t, x, generators)
+            x = solver.step(disturbed(eps, error) if t == calls[after] else eps, t, x, generators)
         return x.clamp(-1, 1).double()
 
     squares, unit = dict.fromkeys(tried, 0.0), 0.0
@@ -74,7 +78,7 @@ def error_propagation(
             eps = estimate(solver.network_input(x, t), t)
             if t in squares and t not in images:
                 branch, copies = copy.deepcopy(solver), [generator.clone_state() for generator in generators]
-                images[t] = finished(branch, branch.step(eps + error, t, x, copies), number, error, copies)
+                images[t] = finished(branch, branch.step(disturbed(eps, error), t, x, copies), number, error, copies)
             x = solver.step(eps, t, x, generators)
         exact = x.clamp(-1, 1).double()
         unit += float(error.double().square().sum())

@@ -79,7 +79,8 @@ def sample(
     """Draw one image for each seed, without gradients.
 
     Args:
-        network: noise estimator on `device`, in eval mode (dropout would break the promise of a seed).
+        network: noise estimator on `device`, in eval mode (dropout would break the promise of a seed). With
+            `sampler.variance=learned_range` the channels of the variance come after those of the noise.
         sampler, diffusion: how; see their docstrings.
         shape: (C, H, W) of an image.
         seeds: one for each image, 0..2^32-1; see `image_seeds`. Any order and any subset gives the same images.
@@ -115,7 +116,7 @@ def sample(
                 where = explain_estimate(network, x_t, times, *classes)
                 raise NotFiniteError(f"the noise estimate of seeds {chunk[0]} to {chunk[-1]} is not finite{where}: no image")
             if on_state is not None and t != after:
-                on_state(t, x_t[: len(chunk)], eps[: len(chunk)])
+                on_state(t, x_t[: len(chunk)], eps[: len(chunk), : shape[0]])
             x = solver.step(eps, t, x, generators)
             if on_step is not None:
                 on_step()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from qdm_lightning.diffusion.process import alphas_cumprod
-from qdm_lightning.diffusion.spec import DiffusionConfig
+from qdm_lightning.diffusion.spec import LEARNED, DiffusionConfig
+from qdm_lightning.models.spec import check_variance_channels
 from qdm_lightning.models.unet import label_rows
 
 
@@ -63,25 +64,69 @@ class VelocityDenoiser(Denoiser):
         return alpha_bar.sqrt() * super().forward(x, t, labels).float() + (1 - alpha_bar).sqrt() * x.float()
 
 
+class LearnedVarianceDenoiser(Denoiser):
+    """The same of a U-Net with twice the channels out: the noise, then the variance (Nichol and Dhariwal, arXiv 2102.09672).
+
+    The second half v in [-1, 1] says where log sigma^2 lies between its bounds: (v + 1) / 2 log beta_t + (1 - v) / 2 log of the
+    posterior's (their eq. 15, with v scaled as their code has it).
+    """
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.both(x, t, labels)[:, : x.shape[1]]
+
+    def both(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Noise and variance, (B, 2 C, H, W)."""
+        return super().forward(x, t, labels)
+
+
+class WithVariance(nn.Module):
+    """What `LearnedVarianceDenoiser.both` estimates, for a sampler that takes it."""
+
+    def __init__(self, network: LearnedVarianceDenoiser) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(B, 2 C, H, W)."""
+        return self.network.both(x, t, labels)
+
+
 class Guided(nn.Module):
     """Classifier-free guidance of a denoiser: eps = eps_null + w (eps_label - eps_null), two calls (arXiv 2207.12598).
 
     Args:
-        network: trained with dropped labels.
+        network: trained with dropped labels. Its variance, where it gives one, is the label's.
+        null_label: stands for no class.
         scale: w; 1 is the estimate of the label, 0 that of no class.
     """
 
-    def __init__(self, network: Denoiser, scale: float) -> None:
+    def __init__(self, network: nn.Module, null_label: int, scale: float) -> None:
         super().__init__()
-        self.network, self.scale = network, scale
+        self.network, self.null_label, self.scale = network, null_label, scale
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """As `Denoiser.forward`."""
-        free = self.network(x, t, torch.full_like(labels, cast(int, self.network.null_label)))
-        return cast(Tensor, free + self.scale * (self.network(x, t, labels) - free))
+        channels = x.shape[1]
+        free = self.network(x, t, torch.full_like(labels, self.null_label))[:, :channels]
+        given = self.network(x, t, labels)
+        return torch.cat([free + self.scale * (given[:, :channels] - free), given[:, channels:]], dim=1)
 
 
 def denoiser(unet: nn.Module, diffusion: DiffusionConfig) -> Denoiser:
-    """The adapter for what the network estimates, `diffusion.prediction_type`."""
-    kind = Denoiser if diffusion.prediction_type == "epsilon" else VelocityDenoiser
-    return kind(unet, diffusion)
+    """The adapter for what the network estimates: `diffusion.prediction_type`, `diffusion.variance_type`.
+
+    Raises:
+        ValueError: the process says that the network estimates its variance, and it does not, or the other way round.
+    """
+    check_channels(unet, diffusion)
+    if diffusion.variance_type == LEARNED:
+        return LearnedVarianceDenoiser(unet, diffusion)
+    return (Denoiser if diffusion.prediction_type == "epsilon" else VelocityDenoiser)(unet, diffusion)
+
+
+def check_channels(unet: nn.Module, diffusion: DiffusionConfig) -> None:
+    """Raise ValueError unless the channels of a U-Net are those of `diffusion.variance_type`."""
+    config = getattr(unet, "config", None)
+    channels, estimated = (getattr(config, name, None) for name in ("in_channels", "out_channels"))
+    if channels is not None and estimated is not None:
+        check_variance_channels(channels, estimated, diffusion.variance_type)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qdm_lightning.diffusion.sampling import sample, timesteps
-from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig, check_guidance
-from qdm_lightning.models.denoiser import Guided, denoiser
+from qdm_lightning.diffusion.spec import LEARNED, DiffusionConfig, SamplerConfig, check_guidance, check_variance
+from qdm_lightning.models.denoiser import Guided, WithVariance, denoiser
 from qdm_lightning.models.unet import label_rows
 from qdm_lightning.quantization.layers import cached_weights
 
@@ -44,12 +44,15 @@ class ImageSampler:
         classes: int | None = getattr(self.network, "classes", None)
         if self.class_labels is not None:
             check_labels(self.class_labels, classes)
+        check_variance(self.sampler.kind, self.sampler.variance, self.diffusion.variance_type)
         check_guidance(self.sampler.guidance, 0.0 if classes is None else self.diffusion.label_dropout)
 
     @property
     def estimator(self) -> Any:
-        """What estimates the noise in drawing: the network, guided where the sampler says so."""
-        return self.network if self.sampler.guidance == 1 else Guided(self.network, self.sampler.guidance)
+        """What the sampler is given: the network, with its variance and guided where the sampler says so."""
+        network = WithVariance(self.network) if self.sampler.variance == LEARNED else self.network
+        guidance = self.sampler.guidance
+        return network if guidance == 1 else Guided(network, self.network.null_label, guidance)
 
     def labels(self, seeds: Sequence[int]) -> list[int] | None:
         """Class of the image of each seed; None where the network takes no labels."""

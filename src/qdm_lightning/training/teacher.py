@@ -20,6 +20,7 @@ from qdm_lightning.base.checksums import remove_checked
 from qdm_lightning.base.files import atomic_folder, data_hash, read_json, remove_leftovers, sha256, write_json, write_whole
 from qdm_lightning.base.ranks import rank
 from qdm_lightning.diffusion.spec import NeMConfig
+from qdm_lightning.models.denoiser import check_channels
 from qdm_lightning.models.diffusers_io import load_diffusion, load_unet, save_pipeline
 from qdm_lightning.models.spec import PretrainedConfig, check_classes, key_settings
 from qdm_lightning.models.unet import label_rows
@@ -298,6 +299,7 @@ def _foreign_network(experiment: Experiment) -> tuple[str, str | None]:
 def _check_shape(experiment: Experiment, unet: Any) -> None:
     """Raise ValueError where the teacher does not take the data; one that says no size, or says it twice, is told theirs."""
     check_classes(label_rows(unet), experiment.data.classes, experiment.diffusion.label_dropout)
+    check_channels(unet, experiment.diffusion)
     channels, size = experiment.data.channels, experiment.data.image_size
     if unet.config.sample_size is None or [*np.atleast_1d(unet.config.sample_size)] == [size, size]:
         unet.register_to_config(sample_size=size)

@@ -16,11 +16,12 @@ from qdm_lightning.evaluate import evaluate
 from qdm_lightning.evaluation.sample import read_picture
 from qdm_lightning.export import export
 from qdm_lightning.integer import to_integer
-from qdm_lightning.models.denoiser import Denoiser, Guided
+from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.models.diffusers_io import load_unet
 from qdm_lightning.models.image_sampler import ImageSampler
 from qdm_lightning.models.unet import build_unet
 from qdm_lightning.quantization import QuantConfig, compiled, prepare
+from qdm_lightning.quantization.calibration import MSESearch
 from qdm_lightning.sample import sample
 from qdm_lightning.train import train
 
@@ -120,7 +121,6 @@ def test_labels_are_those_of_the_classes_in_turn(unet):
     assert made(DROPPED).labels(range(8, 13)) == [8, 9, 0, 1, 2]  # the eleventh label stands for no class
     assert made(DiffusionConfig()).labels(range(8, 13)) == [8, 9, 10, 0, 1]
     assert made(DROPPED, class_labels=[5, 2]).labels([4, 7, 7]) == [5, 2, 2]
-    assert isinstance(Guided(Denoiser(unet, DROPPED), 2.0), torch.nn.Module)
     with pytest.raises(ValueError, match=r"class_labels=\[10\] is not allowed: give one or several of 0..9"):
         made(DROPPED, class_labels=[10])
     with pytest.raises(ValueError, match=r"sampler.guidance=2 needs a network that was trained with dropped labels"):
@@ -195,6 +195,7 @@ def test_commands_about_the_run_take_class_labels(run, tmp_path, monkeypatch):
     assert not one.others
     monkeypatch.setattr("qdm_lightning.diagnosis.diagnose.save_png", lambda *drawn: None)
     monkeypatch.setattr("qdm_lightning.diagnosis.gains.SAMPLES", 8)
+    monkeypatch.setattr("qdm_lightning.diagnosis.gains.SEARCH", MSESearch(steps=1))
     found = diagnose(run.run_dir, ["num_images=8", "timesteps=2", "points=2", "layers=conv_out"], Progress("silent"))
     assert found.gains
     with pytest.raises(ValueError, match="a class-conditional network is not exported"):
