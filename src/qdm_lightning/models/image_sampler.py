@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdm_lightning.diffusion.sampling import sample, timesteps
+from qdm_lightning.diffusion.sampling import batch_labels, sample, timesteps
 from qdm_lightning.diffusion.spec import LEARNED, DiffusionConfig, SamplerConfig, check_guidance, check_variance
 from qdm_lightning.models.denoiser import Guided, WithVariance, denoiser
 from qdm_lightning.models.unet import label_rows
@@ -67,14 +67,15 @@ class ImageSampler:
         return -(-count // self.sampler.batch_size) * len(timesteps(self.sampler, self.diffusion))
 
     def call_seconds(self) -> float:
-        """Seconds of one of those calls, at the batch size: the second of two, as the first one may compile."""
+        """Seconds of one of those calls at the batch size (of two, where it is guided): measured twice, as the first may compile."""
         x = torch.zeros(self.sampler.batch_size, *self.shape, device=self.device)
         t = torch.zeros(len(x), dtype=torch.int64, device=self.device)
+        labels = batch_labels(self.labels(range(len(x))), 0, len(x), self.device)
         seconds = 0.0
         with torch.no_grad(), cached_weights(self.network):
             for _ in range(2):
                 begin = time.perf_counter()
-                self.network(x, t).sum().item()  # waits for the device
+                self.estimator(x, t, *labels).sum().item()  # waits for the device
                 seconds = time.perf_counter() - begin
         return seconds
 
