@@ -35,8 +35,8 @@ def convert(checkpoint: str | Path, folder: str | Path, image_size: int | None =
         folder: made, or replaced if it is a diffusers pipeline.
         image_size: in pixels, where it does not follow from the level with attention (16x16 in DDPM's and DDIM's code).
         flags: of the training of a network of openai's, as their commands have them: `diffusion_steps`, `noise_schedule`
-            (`linear` or `cosine`), `num_heads` or `num_head_channels`, `use_new_attention_order`. DDIM's code has T 1000 and
-            linear betas 1e-4..0.02.
+            (`linear` or `cosine`), `num_heads` or `num_head_channels`, `use_new_attention_order`, and where there are not 1000
+            steps `rescale_timesteps="False"`. DDIM's code has T 1000 and linear betas 1e-4..0.02.
 
     Returns:
         One line: what was written.
@@ -53,7 +53,13 @@ def convert(checkpoint: str | Path, folder: str | Path, image_size: int | None =
     state, which = read_checkpoint(checkpoint)
     given = {name: value for name, value in flags.items() if value not in (None, False)}
     if is_guided(state):
-        process = _process(given.pop("diffusion_steps", None), given.pop("noise_schedule", None))
+        steps, rescaled = given.pop("diffusion_steps", None), given.pop("rescale_timesteps", "True")
+        process = _process(steps, given.pop("noise_schedule", None))
+        if steps != USUAL_STEPS and rescaled != "False":
+            raise ValueError(
+                f"over {steps} steps their code gives a network t * {USUAL_STEPS} / {steps}, which UNet2DModel cannot, unless "
+                "it was trained with --rescale_timesteps False: give --rescale-timesteps False where it was"
+            )
         names = {"num_heads": "count", "num_head_channels": "channels", "use_new_attention_order": "new_order"}
         unet = unet_from_guided(state, image_size, Heads(**{names[name]: value for name, value in given.items()}))
         learned = unet.config.out_channels == 2 * unet.config.in_channels
@@ -69,8 +75,6 @@ def convert(checkpoint: str | Path, folder: str | Path, image_size: int | None =
     facts = [f"{count:,} parameters", f"images {config.in_channels}x{config.sample_size}x{config.sample_size}", which]
     facts += [] if config.num_class_embeds is None else [f"{config.num_class_embeds} classes"]
     facts += ["a learned variance"] if process.variance_type == LEARNED else []
-    scaled = process.num_train_timesteps != USUAL_STEPS
-    facts += ["right if it was trained with --rescale_timesteps False"] if scaled else []
     return f"{written}: {', '.join(filter(None, facts))}"
 
 
@@ -101,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     openai.add_argument("--num-heads", type=int, metavar="N", help="heads of each attention (there 4 where none is said)")
     openai.add_argument("--num-head-channels", type=int, metavar="N", help="channels of each head instead")
     openai.add_argument("--use-new-attention-order", action="store_true")
+    openai.add_argument("--rescale-timesteps", choices=["True", "False"], help="there True where it is not said")
     args = vars(parser.parse_args(argv))
     try:
         print(convert(**args))

@@ -67,7 +67,7 @@ class ImageSampler:
         return -(-count // self.sampler.batch_size) * len(timesteps(self.sampler, self.diffusion))
 
     def call_seconds(self) -> float:
-        """Seconds of one of those calls at the batch size (of two, where it is guided): measured twice, as the first may compile."""
+        """Seconds of one of those calls at the batch size (of two where it is guided): the second, as the first may compile."""
         x = torch.zeros(self.sampler.batch_size, *self.shape, device=self.device)
         t = torch.zeros(len(x), dtype=torch.int64, device=self.device)
         labels = batch_labels(self.labels(range(len(x))), 0, len(x), self.device)

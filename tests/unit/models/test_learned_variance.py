@@ -227,6 +227,11 @@ def test_convert_says_what_it_needs(folder, capsys):
     torch.save({"conv_in.weight": torch.zeros(1)}, folder.parent / "ddim.ckpt")
     assert convert.main([str(folder.parent / "ddim.ckpt"), str(folder.parent / "x"), "--num-heads", "4"]) == 2
     assert "--num-heads is for networks of openai's code" in capsys.readouterr().err
+    flags = ["--image-size", "8", "--diffusion-steps", "4000", "--noise-schedule", "cosine", "--num-heads", "4"]
+    assert convert.main([checkpoint, str(folder.parent / "x"), *flags]) == 2
+    assert "give --rescale-timesteps False where it was" in capsys.readouterr().err
+    assert convert.main([checkpoint, str(folder.parent / "long"), *flags, "--rescale-timesteps", "False"]) == 0
+    assert load_diffusion(folder.parent / "long")["num_train_timesteps"] == 4000
     linear = convert._process(4000, "linear")
     assert (linear.beta_start, linear.beta_end) == (0.25e-4, 0.005)
     assert load_diffusion(folder) == {**LEARNED.settings(), "prediction_type": "epsilon"}
