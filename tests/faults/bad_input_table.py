@@ -47,7 +47,7 @@ TRAIN = {
     "sampler=dpmsolver sampler.eta=0.5": "sampler.eta and sampler.spacing belong to DDIM",
     "diffusion.prediction_type=sample": "diffusion.prediction_type=sample is not allowed: choose one of epsilon, v_prediction",
     "model.num_class_embeds=9": "the network takes 9 class labels (num_class_embeds), the data have 10: type",
-    "model.num_class_embeds=10 data=celeba": "and the data have none: take data=digits, cifar10 or imagenet64",
+    "model=unet_celeba data=celeba model.num_class_embeds=10": "and the data have none: take data=digits, cifar10 or",
     "diffusion.label_dropout=0.1": "this network takes none: type model.num_class_embeds=11, or leave it out",
     "diffusion.label_dropout=1": "diffusion.label_dropout=1",
     "sampler.guidance=2": "sampler.guidance=2 needs a network that was trained with dropped labels",
