@@ -10,7 +10,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from qdm_lightning import draw_images, load_student
 from qdm_lightning.data.digits import DigitsData
 from qdm_lightning.diagnose import diagnose
-from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
+from qdm_lightning.diffusion.sampling import image_seeds
+from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig, SamplerConfig
 from qdm_lightning.display.progress import Progress
 from qdm_lightning.evaluate import evaluate
 from qdm_lightning.evaluation.sample import read_picture
@@ -24,6 +25,7 @@ from qdm_lightning.quantization import QuantConfig, compiled, prepare
 from qdm_lightning.quantization.calibration import MSESearch
 from qdm_lightning.sample import sample
 from qdm_lightning.train import train
+from qdm_lightning.training.on_policy import FIRST_SEED, TrajectoryBuffer
 
 DROPPED = DiffusionConfig(label_dropout=0.1)
 SHAPE = {
@@ -208,6 +210,22 @@ def test_the_teacher_learns_with_labels_and_without(run):
     trained, started = (unet.class_embedding.weight for unet in (run.teacher.unet, _started()))
     moved = (trained != started).any(1)
     assert moved[10]  # the null label, which no image has
+
+
+def test_states_on_policy_keep_the_class_of_their_image(unet):
+    nem = NeMConfig(on_policy_fraction=0.5, on_policy_buffer=40)
+    buffer, network = TrajectoryBuffer(nem, DROPPED, seed=3), Denoiser(unet, DROPPED)
+    x, t, labels = torch.randn(8, 1, 8, 8), torch.zeros(8, dtype=torch.int64), torch.full((8,), 10)
+    mixed, _, classes = buffer.mix(x, t, torch.Generator().manual_seed(0), 0, network, labels=labels)
+    first, second = (seed % 10 for seed in image_seeds(3, 2, start=FIRST_SEED))
+    assert buffer.labels.tolist() == [first, second] * 20  # both images at each of the 20 steps
+    for state, label in zip(mixed[:4], classes[:4], strict=True):
+        place = next(k for k, kept in enumerate(buffer.x) if torch.equal(kept, state))
+        assert label == buffer.labels[place]
+    assert torch.equal(classes[4:], labels[4:])
+    again = TrajectoryBuffer(nem, DROPPED, seed=3)
+    again.load(buffer.state())
+    assert torch.equal(again.labels, buffer.labels)
 
 
 def _started():
