@@ -45,15 +45,14 @@ def cost(cfg: DictConfig) -> CostReport:
     Raises:
         UserError: bad input.
     """
-    import torch
-
+    from qdm_lightning.models.unet import example_inputs
     from qdm_lightning.quantization.cost import cost as count
 
     asked = cfg.get("image_shape")
     with explained():
         build_model, quant, quantizers = build_student(cfg)
         model = build_model()
-        inputs = (torch.zeros(1, *_image_shape(model, asked)), torch.zeros(1, dtype=torch.int64))
+        inputs = example_inputs(model, _image_shape(model, asked))
         try:
             return count(model, quant, inputs, quantizers=quantizers)
         except RuntimeError as error:

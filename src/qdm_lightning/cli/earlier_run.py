@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 GROUPS = ("sampler", "metrics", "logger")
 """Config groups that have the option `stored`."""
 
-LOCATIONS = ("root", "path", "cache", "verify", "download")
+LOCATIONS = ("root", "path", "cache", "synsets", "verify", "download")
 """Settings of `data` that say where it lies: it may have moved since the run. The others belong to training."""
 
 

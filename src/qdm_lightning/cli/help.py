@@ -18,7 +18,7 @@ COMMANDS = {
     "diagnose": "activations over the timesteps and the error that accumulates over the steps, of one run or several",
     "report": "finished runs as one HTML page, Markdown and CSV: intervals over seeds, differences to a baseline, figures",
     "dashboard": "the ablation's dashboard in a W&B project, as code",
-    "convert": "a checkpoint of the original DDIM code becomes a diffusers folder",
+    "convert": "a checkpoint of DDIM's, improved-diffusion's or guided-diffusion's code becomes a diffusers folder",
     "publish": "a finished student as a folder with its model card, and its upload to the hub of Hugging Face",
     "export": "a student as one file, ONNX or OpenVINO, that other runtimes execute on integers",
     "cost": "what a student costs before it is trained: multiplications, bits, bytes, theoretical speed-up by layer",

@@ -245,6 +245,7 @@ PLACES = (
     "data.path",
     "data.root",
     "data.cache",
+    "data.synsets",
     "paths.output",
     "paths.cache",
     "teacher.path",

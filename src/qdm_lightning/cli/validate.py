@@ -14,7 +14,8 @@ from qdm_lightning.base.files import read_json
 from qdm_lightning.cli.messages import unknown_setting
 from qdm_lightning.cli.schema import SCHEMAS, TrainConfig, plain, schema_of
 from qdm_lightning.data.spec import DigitsConfig, PicturesConfig
-from qdm_lightning.models.spec import PretrainedConfig, UNetConfig
+from qdm_lightning.diffusion.spec import LEARNED, check_guidance, check_variance
+from qdm_lightning.models.spec import PretrainedConfig, UNetConfig, check_classes, check_variance_channels
 from qdm_lightning.quantization.spec import TaQOff, check_scope
 
 
@@ -79,6 +80,8 @@ def validate(cfg: DictConfig) -> TrainConfig:
 def check_combinations(s: TrainConfig) -> None:
     """Raise UserError (or FileNotFoundError) where settings of different groups contradict one another."""
     _check_shape(s)
+    _check_classes(s)
+    _check_variance(s)
     steps = s.diffusion.num_train_timesteps
     for name, value in (("sampler.steps", s.sampler.steps), ("taq.groups", getattr(s.taq, "groups", 0))):
         if value > steps:
@@ -106,6 +109,28 @@ def check_combinations(s: TrainConfig) -> None:
             raise UserError(
                 f"data.batch_size={batch} cannot be shared among {processes} processes: type a multiple of {processes}"
             )
+
+
+def _check_classes(s: TrainConfig) -> None:
+    """Labels of data and network must agree, as far as the settings tell, and guidance needs labels that were dropped."""
+    check_guidance(s.sampler.guidance, s.diffusion.label_dropout)
+    network = network_settings(s.model)
+    if network and not isinstance(s.data, dict) and s.teacher.source != "checkpoint":
+        check_classes(network.get("num_class_embeds"), s.data.classes, s.diffusion.label_dropout)
+
+
+def _check_variance(s: TrainConfig) -> None:
+    """Sampler and network must agree whether the variance is learned; a teacher with such a loss is not trained here."""
+    if s.teacher.source == "auto" and s.diffusion.variance_type == LEARNED:
+        raise UserError(
+            f"diffusion.variance_type={LEARNED} needs a trained teacher, L_vlb is not trained here: type teacher=pretrained "
+            "teacher.path=<diffusers folder>"
+        )
+    check_variance(s.sampler.kind, s.sampler.variance, s.diffusion.variance_type)
+    network = network_settings(s.model)
+    channels, estimated = (network.get(name) for name in ("in_channels", "out_channels"))
+    if channels is not None and estimated is not None and s.teacher.source != "checkpoint":
+        check_variance_channels(channels, estimated, s.diffusion.variance_type)
 
 
 def _check_shape(s: TrainConfig) -> None:
@@ -153,7 +178,14 @@ def network_settings(model: Any) -> dict[str, Any]:
     for file in (folder / "unet" / "config.json", folder / "config.json"):
         if file.is_file():
             found = read_json(file)
-            for name in ("in_channels", "layers_per_block", "sample_size", "block_out_channels"):
+            for name in (
+                "in_channels",
+                "out_channels",
+                "layers_per_block",
+                "sample_size",
+                "block_out_channels",
+                "num_class_embeds",
+            ):
                 value = found.get(name)
                 several = value if isinstance(value, list) else [value]
                 if value is not None and not (several and all(type(one) is int and one > 0 for one in several)):

@@ -27,6 +27,9 @@ _ALLOWED = {
 }
 
 
+WANTED = f"a batch of {CIFAR10.url} is wanted"
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Reads arrays, strings, lists and dicts, and refuses everything else: a pickle can run code."""
 
@@ -54,6 +57,14 @@ class Cifar10Data(ImageDataModule):
             require(root / CIFAR10.base_folder / name, how, md5 if self.config.verify else None)
         return self._read(root, CIFAR10.train_list), self._read(root, CIFAR10.test_list)
 
+    def load_labels(self) -> tuple[Tensor, Tensor]:
+        """Classes 0 to 9, in the order of `batches.meta`. Raises ValueError for a damaged file."""
+        folder = Path(self.config.root).expanduser() / CIFAR10.base_folder
+        train, val = (
+            torch.cat([read_labels(folder / name) for name, _ in listed]) for listed in (CIFAR10.train_list, CIFAR10.test_list)
+        )
+        return train, val
+
     def _read(self, root: Path, listed: Sequence[Sequence[str]]) -> Tensor:
         """Images (N, 3, size, size) uint8 of the batch files in `listed` (name, MD5 sum), in order."""
         images = np.concatenate([read_batch(root / CIFAR10.base_folder / name) for name, _ in listed])
@@ -66,8 +77,17 @@ def read_batch(path: Path) -> np.ndarray:
     Raises:
         ValueError: the file is no such batch, or its pickle asks for anything but arrays.
     """
-    with reading(path, f"a batch of {CIFAR10.url} is wanted") as stream:
+    with reading(path, WANTED) as stream:
         data = _ArrayUnpickler(stream, encoding="latin1").load()["data"]
         if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072 or not len(data):
             raise ValueError("it holds no array `data` of uint8 (N, 3072)")
     return data.reshape(-1, 3, 32, 32)
+
+
+def read_labels(path: Path) -> Tensor:
+    """Classes (N,) int64 of one pickled batch, its `labels`. Raises ValueError as `read_batch`."""
+    with reading(path, WANTED) as stream:
+        labels = _ArrayUnpickler(stream, encoding="latin1").load()["labels"]
+        if not isinstance(labels, list) or not all(type(label) is int for label in labels):
+            raise ValueError("it holds no list `labels` of numbers")
+    return torch.tensor(labels, dtype=torch.int64)

@@ -15,10 +15,16 @@ from qdm_lightning.data.spec import DigitsConfig
 
 def load_digits() -> tuple[Tensor, Tensor]:
     """The fixed split: (1500, 1, 8, 8) images to train on and (297, 1, 8, 8) held out, uint8, in the order of the source."""
+    train, val = _split("images")
+    return train[:, None], val[:, None]
+
+
+def _split(name: str) -> tuple[Tensor, Tensor]:
+    """An array of the embedded file: the part of the 1,500 digits to train on, and of those held out."""
     with as_file(files("qdm_lightning.data") / "assets" / "digits.npz") as path, np.load(path, allow_pickle=False) as archive:
-        images, held_out = archive["images"][:, None], archive["held_out"]
-    val = np.isin(np.arange(len(images)), held_out)
-    return torch.from_numpy(images[~val]), torch.from_numpy(images[val])
+        values, held_out = archive[name], archive["held_out"]
+    val = np.isin(np.arange(len(values)), held_out)
+    return torch.from_numpy(values[~val]), torch.from_numpy(values[val])
 
 
 class DigitsData(ImageDataModule):
@@ -30,3 +36,8 @@ class DigitsData(ImageDataModule):
     def load(self) -> tuple[Tensor, Tensor]:
         """The embedded digits, see `load_digits`."""
         return load_digits()
+
+    def load_labels(self) -> tuple[Tensor, Tensor]:
+        """Which digit each is, 0 to 9."""
+        train, val = _split("labels")
+        return train.long(), val.long()

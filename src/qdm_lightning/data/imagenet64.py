@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from qdm_lightning.base.archives import array_headers
@@ -42,6 +43,19 @@ class ImageNet64Data(ImageDataModule):
         train = self._read([root / name for name in TRAIN_FILES], TRAIN_IMAGES)
         return train, self._read([root / name for name in VAL_FILES], VAL_IMAGES)
 
+    def load_labels(self) -> tuple[Tensor, Tensor]:
+        """Classes 0 to 999: the files' own numbers, which begin at 1, less 1, or their places in the order of `data.synsets`.
+
+        Raises:
+            FileNotFoundError, ValueError: a file that is missing or damaged.
+        """
+        root, synsets = Path(self.config.root).expanduser(), self.config.synsets
+        train, val = (torch.cat([read_labels(root / name) for name in names]) for names in (TRAIN_FILES, VAL_FILES))
+        if synsets is None:
+            return train, val
+        place = read_synsets(Path(synsets).expanduser())
+        return place[train], place[val]
+
     def _read(self, paths: Sequence[Path], expected: int) -> Tensor:
         config, size = self.config, self.config.image_size
         count = sum(count_images(path) for path in paths)
@@ -68,6 +82,32 @@ def count_images(path: Path) -> int:
         if data.shape[0] > TRAIN_IMAGES:
             raise ValueError(f"it says that it holds {data.shape[0]} images, and all of ImageNet are {TRAIN_IMAGES}")
     return data.shape[0]
+
+
+def read_labels(path: Path) -> Tensor:
+    """Classes (N,) int64, 0 to 999, of one batch. Raises ValueError where it is damaged, or its labels are not 1 to 1000."""
+    with reading(path, GET) as stream, np.load(stream, allow_pickle=False) as archive:
+        labels = torch.from_numpy(archive["labels"].astype(np.int64)) - 1
+        if labels.ndim != 1 or not ((labels >= 0) & (labels < 1000)).all():
+            raise ValueError("its `labels` are not N numbers from 1 to 1000")
+    return labels
+
+
+def read_synsets(path: Path) -> Tensor:
+    """Place (1000,) of each class, in the files' order, in that of the WordNet ids; from lines `n02119789 1 kit_fox`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such lines for the classes 1 to 1000.
+    """
+    require(path, "data.synsets is map_clsloc.txt of ImageNet's development kit")
+    with reading(path, "lines such as `n02119789 1 kit_fox` are wanted, a class each") as stream:
+        rows = [line.split() for line in stream.read().decode().splitlines() if line.strip()]
+        numbered = {int(row[1]): row[0] for row in rows}
+        if len(rows) != 1000 or sorted(numbered) != list(range(1, 1001)) or len(set(numbered.values())) != 1000:
+            raise ValueError("it has not one line for each of the classes 1 to 1000")
+    ordered = {wnid: place for place, wnid in enumerate(sorted(numbered.values()))}
+    return torch.tensor([ordered[numbered[number]] for number in range(1, 1001)])
 
 
 def read_batch(path: Path) -> np.ndarray:

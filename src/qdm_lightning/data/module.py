@@ -32,10 +32,14 @@ class StepBatches:
         batch_size: B, over all ranks together.
         seed: seed of the permutations.
         start_step: k of the first batch that iteration yields.
+        labels: (N,) int64, the images' classes; None yields images alone.
     """
 
-    def __init__(self, images: Tensor, *, batch_size: int, seed: int, start_step: int = 0) -> None:
+    def __init__(
+        self, images: Tensor, *, batch_size: int, seed: int, start_step: int = 0, labels: Tensor | None = None
+    ) -> None:
         self.images, self.batch_size, self.seed, self.start_step = images, batch_size, seed, start_step
+        self.labels = labels
         self._permutations: dict[int, Tensor] = {}
 
     def _permutation(self, epoch: int) -> Tensor:
@@ -54,8 +58,8 @@ class StepBatches:
             begin += len(parts[-1])
         return torch.cat(parts)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        """Yield (batch_size / ranks, C, H, W) uint8 for ever.
+    def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+        """Yield (batch_size / ranks, C, H, W) uint8 for ever, or such images and their labels (batch_size / ranks,).
 
         Raises:
             ValueError: the number of ranks does not divide `batch_size`.
@@ -70,11 +74,12 @@ class StepBatches:
         pixels = self.images.numpy()  # numpy copies rows on one thread: torch's indexing waits for all of a busy machine's
         for step in count(self.start_step):
             chosen = self.indices(step)[rank * share : (rank + 1) * share]
-            yield torch.from_numpy(pixels[chosen.numpy()])
+            images = torch.from_numpy(pixels[chosen.numpy()])
+            yield images if self.labels is None else (images, self.labels[chosen])
 
 
 class ImageDataModule(LightningDataModule):
-    """Unlabelled uint8 images, some to train on and some held out. A data set implements `load`.
+    """Uint8 images, some to train on and some held out. A data set implements `load`, and `load_labels` where it has labels.
 
     Args:
         config: settings of the data set.
@@ -84,6 +89,8 @@ class ImageDataModule(LightningDataModule):
         batch_size: images of one training step, over all ranks together.
         flip: whether training mirrors images at random (the training step does it, not the data module).
         channels, image_size: channels and edge in pixels of one image, as the files have them from `setup` on.
+        classes: of the labels, which are 0..classes-1; None where the data set has none.
+        labelled: whether the network takes labels; the runner sets it.
         seed, start_step: seed and first step of the training batches; the runner sets them before `train_dataloader`.
     """
 
@@ -91,8 +98,11 @@ class ImageDataModule(LightningDataModule):
         super().__init__()
         self.batch_size, self.flip = config.batch_size, config.flip
         self.channels, self.image_size = channels, image_size
+        self.classes, self.labelled = config.classes, False
         self.seed, self.start_step = 0, 0
         self._images: tuple[Tensor, Tensor] | None = None
+        self._labels: tuple[Tensor, Tensor] | None = None
+        self._kept: int | None = None
         self._fingerprint: str | None = None
 
     def load(self) -> tuple[Tensor, Tensor]:
@@ -104,6 +114,14 @@ class ImageDataModule(LightningDataModule):
         """
         raise NotImplementedError
 
+    def load_labels(self) -> tuple[Tensor, Tensor]:
+        """Return the classes, (N,) int64 in 0..`classes`-1, of the images that `load` returns, in their order.
+
+        Raises:
+            ValueError: files are damaged, or the data set has no labels.
+        """
+        raise ValueError(f"{type(self).__name__} has no labels: take a network without classes, model.num_class_embeds=null")
+
     def setup(self, stage: str | None = None) -> None:
         """Load the images, once; `stage` makes no difference. Raises what `load` raises."""
         if self._images is None:
@@ -114,7 +132,8 @@ class ImageDataModule(LightningDataModule):
     def keep_first(self, count: int) -> None:
         """From now on the first `count` training images are all there are, to train on and held out. After `setup`."""
         few = self.train_images[:count]
-        self._images, self._fingerprint = (few, few), None
+        self._images, self._kept = (few, few), count
+        self._labels = self._fingerprint = None
 
     def _loaded(self) -> tuple[Tensor, Tensor]:
         if self._images is None:
@@ -131,15 +150,52 @@ class ImageDataModule(LightningDataModule):
         """Held-out images, (N, C, H, W) uint8. Raises RuntimeError before `setup`."""
         return self._loaded()[1]
 
+    def all_labels(self) -> tuple[Tensor, Tensor]:
+        """Classes of the training and of the held-out images, each (N,) int64; read when they are first asked for.
+
+        Raises:
+            RuntimeError: before `setup`.
+            ValueError: the data set has none, they are damaged, or they are not one for each image in 0..`classes`-1.
+        """
+        if self._labels is None:
+            images, labels = self._loaded(), self.load_labels()
+            if self._kept is not None:
+                labels = (labels[0][: self._kept], labels[0][: self._kept])
+            for part, classes in zip(images, labels, strict=True):
+                if len(classes) != len(part) or not ((classes >= 0) & (classes < (self.classes or 0))).all():
+                    raise ValueError(f"{type(self).__name__} has not one label in 0..{(self.classes or 0) - 1} for each image")
+            self._labels = labels
+        return self._labels
+
+    @property
+    def train_labels(self) -> Tensor | None:
+        """Classes of the training images, (N,) int64; None where the network takes none. Raises what `all_labels` raises."""
+        return self.all_labels()[0] if self.labelled else None
+
+    @property
+    def val_labels(self) -> Tensor | None:
+        """Classes of the held-out images, (N,) int64; None where the network takes none. Raises what `all_labels` raises."""
+        return self.all_labels()[1] if self.labelled else None
+
     def train_dataloader(self) -> StepBatches:
-        """Endless uint8 batches from step `start_step` on, see `StepBatches`."""
-        return StepBatches(self.train_images, batch_size=self.batch_size, seed=self.seed, start_step=self.start_step)
+        """Endless batches from step `start_step` on, with labels where the network takes them, see `StepBatches`."""
+        return StepBatches(
+            self.train_images,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            start_step=self.start_step,
+            labels=self.train_labels,
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 (hexadecimal) over shape and bytes of the training and the held-out images."""
         if self._fingerprint is None:
             self._fingerprint = content_hash(*self._loaded())
         return self._fingerprint
+
+    def labels_fingerprint(self) -> str:
+        """SHA-256 (hexadecimal) over the classes of all images. Raises what `all_labels` raises."""
+        return sha256(str(labels.tolist()) for labels in self.all_labels())
 
 
 def content_hash(*arrays: Tensor) -> str:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 from qdm_lightning.base.checks import at_least, between, folder, one_of
 
@@ -24,10 +25,14 @@ class DataConfig:
         batch_size: images of one training step, over all ranks together.
         flip: mirror images at random in training.
 
+    Attributes:
+        classes: of the images' labels; None where the data set has none.
+
     Raises:
         ValueError: `batch_size` below 1.
     """
 
+    classes: ClassVar[int | None] = None
     batch_size: int = 64
     flip: bool = True
 
@@ -43,6 +48,7 @@ class DigitsConfig(DataConfig):
     """
 
     _target_: str = "qdm_lightning.data.digits.DigitsData"
+    classes: ClassVar[int | None] = 10
     flip: bool = False
 
 
@@ -181,6 +187,7 @@ class Cifar10Config(DownloadedConfig):
     """
 
     _target_: str = "qdm_lightning.data.cifar10.Cifar10Data"
+    classes: ClassVar[int | None] = 10
     image_size: int = 32
 
 
@@ -210,11 +217,17 @@ class ImageNet64Config(DownloadedConfig):
 
     `root` holds `train_data_batch_1.npz` to `train_data_batch_10.npz` and `val_data.npz`; the images are kept uncompressed in
     `cache` (15.7 GB; None: in memory). ImageNet asks for a login, so `download=true` is an error.
+
+    Its classes are numbered as in its files (0 is their class 1, the kit fox). With `synsets`, a file of lines
+    `n02119789 1 kit_fox` (map_clsloc.txt of the development kit), they are in the order of their WordNet ids (0 is the tench),
+    as for networks that were trained on ImageNet's folders.
     """
 
     _target_: str = "qdm_lightning.data.imagenet64.ImageNet64Data"
+    classes: ClassVar[int | None] = 1000
     root: str = f"{DATASETS}/imagenet64"
     cache: str | None = DATASETS
+    synsets: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -100,6 +100,7 @@ def activation_distributions(
     *,
     device: torch.device,
     batch_size: int,
+    labels: Tensor | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> dict[str, Distribution]:
     """Distributions of the inputs of some layers, by layer, while validation images are noised to each of `timesteps`.
@@ -109,19 +110,20 @@ def activation_distributions(
         names: names of layers, as in `layers_of(network)`.
         images: (N, C, H, W) uint8; the noise is the same at each timestep and for each network.
         batch_size: images that go through the network together.
+        labels: classes of the images (N,), where the network takes them.
         on_step: called after every timestep.
     """
     layers = layers_of(network)
     watches = [_Watch(name, layers[name]) for name in names]
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    scheduler = noise_scheduler(diffusion)
+    scheduler, parts = noise_scheduler(diffusion), [images, noise, *([] if labels is None else [labels])]
     hooks = [layers[watch.distribution.layer].register_forward_hook(watch) for watch in watches]
     try:
         for t in timesteps:
-            for x0, eps in zip(images.split(batch_size), noise.split(batch_size), strict=True):
+            for x0, eps, *given in zip(*(part.split(batch_size) for part in parts), strict=True):
                 times = torch.full((len(x0),), t, dtype=torch.int64)
                 x = add_noise(scheduler, to_float(x0), eps, times)
-                network(x.to(device, memory_format=torch.channels_last), times.to(device))
+                network(x.to(device, memory_format=torch.channels_last), times.to(device), *(y.to(device) for y in given))
             for watch in watches:
                 watch.close(t)
             on_step()

@@ -123,17 +123,19 @@ def _activations(subject: Subject, layers: Sequence[str], config: DiagnosisConfi
     if absent:
         progress.say(f"{experiment.run_dir.name} has no layer {', '.join(absent)}: left out of its plots")
     experiment.load_data()
-    images = experiment.data.val_images
+    images, labels = experiment.data.val_images, experiment.data.val_labels
+    chosen = torch.arange(config.num_images) % len(images)
     timesteps = spread(range(experiment.diffusion.num_train_timesteps), config.timesteps)
     with progress.stage("activations", len(timesteps), "timesteps") as stage, cached_weights(network):
         return activation_distributions(
             network,
             [name for name in layers if name in own],
-            images[torch.arange(config.num_images) % len(images)],
+            images[chosen],
             experiment.diffusion,
             timesteps,
             device=subject.image_sampler.device,
             batch_size=experiment.sampler.batch_size,
+            labels=None if labels is None else labels[chosen],
             on_step=stage.advance,
         )
 
@@ -164,6 +166,7 @@ def _gains(subject: Subject, config: DiagnosisConfig, progress: Any) -> list[Gai
             device=teacher.device,
             batch_size=experiment.sampler.batch_size,
             groups=experiment.resolved["taq"].get("groups", TaQScale.groups),
+            labels=experiment.data.val_labels,
         )
         stage.advance(1)
     return found
@@ -174,12 +177,14 @@ def _propagation(subject: Subject, progress: Any) -> dict[int, float]:
     s = subject.teacher() or subject.image_sampler
     calls = network_calls(s.sampler, s.diffusion, PROPAGATION_IMAGES, PROPAGATION_POINTS)
     with progress.stage("error propagation", calls, "steps") as stage:
+        seeds = image_seeds(0, PROPAGATION_IMAGES)
         return error_propagation(
-            s.network,
+            s.estimator,
             s.sampler,
             s.diffusion,
             shape=s.shape,
-            seeds=image_seeds(0, PROPAGATION_IMAGES),
+            seeds=seeds,
+            labels=s.labels(seeds),
             points=PROPAGATION_POINTS,
             device=s.device,
             on_step=lambda: stage.advance(1),

@@ -90,6 +90,7 @@ def grid_gains(
     device: torch.device,
     batch_size: int,
     groups: int,
+    labels: Tensor | None = None,
 ) -> list[Gain]:
     """What each quantized activation of a network would gain, in order of registration.
 
@@ -98,6 +99,7 @@ def grid_gains(
         quant: the bits to ask for.
         images: (N, C, H, W) uint8, noised with the same noise in every call.
         groups: of timesteps.
+        labels: classes of the images (N,), where the network takes them.
     """
     model = copy.deepcopy(network.unet)
     prepare(model, quant)
@@ -105,11 +107,13 @@ def grid_gains(
     total, scheduler = diffusion.num_train_timesteps, noise_scheduler(diffusion)
     t = torch.arange(SAMPLES) * total // SAMPLES
     noise = torch.randn((SAMPLES, *images.shape[1:]), generator=torch.Generator().manual_seed(0))
-    x = add_noise(scheduler, to_float(images[torch.arange(SAMPLES) % len(images)]), noise, t)
+    chosen = torch.arange(SAMPLES) % len(images)
+    x = add_noise(scheduler, to_float(images[chosen]), noise, t)
+    inputs = [x, t, *([] if labels is None else [labels[chosen]])]
 
     def run() -> None:
-        for part, times in zip(x.split(batch_size), t.split(batch_size), strict=True):
-            prepared(part.to(device, memory_format=torch.channels_last), times.to(device))
+        for part, *given in zip(*(values.split(batch_size) for values in inputs), strict=True):
+            prepared(part.to(device, memory_format=torch.channels_last), *(values.to(device) for values in given))
 
     quantizers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
     rows = {name: _Rows(torch.Generator().manual_seed(0)) for name in quantizers}

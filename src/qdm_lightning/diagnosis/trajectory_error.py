@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qdm_lightning.diffusion.sampling import batch_labels
 from qdm_lightning.evaluation.trajectory import follow
 from qdm_lightning.models.image_sampler import ImageSampler
 
@@ -45,7 +46,7 @@ def trajectory_error(
         on_step: called after every step of either.
     """
     exact, quantized = (follow(image_sampler, seeds, points, on_step) for image_sampler in (teacher, student))
-    at_teacher = [_estimates(student, x, t) for x, t in zip(exact.x, exact.t, strict=True)]
+    at_teacher = [_estimates(student, x, t, student.labels(seeds)) for x, t in zip(exact.x, exact.t, strict=True)]
     return TrajectoryError(
         t=exact.t,
         mse=list(map(_mse, exact.x, quantized.x)),
@@ -59,12 +60,16 @@ def trajectory_error(
 
 
 @torch.no_grad()
-def _estimates(image_sampler: ImageSampler, x: Tensor, t: int) -> Tensor:
+def _estimates(image_sampler: ImageSampler, x: Tensor, t: int, labels: Sequence[int] | None) -> Tensor:
     """The network's estimates (N, C, H, W) for given states, in batches of one size, as in sampling."""
     size, device = image_sampler.sampler.batch_size, image_sampler.device
     times = torch.full((size,), t, dtype=torch.int64, device=device)
     padded = torch.cat([x, x[-1:].expand(-len(x) % size, *x.shape[1:])])
-    return torch.cat([image_sampler.network(part.to(device), times).float().cpu() for part in padded.split(size)])[: len(x)]
+    network, parts = image_sampler.estimator, []
+    for first, part in zip(range(0, len(x), size), padded.split(size), strict=True):
+        estimate = network(part.to(device), times, *batch_labels(labels, first, size, device))
+        parts.append(estimate[:, : x.shape[1]].float().cpu())
+    return torch.cat(parts)[: len(x)]
 
 
 def _mse(a: Tensor, b: Tensor) -> float:

@@ -78,11 +78,11 @@ def at_timesteps(t: Tensor, rows: Tensor | None = None) -> str:
     return f"at timestep{'s' if len(times) > 1 else ''} {', '.join(map(str, times[:SHOWN]))}{more}"
 
 
-def explain_estimate(network: Any, x: Tensor, t: Tensor) -> str:
+def explain_estimate(network: Any, x: Tensor, t: Tensor, *labels: Tensor) -> str:
     """Which layer of a network whose estimate at (x, t) is not finite comes first, in words; the pass is made again."""
     layer = ""
     if isinstance(network, nn.Module):
         with watched(network, len(x)) as found, torch.no_grad():
-            network(x, t)
+            network(x, t, *labels)
         layer = f", first in {found.output[0]}" if found.output else ", but finite when the pass was made again"
     return f"{layer} {at_timesteps(t)}"

@@ -9,7 +9,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from qdm_lightning.diffusion.sampling import Network, spread, timesteps
+from qdm_lightning.diffusion.sampling import Network, batch_labels, spread, timesteps
 from qdm_lightning.diffusion.solvers import Solver, make_solver
 from qdm_lightning.diffusion.spec import SEEDS, DiffusionConfig, SamplerConfig
 
@@ -29,6 +29,7 @@ def error_propagation(
     shape: tuple[int, int, int],
     seeds: Sequence[int],
     points: int,
+    labels: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     on_step: Callable[[], None] = lambda: None,
 ) -> dict[int, float]:
@@ -39,7 +40,7 @@ def error_propagation(
 
     Args:
         network: the full-precision noise estimator on `device`, in eval mode.
-        sampler, diffusion, shape, device: as in `sampling.sample`.
+        sampler, diffusion, shape, labels, device: as in `sampling.sample`.
         seeds: one for each image that is looked at.
         points: how many of the sampler's timesteps are tried, the first among them.
         on_step: called after every call of the network.
@@ -48,19 +49,25 @@ def error_propagation(
     tried = spread(list(dict.fromkeys(calls)), points)
 
     def estimate(x: Tensor, t: int) -> Tensor:
-        eps = network(x, torch.full((len(x),), t, dtype=torch.int64, device=device)).float()
+        eps = network(x, torch.full((len(x),), t, dtype=torch.int64, device=device), *classes).float()
         on_step()
         return eps
+
+    def disturbed(eps: Tensor, error: Tensor) -> Tensor:
+        """The estimate, whose variance, if there is one, stays."""
+        return torch.cat([eps[:, : shape[0]] + error, eps[:, shape[0] :]], dim=1)
 
     def finished(solver: Solver, x: Tensor, after: int, error: Tensor, generators: list[torch.Generator]) -> Tensor:
         """The image of the state after call number `after`, with the error at further calls at that timestep."""
         for t in calls[after + 1 :]:
             eps = estimate(solver.network_input(x, t), t)
-            x = solver.step(eps + error if t == calls[after] else eps, t, x, generators)
+            x = solver.step(disturbed(eps, error) if t == calls[after] else eps, t, x, generators)
         return x.clamp(-1, 1).double()
 
     squares, unit = dict.fromkeys(tried, 0.0), 0.0
-    for part in torch.tensor(list(seeds)).split(sampler.batch_size):
+    for first in range(0, len(seeds), sampler.batch_size):
+        part = torch.tensor(list(seeds[first : first + sampler.batch_size]))
+        classes = batch_labels(labels, first, len(part), device)
         generators = [torch.Generator().manual_seed(int(seed)) for seed in part]
         drawn = [torch.Generator().manual_seed((FIRST_SEED + int(seed)) % SEEDS) for seed in part]
         error = SIZE * randn_tensor((len(part), *shape), drawn, torch.device(device), torch.float32)
@@ -71,7 +78,7 @@ def error_propagation(
             eps = estimate(solver.network_input(x, t), t)
             if t in squares and t not in images:
                 branch, copies = copy.deepcopy(solver), [generator.clone_state() for generator in generators]
-                images[t] = finished(branch, branch.step(eps + error, t, x, copies), number, error, copies)
+                images[t] = finished(branch, branch.step(disturbed(eps, error), t, x, copies), number, error, copies)
             x = solver.step(eps, t, x, generators)
         exact = x.clamp(-1, 1).double()
         unit += float(error.double().square().sum())

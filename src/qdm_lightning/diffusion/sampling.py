@@ -18,8 +18,8 @@ from qdm_lightning.diffusion.finite import NotFiniteError, explain_estimate
 from qdm_lightning.diffusion.solvers import make_solver
 from qdm_lightning.diffusion.spec import SEEDS, DiffusionConfig, SamplerConfig
 
-Network = Callable[[Tensor, Tensor], Tensor]
-"""network(x, t) -> eps: x and eps (B, C, H, W), t (B,) int64."""
+Network = Callable[..., Tensor]
+"""network(x, t) -> eps, a class-conditional one network(x, t, labels): x, eps (B, C, H, W), t and labels (B,) int64."""
 
 
 def timesteps(sampler: SamplerConfig, diffusion: DiffusionConfig) -> list[int]:
@@ -55,6 +55,14 @@ def image_seeds(seed: int, count: int, start: int = 0) -> list[int]:
     return [(seed * 2654435761 + index) % SEEDS for index in range(start, start + count)]
 
 
+def batch_labels(labels: Sequence[int] | None, first: int, size: int, device: torch.device | str) -> tuple[Tensor, ...]:
+    """What a network is given beside x and t: the labels (size,) of images `first` and on, the last repeated; () of None."""
+    if labels is None:
+        return ()
+    own = list(labels[first : first + size])
+    return (torch.tensor(own + own[-1:] * (size - len(own)), dtype=torch.int64, device=device),)
+
+
 @torch.no_grad()
 def sample(
     network: Network,
@@ -63,6 +71,7 @@ def sample(
     *,
     shape: tuple[int, int, int],
     seeds: Sequence[int],
+    labels: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     on_step: Callable[[], None] | None = None,
     on_state: Callable[[int, Tensor, Tensor], None] | None = None,
@@ -70,10 +79,12 @@ def sample(
     """Draw one image for each seed, without gradients.
 
     Args:
-        network: noise estimator on `device`, in eval mode (dropout would break the promise of a seed).
+        network: noise estimator on `device`, in eval mode (dropout would break the promise of a seed). With
+            `sampler.variance=learned_range` the channels of the variance come after those of the noise.
         sampler, diffusion: how; see their docstrings.
         shape: (C, H, W) of an image.
         seeds: one for each image, 0..2^32-1; see `image_seeds`. Any order and any subset gives the same images.
+        labels: class of each image; None for a network that takes none.
         device: where the network runs; noise is always drawn on the CPU.
         on_step: called after every step of every batch: `batches * len(timesteps(...))` times.
         on_state: called at each timestep with t, x_t and the estimate (n, C, H, W), of real images only; where the network is
@@ -94,17 +105,18 @@ def sample(
         chunk = list(seeds[first : first + sampler.batch_size])
         padded = chunk + chunk[-1:] * (sampler.batch_size - len(chunk))
         generators = [torch.Generator().manual_seed(seed) for seed in padded]
+        classes = batch_labels(labels, first, sampler.batch_size, device)
         solver = make_solver(sampler, diffusion)
         x = solver.start(randn_tensor((len(padded), *shape), generators, torch.device(device), torch.float32))
         for t, after in zip(calls, [*calls[1:], None], strict=True):
             times = torch.full((len(padded),), t, dtype=torch.int64, device=device)
             x_t = solver.network_input(x, t)
-            eps = network(x_t, times).float()
+            eps = network(x_t, times, *classes).float()
             if not eps.isfinite().all():  # clipping x_0 would hide an infinite one
-                where = explain_estimate(network, x_t, times)
+                where = explain_estimate(network, x_t, times, *classes)
                 raise NotFiniteError(f"the noise estimate of seeds {chunk[0]} to {chunk[-1]} is not finite{where}: no image")
             if on_state is not None and t != after:
-                on_state(t, x_t[: len(chunk)], eps[: len(chunk)])
+                on_state(t, x_t[: len(chunk)], eps[: len(chunk), : shape[0]])
             x = solver.step(eps, t, x, generators)
             if on_step is not None:
                 on_step()

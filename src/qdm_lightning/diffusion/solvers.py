@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qdm_lightning.base.checks import one_line
 from qdm_lightning.diffusion.process import alphas_cumprod, noise_scheduler
-from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
+from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig, check_variance
 
 
 class Solver:
@@ -37,7 +37,10 @@ class Solver:
         return x
 
     def step(self, eps: Tensor, t: int, x: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """The next state from the estimate `eps` at x and t; noise comes from each image's own generator."""
+        """The next state from the estimate `eps` at x and t, of 2 C channels where `sampler.variance` is learned.
+
+        Noise comes from each image's own generator.
+        """
         raise NotImplementedError
 
 
@@ -48,6 +51,7 @@ def make_solver(sampler: SamplerConfig, diffusion: DiffusionConfig) -> Solver:
         ValueError: more steps than T, or settings that a scheduler of diffusers does not take.
     """
     total = diffusion.num_train_timesteps
+    check_variance(sampler.kind, sampler.variance, diffusion.variance_type)
     if sampler.steps > total:
         raise ValueError(
             f"sampler.steps={sampler.steps} is not allowed: it must be at most diffusion.num_train_timesteps={total}"
@@ -173,7 +177,8 @@ class DiffusersSolver(Solver):
         options = dict(sampler.scheduler)
         kind = getattr(diffusers, options.pop("_target_").rpartition(".")[2])
         self.name = kind.__name__
-        schedule = {name: value for name, value in vars(diffusion).items() if name != "prediction_type"}  # of a Denoiser: noise
+        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")  # what a Denoiser estimates is the noise
+        schedule = {name: getattr(diffusion, name) for name in names}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of their schedulers about numpy

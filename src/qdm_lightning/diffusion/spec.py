@@ -18,14 +18,26 @@ SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTIONS = ("epsilon", "v_prediction")
 """What a network estimates: the noise, or v = sqrt(abar) eps - sqrt(1 - abar) x_0 (arXiv 2202.00512)."""
 
+LEARNED = "learned_range"
+VARIANCES = ("fixed", LEARNED)
+"""Of p(x_t-1 | x_t): none is estimated, or where its logarithm lies between the two fixed ones (arXiv 2102.09672, eq. 15)."""
+
 
 @dataclass(kw_only=True)
 class DiffusionConfig:
-    """The forward process q(x_t | x_0) (DDPM, eq. 2): T timesteps, beta from `beta_start` to `beta_end`, and what the
-    network estimates of it, `prediction_type`, one of `PREDICTIONS`.
+    """The forward process q(x_t | x_0) (DDPM, eq. 2), and what the network estimates of it.
+
+    Args:
+        num_train_timesteps: T.
+        beta_start, beta_end, beta_schedule: the betas, and how they go from the first to the last, one of `SCHEDULES`.
+        prediction_type: what the network estimates, one of `PREDICTIONS`.
+        variance_type: one of `VARIANCES`; the network of a learned one has twice the image's channels out, noise and variance.
+        label_dropout: share of the class labels that training replaces by the null label, the last of the network's
+            `num_class_embeds` (classifier-free guidance, arXiv 2207.12598); 0: the network has no null label.
 
     Raises:
-        ValueError: fewer than two timesteps, betas outside (0, 1) or in falling order, an unknown schedule or prediction.
+        ValueError: fewer than two timesteps, betas outside (0, 1) or in falling order, an unknown schedule or prediction, a
+            share outside [0, 1).
     """
 
     num_train_timesteps: int = 1000
@@ -33,6 +45,8 @@ class DiffusionConfig:
     beta_end: float = 0.02
     beta_schedule: str = "linear"
     prediction_type: str = "epsilon"
+    variance_type: str = "fixed"
+    label_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         at_least("diffusion.num_train_timesteps", self.num_train_timesteps, 2)
@@ -40,10 +54,18 @@ class DiffusionConfig:
         between("diffusion.beta_end", self.beta_end, self.beta_start, 0.999)
         one_of("diffusion.beta_schedule", self.beta_schedule, SCHEDULES)
         one_of("diffusion.prediction_type", self.prediction_type, PREDICTIONS)
+        one_of("diffusion.variance_type", self.variance_type, VARIANCES)
+        if self.variance_type == LEARNED and self.prediction_type != "epsilon":
+            raise ValueError(
+                f"diffusion.variance_type={LEARNED} is for networks that estimate the noise: leave out "
+                f"diffusion.prediction_type={self.prediction_type}"
+            )
+        between("diffusion.label_dropout", self.label_dropout, 0.0, 0.99)
 
     def settings(self) -> dict[str, Any]:
-        """As plain data for a record: `prediction_type` where it is not the noise, so that older records compare."""
-        return {name: value for name, value in vars(self).items() if (name, value) != ("prediction_type", "epsilon")}
+        """As plain data for a record, without the defaults that came after version 0.1, so that older records compare."""
+        added = {"prediction_type": "epsilon", "variance_type": "fixed", "label_dropout": 0.0}
+        return {name: value for name, value in vars(self).items() if name not in added or value != added[name]}
 
 
 UNIFORM = "qdm_lightning.diffusion.weighting.Uniform"
@@ -111,10 +133,38 @@ OF_THE_PROCESS = (
 """Settings of a scheduler that are the network's."""
 
 
+def check_variance(kind: str, variance: str, variance_type: str) -> None:
+    """Raise ValueError where DDPM would take another variance than the network's own, or one that it does not estimate.
+
+    Args:
+        kind, variance: of `SamplerConfig`.
+        variance_type: of `DiffusionConfig`.
+    """
+    if variance == LEARNED and variance_type != LEARNED:
+        raise ValueError(f"sampler.variance={LEARNED} needs a network that estimates it: type fixed_large or fixed_small")
+    if kind == "ddpm" and variance != LEARNED and variance_type == LEARNED:
+        raise ValueError(
+            f"sampler.variance={variance} is not allowed with diffusion.variance_type={LEARNED}, whose network estimates it: "
+            f"type sampler.variance={LEARNED}"
+        )
+
+
+def check_guidance(guidance: float, label_dropout: float) -> None:
+    """Raise ValueError where a sampler would be guided by the null label of a network that was never trained with it."""
+    if guidance != 1 and not label_dropout:
+        raise ValueError(
+            f"sampler.guidance={guidance:g} needs a network that was trained with dropped labels, diffusion.label_dropout=0.1: "
+            "leave it out"
+        )
+
+
 def solver_name(sampler: Mapping[str, Any]) -> str:
     """What records call a sampler, from its plain settings: `ddim`, `ddpm`, or as `SOLVERS` has it."""
     target = (sampler.get("scheduler") or {}).get("_target_")
     return SOLVERS.get(str(target), str(target)) if target else str(sampler["kind"])
+
+
+MOST_GUIDANCE = 100.0
 
 
 @dataclass(kw_only=True)
@@ -127,8 +177,10 @@ class SamplerConfig:
         batch_size: images that go through the network together; the last batch is padded to it.
         eta: DDIM's noise, 0 (deterministic) to 1.
         spacing: DDIM's timesteps, `uniform` or `quadratic`.
-        variance: DDPM's, `fixed_large` (beta_t) or `fixed_small` (the posterior's).
+        variance: DDPM's, `fixed_large` (beta_t), `fixed_small` (the posterior's), or `learned_range`, the network's own.
         clip_sample: clip the predicted x_0 to [-1, 1] at every step.
+        guidance: w of classifier-free guidance, eps_null + w (eps_label - eps_null): 1 takes the label's estimate alone, more
+            follows it further. For networks that were trained with `diffusion.label_dropout`.
         scheduler: `_target_`, one of `SOLVERS`, and arguments of it that are not the process's own.
 
     Raises:
@@ -142,6 +194,7 @@ class SamplerConfig:
     spacing: str = "uniform"
     variance: str = "fixed_large"
     clip_sample: bool = True
+    guidance: float = 1.0
     scheduler: Any = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -150,7 +203,10 @@ class SamplerConfig:
         at_least("sampler.batch_size", self.batch_size, 1)
         between("sampler.eta", self.eta, 0.0, 1.0)
         one_of("sampler.spacing", self.spacing, ("uniform", "quadratic"))
-        one_of("sampler.variance", self.variance, ("fixed_large", "fixed_small"))
+        one_of("sampler.variance", self.variance, ("fixed_large", "fixed_small", LEARNED))
+        if self.variance == LEARNED and self.kind == "ddim":
+            raise ValueError(f"sampler.variance={LEARNED} belongs to DDPM: type sampler=ddpm, or leave it out")
+        between("sampler.guidance", self.guidance, 0.0, MOST_GUIDANCE)
         if self.kind != "ddim" and (self.eta or self.spacing != "uniform"):
             raise ValueError("sampler.eta and sampler.spacing belong to DDIM: type sampler=ddim, or leave them out")
         if self.kind == "diffusers":
@@ -172,5 +228,6 @@ class SamplerConfig:
                 raise ValueError(f"sampler.scheduler.{name}={value} is not allowed: give a number, a word or a list of them")
 
     def settings(self) -> dict[str, Any]:
-        """As plain data for a record: `scheduler` where there is one, so that older records compare."""
-        return {name: value for name, value in asdict(self).items() if name != "scheduler" or value}
+        """As plain data for a record, without the defaults that came after version 0.1, so that older records compare."""
+        added: dict[str, Any] = {"scheduler": {}, "guidance": 1.0}
+        return {name: value for name, value in asdict(self).items() if name not in added or value != added[name]}

@@ -186,7 +186,7 @@ class Evaluator:
     def _record(self, real: Mapping[str, Any], choice: scores.Choice) -> dict[str, Any]:
         """The record of this evaluation before it is made: all but the scores and what they took."""
         experiment, subject, network = self.experiment, self.subject, self.cache.feature_network
-        measured_by = protocol.protocol(network, self.count, real)
+        measured_by = protocol.protocol(network, self.count, real, subject.image_sampler.class_labels)
         images = {"count": len(self.seeds), "seeds": format_seeds(self.seeds), "sha256": seeds_hash(self.seeds)}
         identity = {"protocol": measured_by, "images": images, "scores": choice.taken, **subject.identity()}
         return {

@@ -26,13 +26,16 @@ FOLDER = "evaluations"
 """Folder of a run's evaluations, below the run's own."""
 
 
-def protocol(network: nn.Module, num_samples: int, reference: Mapping[str, Any]) -> dict[str, Any]:
+def protocol(
+    network: nn.Module, num_samples: int, reference: Mapping[str, Any], class_labels: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Everything that two scores must share to be compared: the checkpoint and its sampler are what is compared.
 
     Args:
         network: feature network.
         num_samples: generated images.
         reference: the real images: `source` (hash of their content, or of imported moments) and `count`.
+        class_labels: of the generated images, where they were chosen.
     """
     return {
         **with_added(PROTOCOL),
@@ -43,6 +46,7 @@ def protocol(network: nn.Module, num_samples: int, reference: Mapping[str, Any])
         "num_samples": num_samples,
         "reference": reference["source"],
         "reference_count": reference["count"],
+        **({} if class_labels is None else {"class_labels": list(class_labels)}),
     }
 
 
@@ -153,6 +157,7 @@ def sampler_name(sampler: Mapping[str, Any]) -> str:
         parts += [f"eta{sampler['eta']:g}"] if sampler["eta"] else []
     else:
         parts.append(sampler["variance"])
+    parts += [f"guidance{sampler['guidance']:g}"] if sampler.get("guidance", 1) != 1 else []
     return "_".join(parts if sampler["clip_sample"] else [*parts, "noclip"])
 
 

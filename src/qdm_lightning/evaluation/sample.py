@@ -88,6 +88,10 @@ def _draw(subject: Subject | ExportedSubject, seeds: Sequence[int], folder: Path
     with progress.stage("sampling", image_sampler.steps(len(seeds)), "steps") as stage:
         for batch in (seeds[first : first + size] for first in range(0, len(seeds), size)):
             images = to_uint8(image_sampler.draw(batch, stage.advance))
+            labels = image_sampler.labels(batch)
+            own = [{"seed": seed} for seed in batch]
+            if labels is not None:
+                own = [{**about, "class_label": label} for about, label in zip(own, labels, strict=True)]
             provenance = {
                 "identity": data_hash(identity),
                 "run": subject.name,
@@ -95,8 +99,8 @@ def _draw(subject: Subject | ExportedSubject, seeds: Sequence[int], folder: Path
                 **identity,
                 "environment": drawn_on(image_sampler),
             }
-            for seed, image in zip(batch, images, strict=True):
-                save_picture(folder / f"{seed}.png", image, {"seed": seed, **provenance})
+            for about, image in zip(own, images, strict=True):
+                save_picture(folder / f"{about['seed']}.png", image, {**about, **provenance})
 
 
 def save_picture(path: Path, image: Tensor, provenance: Mapping[str, Any]) -> None:

@@ -50,6 +50,23 @@ def parse_seeds(value: Any) -> list[int]:
     return seeds
 
 
+def parse_labels(value: Any) -> list[int] | None:
+    """Class labels: an integer or a list of them; None is none.
+
+    Raises:
+        ValueError: anything else.
+
+    >>> parse_labels(3), parse_labels([3, 1, 3]), parse_labels(None)
+    ([3], [3, 1, 3], None)
+    """
+    if value is None:
+        return None
+    labels = list(value) if isinstance(value, list | tuple) else [value]
+    if not labels or any(type(label) is not int for label in labels):
+        raise ValueError(f"class_labels={value} is not understood: write class_labels=3, or class_labels=[3,5]")
+    return labels
+
+
 def listed(value: Any) -> list[str]:
     """One or several names as a list; None is none.
 
@@ -127,10 +144,13 @@ class SubjectConfig(RestoreConfig):
     Args:
         file: .onnx or .xml; None takes the run's own network.
         runtime: executes the file, `onnxruntime` or `openvino`; None takes that of its format. Changes last bits of images.
+        class_labels: of a class-conditional network: one class for all images, or a list from which the image of seed s takes
+            number s modulo its length; None takes all classes in this way.
     """
 
     file: str | None = None
     runtime: str | None = checked(None, one_of, allowed=tuple(RUNTIMES))
+    class_labels: Any = field(default=None, metadata={"check": lambda name, value: parse_labels(value)})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,6 +162,8 @@ class SubjectConfig(RestoreConfig):
         for setting in fields(RestoreConfig):
             if of_run.get(setting.name, setting.default) != setting.default:
                 raise ValueError(f"{setting.name}={of_run[setting.name]} chooses within a run, file={self.file} is one network")
+        if self.class_labels is not None:
+            raise ValueError(f"class_labels={self.class_labels} is not for file={self.file}: an exported network takes none")
         if self.accelerator not in ("auto", "cpu"):
             raise ValueError(f"accelerator={self.accelerator} is not allowed with file=: the runtimes run on the CPU")
         self.runtime = runtime_of(self.file, self.runtime)

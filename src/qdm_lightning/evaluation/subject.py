@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from qdm_lightning.base.files import data_hash
 from qdm_lightning.diffusion.sampling import timesteps
-from qdm_lightning.evaluation.spec import RestoreConfig
+from qdm_lightning.evaluation.spec import RestoreConfig, parse_labels
 from qdm_lightning.integer import provenance, to_integer
 from qdm_lightning.models.denoiser import Denoiser, denoiser
 from qdm_lightning.models.image_sampler import ImageSampler
@@ -61,12 +62,14 @@ class Subject:
             if config.execution == "simulated"
             else denoiser(to_integer(weights.network.unet)[0], experiment.diffusion)
         )
+        experiment.data.labelled = weights.network.classes is not None
+        class_labels = parse_labels(getattr(config, "class_labels", None))
         return cls(
             experiment=experiment,
             network=network,
             origin=weights.origin,
             execution=config.execution,
-            image_sampler=_image_sampler(experiment, drawing.eval(), device),
+            image_sampler=_image_sampler(experiment, drawing.eval(), device, class_labels),
             simulated=weights.network,
         )
 
@@ -89,12 +92,13 @@ class Subject:
         """The teacher beside this student; None where this is a teacher."""
         if self.network == "teacher":
             return None
-        device = self.image_sampler.device
-        return _image_sampler(self.experiment, restore_teacher(self.experiment, device).network, device)
+        device, labels = self.image_sampler.device, self.image_sampler.class_labels
+        return _image_sampler(self.experiment, restore_teacher(self.experiment, device).network, device, labels)
 
     def identity(self) -> dict[str, Any]:
         """Everything that determines an image beside its seed and the machine."""
         names = ("quant", "taq") if self.network == "student" else ()
+        labels = self.image_sampler.class_labels
         return {
             "network": self.network,
             "weights": self.origin["weights"],
@@ -104,10 +108,13 @@ class Subject:
             "sampler": self.experiment.sampler.settings(),
             "diffusion": self.experiment.diffusion.settings(),
             "shape": list(self.image_sampler.shape),
+            **({} if labels is None else {"class_labels": list(labels)}),
         }
 
 
-def _image_sampler(experiment: Experiment, network: Denoiser, device: torch.device) -> ImageSampler:
+def _image_sampler(
+    experiment: Experiment, network: Denoiser, device: torch.device, class_labels: Sequence[int] | None
+) -> ImageSampler:
     timesteps(experiment.sampler, experiment.diffusion)  # raises for more steps than T
     config: Any = network.unet.config
     size = config.sample_size
@@ -117,4 +124,5 @@ def _image_sampler(experiment: Experiment, network: Denoiser, device: torch.devi
         diffusion=experiment.diffusion,
         shape=(config.in_channels, *((size, size) if isinstance(size, int) else size)),
         device=device,
+        class_labels=class_labels,
     )

@@ -47,7 +47,11 @@ def export(experiment: Experiment, config: ExportConfig, progress: Any) -> Expor
     """
     if experiment.diffusion.prediction_type != "epsilon":
         raise ValueError("a network that estimates v is not exported: graphs give the noise")
+    if experiment.diffusion.variance_type != "fixed":
+        raise ValueError("a network that estimates its variance is not exported: graphs give the noise")
     subject = Subject.restored(experiment, config)
+    if subject.simulated.classes is not None:
+        raise ValueError("a class-conditional network is not exported: graphs take no labels")
     default = experiment.run_dir / "export" / f"{subject.network}{SUFFIXES[config.format]}"
     file = Path(config.out).expanduser().resolve() if config.out else default
     if file.exists():

@@ -57,6 +57,8 @@ def to_integer(model: nn.Module, *, allow_float: Sequence[str] = ()) -> tuple[nn
             rows.append(_converted_attention(f"{name}.processor", module, allow_float))
         elif is_weighted(module):
             rows.append(IntegerRow(name, type(module).__name__, FLOAT, FLOAT, "float", BY_CONFIGURATION))
+        elif isinstance(module, nn.Embedding):
+            rows.append(IntegerRow(name, type(module).__name__, FLOAT, FLOAT, "float", "a table, nothing is multiplied"))
     fuse(result)
     return result, IntegerReport(rows)
 

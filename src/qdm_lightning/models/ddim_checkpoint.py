@@ -58,7 +58,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], str]:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file: give a checkpoint of the DDIM code, such as model-790000.ckpt")
+        raise FileNotFoundError(f"{path} is not a file: give a checkpoint, such as model-790000.ckpt")
     try:
         content = load_tensors(path)
     except Exception as error:  # what torch.load raises depends on the bytes
@@ -87,7 +87,7 @@ def unet_from_ddim(state: Mapping[str, Tensor], image_size: int | None = None) -
     levels = len(unet.down_blocks)
     given = {_plain_shortcut(key, value): value for key, value in state.items()}
     names = {key: _ddim_key(key, levels) for key in unet.state_dict()}
-    _check_keys(missing=set(names.values()) - set(given), unknown=set(given) - set(names.values()))
+    check_keys(missing=set(names.values()) - set(given), unknown=set(given) - set(names.values()))
     converted = {}
     for key, own in unet.state_dict().items():
         value = given[names[key]].float()
@@ -104,7 +104,7 @@ def _architecture(state: Mapping[str, Tensor], image_size: int | None) -> dict[s
     """Settings of `build_unet`."""
     levels = 1 + max((int(match[1]) for key in state if (match := re.match(r"down\.(\d+)\.", key))), default=0)
     widths = [f"down.{level}.block.0.conv1.weight" for level in range(levels)]
-    _check_keys(missing={"conv_in.weight", "conv_out.weight", *widths} - set(state), unknown=set())
+    check_keys(missing={"conv_in.weight", "conv_out.weight", *widths} - set(state), unknown=set())
     channels, estimated = state["conv_in.weight"].shape[1], state["conv_out.weight"].shape[0]
     if channels != estimated:
         what = f"{channels} channels in and {estimated} out (a learned variance?)"
@@ -150,11 +150,12 @@ def _plain_shortcut(key: str, value: Tensor) -> str:
     return key if wide else key.replace(".conv_shortcut.", ".nin_shortcut.")
 
 
-def _check_keys(missing: set[str], unknown: set[str]) -> None:
+def check_keys(missing: set[str], unknown: set[str], code: str = "the DDIM code's U-Net") -> None:
+    """Raise ValueError where keys of a state dict are missing or unknown; `code` is whose network it should be."""
     parts = [
         f"{len(keys)} {what} keys: {', '.join(sorted(keys)[:_SHOWN_KEYS])}{', ...' if len(keys) > _SHOWN_KEYS else ''}"
         for what, keys in (("missing", missing), ("unknown", unknown))
         if keys
     ]
     if parts:
-        raise ValueError(f"checkpoint is not one of the DDIM code's U-Net: {'; '.join(parts)}")
+        raise ValueError(f"checkpoint is not one of {code}: {'; '.join(parts)}")

@@ -14,14 +14,17 @@ from safetensors import SafetensorError
 from qdm_lightning.base.checks import one_line
 from qdm_lightning.base.files import atomic_folder, read_json, verify
 from qdm_lightning.diffusion.process import noise_scheduler
-from qdm_lightning.diffusion.spec import PREDICTIONS, SCHEDULES, DiffusionConfig
+from qdm_lightning.diffusion.spec import LEARNED, PREDICTIONS, SCHEDULES, DiffusionConfig
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 _PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
 _INDEX, _SCHEDULER = "model_index.json", "scheduler_config.json"
 _CONFIGS = (_INDEX, "config.json", "unet/config.json", _SCHEDULER, f"scheduler/{_SCHEDULER}")
 
-SUPPORTED = "supported are unconditional UNet2DModels that estimate the noise of pixels, or v, at step t of a DDPM"
+SUPPORTED = (
+    "supported are UNet2DModels, class-conditional or not, that estimate the noise of pixels (with a variance or not), or v, "
+    "at step t of a DDPM"
+)
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 PARTS = ("unet", "scheduler")
@@ -38,11 +41,10 @@ SCHEDULER_SETTINGS: dict[str, tuple[Any, ...]] = {
     "trained_betas": (None,),
     "rescale_betas_zero_snr": (False,),
     "use_flow_sigmas": (False,),
-    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", LEARNED),
 }
 UNET_SETTINGS: dict[str, tuple[Any, ...]] = {
     "class_embed_type": (None,),
-    "num_class_embeds": (None,),
     "time_embedding_type": ("positional", "learned"),
     "center_input_sample": (False,),
 }
@@ -50,7 +52,7 @@ UNET_SETTINGS: dict[str, tuple[Any, ...]] = {
 
 
 def load_unet(path: str | Path, advice: str = "") -> UNet2DModel:
-    """Load an unconditional U-Net that estimates the noise, or v, in eval mode and float32.
+    """Load a U-Net that estimates the noise, or v, in eval mode and float32.
 
     Args:
         path: a diffusers folder (with `unet/`, or the U-Net's own), or a hub id `owner/name`. Weights are safetensors, or a
@@ -59,8 +61,8 @@ def load_unet(path: str | Path, advice: str = "") -> UNet2DModel:
 
     Raises:
         FileNotFoundError: nothing there, or no U-Net in it.
-        ValueError: not an unconditional `UNet2DModel`, damaged or incomplete files, a learned variance, weights that are
-            not finite, or a network of another process, by its own config.json or the pipeline and the scheduler beside it.
+        ValueError: not a `UNet2DModel`, damaged or incomplete files, weights that are not
+            finite, or a network of another process, by its own config.json or the pipeline and the scheduler beside it.
     """
     folder = _checked(path, advice)
     safetensors = any((folder / name).exists() for name in _WEIGHTS)
@@ -113,7 +115,8 @@ def read_diffusion(folder: Path) -> dict[str, Any] | None:
     if found is None:
         return None
     file, config = found
-    values = {field.name: config[field.name] for field in fields(DiffusionConfig)}
+    values = {field.name: config[field.name] for field in fields(DiffusionConfig) if field.name in config}
+    values["variance_type"] = LEARNED if _estimates_variance(read_json(folder / "config.json")) else "fixed"
     try:
         DiffusionConfig(**values)
     except ValueError as error:
@@ -147,7 +150,8 @@ def save_pipeline(unet: UNet2DModel, diffusion: DiffusionConfig, folder: str | P
 def pipeline_scheduler(diffusion: DiffusionConfig) -> DDPMScheduler:
     """The scheduler with which a pipeline of ours samples."""
     estimated = {"prediction_type": diffusion.prediction_type}
-    return noise_scheduler(diffusion, variance_type="fixed_large", clip_sample=True, **estimated)
+    variance = LEARNED if diffusion.variance_type == LEARNED else "fixed_large"
+    return noise_scheduler(diffusion, variance_type=variance, clip_sample=True, **estimated)
 
 
 def _unet_folder(path: str | Path) -> Path:
@@ -190,8 +194,18 @@ def _checked(path: str | Path, advice: str = "") -> Path:
     folder = _unet_folder(path)
     _check_unet(folder / "config.json", advice)
     _check_pipeline(folder)
-    _scheduler(folder)
+    found = _scheduler(folder)
+    learned = _estimates_variance(read_json(folder / "config.json", advice))
+    if found is not None and found[1].get("variance_type") == LEARNED and not learned:
+        raise ValueError(
+            f"{found[0]} is of another process: variance_type={LEARNED}, which the U-Net does not estimate; {SUPPORTED}"
+        )
     return folder
+
+
+def _estimates_variance(unet: Mapping[str, Any]) -> bool:
+    """Whether a U-Net's config.json has the channels of a learned variance."""
+    return bool(unet.get("out_channels", 3) == 2 * unet.get("in_channels", 3))
 
 
 def _places(folder: Path) -> list[Path]:
@@ -244,8 +258,8 @@ def _check_unet(file: Path, advice: str = "") -> None:
         raise ValueError(f"{file} is of a quantized network: give one at full precision, such as the teacher folder of its run")
     _check_settings(file, config, UNET_SETTINGS, "is of a network of another kind")
     channels, estimated = config.get("in_channels", 3), config.get("out_channels", 3)
-    if channels != estimated:
-        what = f"{channels} channels in and {estimated} out (a learned variance?)"
+    if estimated not in (channels, 2 * channels):
+        what = f"{channels} channels in and {estimated} out"
         raise ValueError(f"{file} is of a network of another kind: {what}; {SUPPORTED}")
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import yaml
 
 from qdm_lightning.base.checks import visible
+from qdm_lightning.base.files import read_json
 from qdm_lightning.reporting.collect import Result, Run
 from qdm_lightning.reporting.labels import labels
 from qdm_lightning.reporting.records import METRICS
 from qdm_lightning.reporting.tables import FORMULAS, markdown_table
 
-TASK = "unconditional-image-generation"
+TASK, CONDITIONAL = "unconditional-image-generation", "class-conditional-image-generation"
 CODE = "qdm_lightning"
 CONVENTIONS = {
     "linear": "MACs · b/32, b the wider operand",
@@ -69,18 +70,20 @@ def model_card(run: Run, results: Sequence[Result], about: Publication) -> str:
 
 
 def _front_matter(run: Run, results: Sequence[Result], about: Publication, bits: str, data: str) -> dict[str, Any]:
+    conditional = _conditional(run)
+    task, named = (CONDITIONAL, "Class-conditional") if conditional else (TASK, "Unconditional")
     scores = [
         {"type": name, "value": round(value, 6), "name": f"{name} ({_how(result)})"}
         for result in results
         for name, value in result.scores.items()
     ]
-    kind = {"type": TASK, "name": "Unconditional image generation"}
+    kind = {"type": task, "name": f"{named} image generation"}
     entry = {"name": about.name, "results": [{"task": kind, "dataset": {"type": data, "name": data}, "metrics": scores}]}
     return {
         "library_name": "diffusers",
-        "pipeline_tag": TASK,
+        **({} if conditional else {"pipeline_tag": TASK}),  # the hub has none for classes
         **({"license": about.license} if about.license else {}),
-        "tags": ["diffusion", TASK, "quantization", "q-dm", CODE, bits],
+        "tags": ["diffusion", task, "quantization", "q-dm", CODE, bits],
         **({"model-index": [entry]} if scores else {}),
     }
 
@@ -107,11 +110,16 @@ def _usage(run: Run, repo: str | None) -> str:
     first = "" if repo is None else "from huggingface_hub import snapshot_download\n"
     folder = '"FOLDER"' if repo is None else f"snapshot_download({json.dumps(repo)})"
     sampler = f"{s.get('sampler.kind')} with {s.get('sampler.steps')} steps"
-    return (
-        "```bash\npip install qdm-lightning\n```\n\n```python\nimport qdm_lightning  # diffusers knows its quantization then\n"
+    pipeline = (
+        "```python\nimport qdm_lightning  # diffusers knows its quantization then\n"
         f"from diffusers import DDPMPipeline\npipeline = DDPMPipeline.from_pretrained({json.dumps(place)})\n```\n\n"
-        f"or the network alone:\n\n```python\n{first}import qdm_lightning\n"
-        f"student = qdm_lightning.load_student({folder})\n```\n\n"
+        "or the network alone:\n\n"
+    )
+    drawn = "images = qdm_lightning.draw_images(student, seeds=range(16), class_labels=0)  # pipelines give it no class\n"
+    conditional = _conditional(run)
+    return (
+        f"```bash\npip install qdm-lightning\n```\n\n{'' if conditional else pipeline}```python\n{first}import qdm_lightning\n"
+        f"student = qdm_lightning.load_student({folder})\n{drawn if conditional else ''}```\n\n"
         f"`student` is a `UNet2DModel` that predicts the noise, measured with {sampler}; its schedule is in `scheduler/`. "
         'Its forward quantizes as in training. `execution="integer"` runs it on integer codes, on a CPU.'
     )
@@ -210,12 +218,19 @@ def _training(run: Run) -> str:
 
 
 def _limits(run: Run) -> str:
+    kind = "class-conditional: scores are over all classes in equal parts" if _conditional(run) else "unconditional"
     return (
-        "* It generates what its data are like, and inherits their biases; it is unconditional.\n"
+        f"* It generates what its data are like, and inherits their biases; it is {kind}.\n"
         "* The student imitates its teacher: `image_mse` says how far from the teacher's images its own are.\n"
         f"* The scores hold for the sampler, the number of images and the seed above (run seed {run.seed}), not for others.\n"
         "* Image i depends on its seed alone, on one machine with the same versions and threads; elsewhere last bits differ."
     )
+
+
+def _conditional(run: Run) -> bool:
+    """Whether the student takes class labels, by its own config.json."""
+    file = run.folder / "student" / "unet" / "config.json"
+    return file.is_file() and read_json(file).get("num_class_embeds") is not None
 
 
 def _license(chosen: str | None, data: str) -> str:

@@ -21,6 +21,13 @@ ADDED = {
     "nem.weighting._target_": "qdm_lightning.diffusion.weighting.Uniform",
     "quant.channel_scales": "off",
     "diffusion.prediction_type": "epsilon",
+    "diffusion.variance_type": "fixed",
+    "diffusion.label_dropout": 0.0,
+    "sampler.guidance": 1.0,
+    "model.num_class_embeds": None,
+    "model.downsample_type": "conv",
+    "model.upsample_type": "conv",
+    "model.attn_norm_num_groups": None,
 }
 """Settings that came after version 0.1, by dotted name, and how a run of 0.1 behaved."""
 

@@ -31,7 +31,9 @@ def labels(config: Mapping[str, Any]) -> dict[str, str]:
     if not {"quant", "taq", "nem", "sampler"} <= set(config):
         return {}
     quant, nem = config["quant"], config["nem"]
-    sampler = {"sampler": f"{solver_name(config['sampler'])}-{config['sampler']['steps']}"}
+    guidance = config["sampler"].get("guidance", 1)
+    guided = f"-guidance{guidance:g}" if guidance != 1 else ""
+    sampler = {"sampler": f"{solver_name(config['sampler'])}-{config['sampler']['steps']}{guided}"}
     if is_teacher(config):
         return {"job": "teacher", **sampler}
     mimicking = ("on_policy" if nem.get("on_policy_fraction") else str(nem["mode"])) + _weighting(nem)

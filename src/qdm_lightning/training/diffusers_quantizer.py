@@ -22,7 +22,16 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from qdm_lightning.base.checks import one_line
-from qdm_lightning.training.network_settings import KEY, METHOD, check_format, check_settings, network_settings, unet_config
+from qdm_lightning.training.network_settings import (
+    DROPPED,
+    KEY,
+    METHOD,
+    check_format,
+    check_settings,
+    network_settings,
+    quantization_config,
+    unet_config,
+)
 
 
 class Method(StrEnum):
@@ -32,11 +41,13 @@ class Method(StrEnum):
 
 
 class StudentConfig(QuantizationConfigMixin):
-    """The `quantization_config` in a student's config.json: `format`, `quant` and `taq`, see `student_files`."""
+    """The `quantization_config` in a student's config.json: `format`, `quant`, `taq` and more, see `student_files`."""
 
     def __init__(self, **settings: Any) -> None:
         self.quant_method = Method.QDM_LIGHTNING
         self.format, self.quant, self.taq = (settings.get(name) for name in ("format", "quant", "taq"))
+        if DROPPED in settings:
+            self.label_dropout = settings[DROPPED]
 
     def to_dict(self) -> dict[str, Any]:
         """As in config.json."""
@@ -176,7 +187,7 @@ def as_loaded(model: Any, settings: dict[str, Any]) -> None:
         model: the prepared `UNet2DModel`.
         settings: as `network_settings` has them.
     """
-    quantizer = StudentQuantizer(StudentConfig(format=settings["format"], quant=settings["quant"], taq=settings["taq"]))
+    quantizer = StudentQuantizer(StudentConfig(**quantization_config(settings)))
     quantizer.settings = settings
     model.is_quantized, model.quantization_method = True, Method.QDM_LIGHTNING
     model.hf_quantizer = quantizer

@@ -103,18 +103,21 @@ class Experiment:
         if self.trainer.overfit_images:
             self.data.keep_first(self.trainer.overfit_images)
         file = self.run_dir / DATA
-        if file.is_file() and read_json(file).get("fingerprint") != self.data.fingerprint():
+        stored = read_json(file) if file.is_file() else {}
+        others = stored and stored.get("fingerprint") != self.data.fingerprint()
+        if others or ("labels" in stored and stored["labels"] != self.data.labels_fingerprint()):
             place = next((f"data.{name}={value}" for name, value in self._places if value), "the package")
             raise ValueError(
-                f"the images of {place} are not those that {self.run_dir} was made with: "
-                "put those there (evaluate, sample and diagnose take data.path= and data.root=), or begin another run"
+                f"the images{' or labels' if 'labels' in stored else ''} of {place} are not those that {self.run_dir} was made "
+                "with: put those there (evaluate, sample and diagnose take data.path= and data.root=), or begin another run"
             )
 
     def keep_data(self) -> None:
         """Leave in the run's folder which images it is made with. Raises OSError where it cannot be written."""
         train, val = self.data.train_images, self.data.val_images
         counts = {"train": len(train), "val": len(val), "shape": list(train.shape[1:])}
-        write_json(self.run_dir / DATA, {"fingerprint": self.data.fingerprint(), **counts})
+        labels = {"labels": self.data.labels_fingerprint()} if self.data.labelled else {}
+        write_json(self.run_dir / DATA, {"fingerprint": self.data.fingerprint(), **labels, **counts})
 
     @property
     def _places(self) -> list[tuple[str, Any]]:

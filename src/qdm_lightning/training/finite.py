@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qdm_lightning.diffusion.finite import NotFiniteError, at_timesteps, watched
 from qdm_lightning.quantization.quantizer import LearnedGrid
 from qdm_lightning.quantization.taq import Grouped
-from qdm_lightning.training.module import DiffusionModule
+from qdm_lightning.training.module import DiffusionModule, images_of
 
 DIVERGED = "diverged.ckpt"
 """The state before the step that found a value that is not finite, beside `last.ckpt`."""
@@ -39,7 +39,8 @@ class FiniteValues(Callback):
 
     def __init__(self, folder: Path, lower: str) -> None:
         self.folder, self.lower = folder, lower
-        self._images, self._loss = torch.empty(0), torch.zeros(())
+        self._batch: Any = None
+        self._loss = torch.zeros(())
         self._buffers: list[Tensor] = []
         self._looked_at: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._statistics: list[Tensor] = []
@@ -52,7 +53,7 @@ class FiniteValues(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert isinstance(module, DiffusionModule)
-        self._images, self._buffers = batch, [buffer.clone() for buffer in self._statistics]
+        self._batch, self._buffers = batch, [buffer.clone() for buffer in self._statistics]
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
         self._loss = loss.detach()
@@ -107,9 +108,9 @@ class FiniteValues(Callback):
         if self._loss.isfinite():
             what = f"the norm of the {'quantizers' if gradients[0].isfinite() else 'network'} gradient is not finite"
         parameters = {name: p for name, p in module.student.named_parameters() if p.grad is not None}
-        with watched(module, len(self._images)) as found:
+        with watched(module, len(images_of(self._batch))) as found:
             with trainer.precision_plugin.train_step_context():
-                errors, t = module.errors(self._images)
+                errors, t = module.errors(self._batch)
             if found.output is None and errors.isfinite().all():
                 torch.autograd.grad(errors.mean(), list(parameters.values()), allow_unused=True)
         where = "but finite when the step was made again: suspect the machine"
@@ -200,9 +201,9 @@ def _validation_layer(trainer: Trainer, module: DiffusionModule) -> str:
     """Layer and timesteps of the first validation batch that is not finite, in words."""
     loader: Any = trainer.val_dataloaders
     for batch in loader:
-        x0, t, eps = (values.to(module.device) for values in batch)
+        x0, t, eps, *labels = (values.to(module.device) for values in batch)
         with watched(module, len(x0)) as found, trainer.precision_plugin.val_step_context():
-            module.estimates(x0, t, eps)
+            module.estimates(x0, t, eps, *labels)
         if found.output is not None:
             return f", first in {found.output[0]} {at_timesteps(t, found.output[1])}"
     return ""

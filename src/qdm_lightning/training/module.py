@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
@@ -32,8 +32,18 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step, 0]).generate_state(1)[0]))
 
 
+Batch = Tensor | Sequence[Tensor]
+"""Of training: uint8 images (B, C, H, W), or such images and their classes (B,)."""
+
+
+def images_of(batch: Batch) -> Tensor:
+    """The images of a training batch."""
+    return batch if isinstance(batch, Tensor) else batch[0]
+
+
 class DiffusionModule(LightningModule):
-    """Trains `network` by L_simple and L_NeM (see `diffusion.losses`) on batches of uint8 images.
+    """Trains `network` by L_simple and L_NeM (see `diffusion.losses`) on batches of uint8 images, with their classes where the
+    network takes them.
 
     Every random draw of a sample is a function of (seed, global step, place in the step's whole batch), so that a resumed run
     sees what an uninterrupted one sees, and several ranks what one process sees.
@@ -111,9 +121,9 @@ class DiffusionModule(LightningModule):
     def on_train_start(self) -> None:
         self.train()
 
-    def _noisy_batch(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """x_t, t, eps for this rank's share of the step's uint8 images, drawn on the CPU for all of them and moved."""
-        x0 = to_float(images)
+    def _noisy_batch(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """x_t, t, eps and labels, if any, for this rank's share of the step, drawn on the CPU for all of it and moved."""
+        x0, labels = to_float(images_of(batch)), None if isinstance(batch, Tensor) else batch[1]
         rank, ranks = training_rank()
         count, total = len(x0), ranks * len(x0)
 
@@ -128,41 +138,45 @@ class DiffusionModule(LightningModule):
         x = add_noise(self.scheduler, x0, eps, t)
         if self.buffer is not None:
             try:
-                x, t = self.buffer.mix(x, t, generator, self.global_step, self.ema_student, rank * count, total)
+                x, t, labels = self.buffer.mix(x, t, generator, self.global_step, self.ema_student, rank * count, total, labels)
             except NotFiniteError as error:
                 raise NotFiniteError(f"in step {self.global_step + 1} {error}: training ends here") from error
-        return x.contiguous(memory_format=torch.channels_last), t, eps
+        if labels is not None and self.student.null_label is not None:
+            dropped = own(torch.rand(total, generator=generator)) < self.student.label_dropout
+            labels = labels.masked_fill(dropped, self.student.null_label)
+        return x.contiguous(memory_format=torch.channels_last), t, eps, [] if labels is None else [labels]
 
-    def errors(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Errors of the running training step before the mean, and timesteps, each (B,), for its uint8 images (B, C, H, W)."""
+    def errors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Errors of the running training step before the mean, and timesteps, each (B,), for its batch."""
         generator = step_generator(self.seed, self.global_step)
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))  # dropout
-        x, t, eps = self._noisy_batch(images, generator)
-        return student_errors(self.nem, eps, self._teacher_noise(x, t), self.student(x, t), self._weights_at(t)), t
+        x, t, eps, labels = self._noisy_batch(batch, generator)
+        eps_fp, eps_q = self._teacher_noise(x, t, *labels), self.student(x, t, *labels)
+        return student_errors(self.nem, eps, eps_fp, eps_q, self._weights_at(t)), t
 
-    def training_step(self, images: Tensor, batch_idx: int) -> Tensor:
-        return self.errors(images)[0].mean()
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.errors(batch)[0].mean()
 
     def _weights_at(self, t: Tensor) -> Tensor | None:
         return None if self.weights is None else self.weights[t]
 
-    def _teacher_noise(self, x: Tensor, t: Tensor) -> Tensor | None:
+    def _teacher_noise(self, x: Tensor, t: Tensor, *labels: Tensor) -> Tensor | None:
         if self.teacher is None or self.nem.mode == "off":
             return None
         lower = torch.autocast(x.device.type, torch.bfloat16) if self.teacher_bf16 else nullcontext()
         with torch.no_grad(), lower:
-            return cast(Tensor, self.teacher(x, t).to(x.dtype))
+            return cast(Tensor, self.teacher(x, t, *labels).to(x.dtype))
 
     @torch.no_grad()
-    def estimates(self, x0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor | None]:
+    def estimates(self, x0: Tensor, t: Tensor, eps: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Noise estimates of the averaged student, and of the teacher where there is one, (B, C, H, W), of x_t."""
         x = add_noise(self.scheduler, x0, eps, t).contiguous(memory_format=torch.channels_last)
-        return self.ema_student(x, t), None if self.teacher is None else self.teacher(x, t)
+        return self.ema_student(x, t, *labels), None if self.teacher is None else self.teacher(x, t, *labels)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """`val/loss` is the training loss of the averaged student on the validation set; L_simple and L_NeM are logged too."""
-        x0, t, eps = batch
-        eps_q, eps_fp = self.estimates(x0, t, eps)
+        x0, t, eps, *labels = batch
+        eps_q, eps_fp = self.estimates(x0, t, eps, *labels)
         values = {
             "val/loss": student_errors(self.nem, eps, eps_fp, eps_q, self._weights_at(t)),
             "val/simple": per_sample_mse(eps, eps_q),
@@ -176,7 +190,7 @@ class DiffusionModule(LightningModule):
         """Average the student; after the last step ask for the end, so that Lightning validates it, once."""
         self.trainer.should_stop |= self.global_step >= self.max_steps
         self.ema.update_parameters(self.student)
-        self.log(f"{self.prefix}train/loss", outputs["loss"], batch_size=len(batch), sync_dist=True)
+        self.log(f"{self.prefix}train/loss", outputs["loss"], batch_size=len(images_of(batch)), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.student, self.optimizer)
@@ -202,7 +216,7 @@ class DiffusionModule(LightningModule):
         checkpoint[KEY] = self.settings
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("teacher.")}
         if self.buffer is not None:
-            checkpoint["trajectory_buffer"] = {"x": self.buffer.x, "t": self.buffer.t}
+            checkpoint["trajectory_buffer"] = self.buffer.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises UserError where the checkpoint is of another network; `warnings` says where it could not be compared."""
@@ -211,4 +225,4 @@ class DiffusionModule(LightningModule):
         own = {k: v for k, v in self.state_dict().items() if k.startswith("teacher.")}
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **own}
         if self.buffer is not None:
-            self.buffer.x, self.buffer.t = (checkpoint["trajectory_buffer"][name] for name in "xt")
+            self.buffer.load(checkpoint["trajectory_buffer"])

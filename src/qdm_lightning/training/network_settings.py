@@ -27,6 +27,9 @@ KEY = "qdm_lightning"
 METHOD = "qdm_lightning"
 """The `quant_method` in a student's config.json, by which diffusers knows who reads it."""
 
+DROPPED = "label_dropout"
+"""Of the process, what a student's `quantization_config` says, as no scheduler does."""
+
 WIDTHS = ("weight_bits", "act_bits", "qkv_bits", "probs_bits", "first_last_bits")
 CHANNELS = "channel_scales"
 NODES = ("weight_quantizer", "act_quantizer")
@@ -52,6 +55,12 @@ def network_settings(
         "diffusion": diffusion.settings() if diffusion else {},
         "unet": {name: value for name, value in unet.items() if not (name.startswith("_") or name in _NOT_SHAPING)},
     }
+
+
+def quantization_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The `quantization_config` of a student's config.json, without its `quant_method`; `settings` as of `network_settings`."""
+    dropped = {name: value for name, value in settings["diffusion"].items() if name == DROPPED}
+    return {**{name: settings[name] for name in ("format", "quant", "taq")}, **dropped}
 
 
 def unet_config(unet: Any) -> dict[str, Any]:

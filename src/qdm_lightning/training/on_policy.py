@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from qdm_lightning.diffusion.sampling import image_seeds, sample
+from qdm_lightning.diffusion.sampling import image_seeds
 from qdm_lightning.diffusion.spec import DiffusionConfig, NeMConfig, SamplerConfig
 from qdm_lightning.models.denoiser import Denoiser
-from qdm_lightning.quantization.layers import cached_weights
+from qdm_lightning.models.image_sampler import ImageSampler
 
 FIRST_SEED = 100_000_000
 """Index of the first trajectory: far from the images that evaluation draws."""
@@ -28,11 +30,29 @@ class TrajectoryBuffer:
         self.nem, self.diffusion, self.seed = nem, diffusion, seed
         self.x = torch.empty(0)
         self.t = torch.empty(0, dtype=torch.int64)
+        self.labels = torch.empty(0, dtype=torch.int64)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint has of it."""
+        return {"x": self.x, "t": self.t, **({"labels": self.labels} if len(self.labels) else {})}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take up a checkpoint's `state`."""
+        self.x, self.t, self.labels = state["x"], state["t"], state.get("labels", self.labels)
 
     def mix(
-        self, x: Tensor, t: Tensor, generator: torch.Generator, step: int, network: Denoiser, place: int = 0, total: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """x (B, C, H, W) and t (B,) with the first `fraction * total` samples of the step replaced by states of the buffer.
+        self,
+        x: Tensor,
+        t: Tensor,
+        generator: torch.Generator,
+        step: int,
+        network: Denoiser,
+        place: int = 0,
+        total: int = 0,
+        labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x (B, C, H, W), t (B,) and labels (B,), if any, with the first `fraction * total` samples of the step replaced by
+        states of the buffer.
 
         Args:
             x, t: this rank's share of the step's batch: samples `place` to `place + B` of all `total` (0: B).
@@ -40,15 +60,18 @@ class TrajectoryBuffer:
             step: training step.
             network: whose trajectories the buffer holds.
             place, total: see x.
+            labels: of x, where the network takes them.
         """
         if not len(self.x) or step % self.nem.on_policy_refresh == 0:
-            self._refresh(tuple(x.shape[1:]), step, network, x.device)
+            self._refresh((x.shape[1], x.shape[2], x.shape[3]), step, network, x.device)
         everywhere = round(self.nem.on_policy_fraction * (total or len(x)))
         pick = torch.randint(len(self.x), (everywhere,), generator=generator)[place : place + len(x)]
         count = len(pick)
-        return torch.cat([self.x[pick].to(x.device), x[count:]]), torch.cat([self.t[pick].to(t.device), t[count:]])
+        if labels is not None:
+            labels = torch.cat([self.labels[pick].to(labels.device), labels[count:]])
+        return torch.cat([self.x[pick].to(x.device), x[count:]]), torch.cat([self.t[pick].to(t.device), t[count:]]), labels
 
-    def _refresh(self, shape: tuple[int, ...], step: int, network: Denoiser, device: torch.device) -> None:
+    def _refresh(self, shape: tuple[int, int, int], step: int, network: Denoiser, device: torch.device) -> None:
         states: list[tuple[Tensor, Tensor]] = []
 
         def keep(t: int, x: Tensor, eps: Tensor) -> None:
@@ -58,6 +81,10 @@ class TrajectoryBuffer:
         images = max(1, self.nem.on_policy_buffer // steps)
         sampler = SamplerConfig(kind="ddim", steps=steps, batch_size=min(images, 64))
         seeds = image_seeds(self.seed, images, start=FIRST_SEED + step * images)
-        with cached_weights(network):
-            sample(network, sampler, self.diffusion, shape=shape, seeds=seeds, device=device, on_state=keep)  # type: ignore[arg-type]
+        drawn_by = ImageSampler(network=network, sampler=sampler, diffusion=self.diffusion, shape=shape, device=device)
+        drawn_by.draw(seeds, on_state=keep)
         self.x, self.t = (torch.cat(parts)[: self.nem.on_policy_buffer] for parts in zip(*states, strict=True))
+        labels = drawn_by.labels(seeds)
+        if labels is not None:
+            parts = torch.tensor(labels).split(sampler.batch_size)  # each is there at every step, before the next one begins
+            self.labels = torch.cat([part.repeat(steps) for part in parts])[: self.nem.on_policy_buffer]

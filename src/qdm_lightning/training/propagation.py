@@ -12,6 +12,7 @@ from qdm_lightning.base.ranks import rank
 from qdm_lightning.diffusion.propagation import at_every_timestep, error_propagation, network_calls
 from qdm_lightning.diffusion.sampling import image_seeds
 from qdm_lightning.models.image_sampler import ImageSampler
+from qdm_lightning.models.spec import key_settings
 from qdm_lightning.training.teacher_images import images_key
 
 FILE = "propagation.json"
@@ -31,7 +32,10 @@ def propagation(image_sampler: ImageSampler, model: Any, cache: Path, folder: Pa
         progress: shows the stage.
     """
     seeds = image_seeds(0, IMAGES)
-    own, shared = folder / FILE, cache / "propagation" / f"{images_key(image_sampler, seeds, [model, POINTS])}.json"
+    own, shared = (
+        folder / FILE,
+        cache / "propagation" / f"{images_key(image_sampler, seeds, [key_settings(model), POINTS])}.json",
+    )
     known = next((file for file in (own, shared) if file.is_file()), None)
     content = read_json(known, "delete it, and it is measured again") if known else _measured(image_sampler, seeds, progress)
     if not rank():
@@ -46,11 +50,12 @@ def _measured(image_sampler: ImageSampler, seeds: list[int], progress: Any) -> d
     s = image_sampler
     with progress.stage("error propagation", network_calls(s.sampler, s.diffusion, IMAGES, POINTS), "steps") as stage:
         measured = error_propagation(
-            s.network,
+            s.estimator,
             s.sampler,
             s.diffusion,
             shape=s.shape,
             seeds=seeds,
+            labels=s.labels(seeds),
             points=POINTS,
             device=s.device,
             on_step=lambda: stage.advance(1),

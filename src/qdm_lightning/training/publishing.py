@@ -182,9 +182,10 @@ def activations_by_bucket(
         with cached_weights(network):
             for part in picked.split(batch_size):
                 x0, t, eps = validation_set.x0[part], validation_set.t[part], validation_set.eps[part]
+                labels = [] if validation_set.labels is None else [validation_set.labels[part].to(device)]
                 bucket = t * BUCKETS // validation_set.num_train_timesteps
                 x = add_noise(scheduler, x0, eps, t).to(device, memory_format=torch.channels_last)
-                network(x, t.to(device))
+                network(x, t.to(device), *labels)
     finally:
         for hook in hooks:
             hook.remove()

@@ -29,6 +29,7 @@ from qdm_lightning.metrics.few_images import distance_of_equals
 from qdm_lightning.metrics.frechet import features, frechet_distance, frechet_key, halves_distance
 from qdm_lightning.models.denoiser import Denoiser, denoiser
 from qdm_lightning.models.image_sampler import ImageSampler
+from qdm_lightning.models.unet import example_inputs
 from qdm_lightning.quantization import compiled
 from qdm_lightning.quantization.cost import cost as count_cost
 from qdm_lightning.runs.caches import mark_cache
@@ -127,8 +128,9 @@ class Run:
         self.folder = experiment.run_dir
         self.device = measuring_device(experiment.trainer.accelerator)
         self.seeds = image_seeds(experiment.seed, experiment.num_samples)
+        data, total = experiment.data, experiment.diffusion.num_train_timesteps
         self.validation_set = ValidationSet.from_images(
-            experiment.data.val_images, experiment.diffusion.num_train_timesteps, experiment.trainer.val_images
+            data.val_images, total, experiment.trainer.val_images, labels=data.val_labels
         )
         self.metrics: dict[str, Any] = {"floor": {}, "teacher": {}, "seconds": {}, "seed": experiment.seed, "warnings": []}
 
@@ -200,8 +202,7 @@ class Run:
         write_whole(self.folder / "quantization.txt", f"{report.table()}\n".encode(), checksum=False)
         self.progress.say(report.summary())
         student = student.to(self.device).to(memory_format=torch.channels_last)
-        image = torch.zeros(1, e.data.channels, size, size)
-        cost = count_cost(student, report, (image, torch.zeros(1, dtype=torch.int64)))
+        cost = count_cost(student, report, example_inputs(student, (e.data.channels, size, size)))
         log_layers(self.loggers, report, cost)
         return student, cost.totals()
 

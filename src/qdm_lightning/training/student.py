@@ -59,6 +59,7 @@ def calibrate_student(student: nn.Module, experiment: Experiment, progress: Any)
     pick = torch.randint(len(images), (total,), generator=generator)
     scheduler = noise_scheduler(experiment.diffusion)
     network = denoiser(student, experiment.diffusion).eval()
+    classes = experiment.data.train_labels
     device = next(student.parameters()).device
 
     drawn = generator.get_state()
@@ -71,7 +72,8 @@ def calibrate_student(student: nn.Module, experiment: Experiment, progress: Any)
             for chosen, times in zip(pick.split(CALIBRATION_BATCH), t.split(CALIBRATION_BATCH), strict=True):
                 x0 = to_float(images[chosen])
                 x = add_noise(scheduler, x0, torch.randn(x0.shape, generator=generator), times)
-                network(x.to(device, memory_format=torch.channels_last), times.to(device))
+                labels = [] if classes is None else [network.drop_labels(classes[chosen], generator).to(device)]
+                network(x.to(device, memory_format=torch.channels_last), times.to(device), *labels)
                 stage.advance(1)
 
         calibrate(student, run, experiment.calibrator(), seed=experiment.seed)

@@ -8,7 +8,8 @@
     unet/config.json                          UNet2DModel's, with a `quantization_config`
     unet/diffusion_pytorch_model.safetensors  weights at their bits (see `quantization.packing`), its metadata the settings
 
-`quantization_config` has `quant_method`, `format`, and the run's `quant` (bits, rules, quantizers) and `taq` (with its scope).
+`quantization_config` has `quant_method`, `format`, the run's `quant` (bits, rules, quantizers) and `taq` (with its scope), and
+`label_dropout` where the network was trained with dropped labels: its last label stands for no class.
 diffusers reads the folder too, see `diffusers_quantizer`.
 """
 
@@ -37,6 +38,7 @@ from qdm_lightning.runs.formats import upgraded
 from qdm_lightning.training.diffusers_quantizer import as_loaded
 from qdm_lightning.training.named_quantizers import checked_quantization, named_quantizers, prepare_by
 from qdm_lightning.training.network_settings import (
+    DROPPED,
     FORMAT,
     METHOD,
     check_format,
@@ -179,11 +181,12 @@ def _read(place: Path, file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
         raise ValueError(f"{file} does not describe a student of ours: it has no quantization_config of {METHOD}")
     check_format(quantization.get("format"), file)
+    dropped = {name: value for name, value in quantization.items() if name == DROPPED}
     quantization = checked_quantization({part: quantization.get(part) for part in ("quant", "taq")}, file)
     found = read_diffusion(file.parent)
     if found is None:
         raise ValueError(f"{place} is damaged: scheduler/scheduler_config.json is missing")
-    return network_settings(unet, DiffusionConfig(**found), quantization), unet
+    return network_settings(unet, DiffusionConfig(**found, **dropped), quantization), unet
 
 
 def _read_first(place: Path, file: Path) -> tuple[dict[str, Any], dict[str, Any]]:

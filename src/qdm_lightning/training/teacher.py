@@ -20,8 +20,10 @@ from qdm_lightning.base.checksums import remove_checked
 from qdm_lightning.base.files import atomic_folder, data_hash, read_json, remove_leftovers, sha256, write_json, write_whole
 from qdm_lightning.base.ranks import rank
 from qdm_lightning.diffusion.spec import NeMConfig
+from qdm_lightning.models.denoiser import check_channels
 from qdm_lightning.models.diffusers_io import load_diffusion, load_unet, save_pipeline
-from qdm_lightning.models.spec import PretrainedConfig
+from qdm_lightning.models.spec import PretrainedConfig, check_classes, key_settings
+from qdm_lightning.models.unet import label_rows
 from qdm_lightning.training.checkpoint_io import fill_from_checkpoint
 from qdm_lightning.training.experiment import Experiment
 from qdm_lightning.training.module import DiffusionModule
@@ -48,9 +50,10 @@ def teacher_key(experiment: Experiment) -> tuple[str, dict[str, Any]]:
     settings = {
         "format": FORMAT,
         "data": experiment.data.fingerprint(),
+        **({"labels": experiment.data.labels_fingerprint()} if experiment.data.labelled else {}),
         "batch_size": experiment.data.batch_size,
         "flip": experiment.data.flip,
-        "model": experiment.resolved["model"],
+        "model": key_settings(experiment.resolved["model"]),
         "diffusion": experiment.diffusion.settings(),
         "teacher": {name: value for name, value in asdict(experiment.teacher).items() if name != "retrain"},
         "precision": experiment.trainer.precision,
@@ -77,7 +80,7 @@ def obtain_teacher(experiment: Experiment, fit: Fit, say: Callable[[str], None])
     origin |= warnings
     _check_shape(experiment, unet)
     if without := without_schedule(experiment):
-        taken = " ".join(f"diffusion.{k}={v}" for k, v in asdict(experiment.diffusion).items())
+        taken = " ".join(f"diffusion.{k}={v}" for k, v in experiment.diffusion.settings().items())
         origin["warning"] = f"{without} has no scheduler beside it: its noise schedule was taken to be {taken}"
     if "warning" in origin:
         say(f"warning: {origin['warning']}")
@@ -229,12 +232,17 @@ def check_networks(experiment: Experiment) -> None:
         FileNotFoundError, ValueError: one of these.
     """
     if experiment.has_teacher:
+        config = read_json(experiment.run_dir / "teacher" / "unet" / "config.json")
+        experiment.data.labelled = config.get("num_class_embeds") is not None
         return
     with torch.random.fork_rng(devices=[]):
         unet = _given(experiment)[0] or experiment.build_model()
         if not isinstance(unet, nn.Module):
             raise ValueError(f"model._target_ makes a {type(unet).__name__}, which is no network")
         _check_shape(experiment, unet)
+        experiment.data.labelled = label_rows(unet) is not None
+        if experiment.data.labelled:
+            experiment.data.all_labels()
         if not experiment.quant.is_float:
             prepare_student(unet, experiment)
 
@@ -290,6 +298,8 @@ def _foreign_network(experiment: Experiment) -> tuple[str, str | None]:
 
 def _check_shape(experiment: Experiment, unet: Any) -> None:
     """Raise ValueError where the teacher does not take the data; one that says no size, or says it twice, is told theirs."""
+    check_classes(label_rows(unet), experiment.data.classes, experiment.diffusion.label_dropout)
+    check_channels(unet, experiment.diffusion)
     channels, size = experiment.data.channels, experiment.data.image_size
     if unet.config.sample_size is None or [*np.atleast_1d(unet.config.sample_size)] == [size, size]:
         unet.register_to_config(sample_size=size)

@@ -15,6 +15,7 @@ from qdm_lightning.base.files import atomic_path, data_hash, reading, remove_lef
 from qdm_lightning.data.module import content_hash
 from qdm_lightning.metrics.weights import state_hash
 from qdm_lightning.models.image_sampler import ImageSampler
+from qdm_lightning.models.spec import key_settings
 from qdm_lightning.runs.provenance import environment
 
 
@@ -38,7 +39,7 @@ def teacher_images(
         draw: draws the images, where they are not in the cache.
         say: prints a line.
     """
-    file = cache / "teacher_images" / f"{images_key(image_sampler, seeds, model)}.safetensors"
+    file = cache / "teacher_images" / f"{images_key(image_sampler, seeds, key_settings(model))}.safetensors"
     if file.exists():
         try:
             cached = _read(file, (len(seeds), *image_sampler.shape))
@@ -60,7 +61,8 @@ def images_key(drawn_by: ImageSampler, seeds: Sequence[int], model: Any) -> str:
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}  # `_` marks where it came from
     where = {name: value for name, value in environment(drawn_by.device).items() if name != "fake_quantization"}
     settings = [state_hash(drawn_by.network), drawn_by.sampler.settings(), drawn_by.diffusion.settings(), model, config]
-    return data_hash([*settings, drawn_by.shape, seeds, where])[:24]
+    labels = drawn_by.labels(seeds)
+    return data_hash([*settings, drawn_by.shape, seeds, where, *([] if labels is None else [labels])])[:24]
 
 
 def _read(file: Path, shape: tuple[int, ...]) -> Tensor:

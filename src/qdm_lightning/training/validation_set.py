@@ -27,24 +27,30 @@ def spread_timesteps(count: int, num_train_timesteps: int, generator: torch.Gene
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """x0 (N, C, H, W) in [-1, 1], t (N,) spread evenly over all timesteps, eps (N, C, H, W)."""
+    """x0 (N, C, H, W) in [-1, 1], t (N,) spread evenly over all timesteps, eps (N, C, H, W), classes (N,) where there are."""
 
     x0: Tensor
     t: Tensor
     eps: Tensor
     num_train_timesteps: int
+    labels: Tensor | None = None
 
     @classmethod
-    def from_images(cls, images: Tensor, num_train_timesteps: int, size: int = 1024, seed: int = 0) -> ValidationSet:
-        """From held-out uint8 images (M, C, H, W), repeated as needed; the same for the same images and seed."""
+    def from_images(
+        cls, images: Tensor, num_train_timesteps: int, size: int = 1024, seed: int = 0, labels: Tensor | None = None
+    ) -> ValidationSet:
+        """From held-out uint8 images (M, C, H, W), repeated as needed, and their classes (M,); the same for the same seed."""
         generator = torch.Generator().manual_seed(seed)
-        x0 = to_float(images[torch.arange(size) % len(images)])
+        chosen = torch.arange(size) % len(images)
+        x0 = to_float(images[chosen])
         t = spread_timesteps(size, num_train_timesteps, generator)
-        return cls(x0, t, torch.randn(x0.shape, generator=generator), num_train_timesteps)
+        eps = torch.randn(x0.shape, generator=generator)
+        return cls(x0, t, eps, num_train_timesteps, None if labels is None else labels[chosen])
 
-    def batches(self, batch_size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(x0, t, eps) in equal batches; the last may be short."""
-        return list(zip(self.x0.split(batch_size), self.t.split(batch_size), self.eps.split(batch_size), strict=True))
+    def batches(self, batch_size: int) -> list[tuple[Tensor, ...]]:
+        """(x0, t, eps), or (x0, t, eps, labels), in equal batches; the last may be short."""
+        parts = [self.x0, self.t, self.eps, *([] if self.labels is None else [self.labels])]
+        return list(zip(*(part.split(batch_size) for part in parts), strict=True))
 
     def by_bucket(self, errors: Tensor) -> list[float]:
         """Means of `errors` (N,) over `BUCKETS` equal ranges of t, from t = 0 up."""
@@ -60,7 +66,8 @@ def nem_error(
     scheduler, device = noise_scheduler(diffusion), next(student.parameters()).device
     errors = []
     with cached_weights(student):
-        for x0, t, eps in validation_set.batches(batch_size):
+        for x0, t, eps, *labels in validation_set.batches(batch_size):
             x = add_noise(scheduler, x0, eps, t).to(device, memory_format=torch.channels_last)
-            errors.append(per_sample_mse(teacher(x, t.to(device)), student(x, t.to(device))).cpu())
+            given = [value.to(device) for value in (t, *labels)]
+            errors.append(per_sample_mse(teacher(x, *given), student(x, *given)).cpu())
     return validation_set.by_bucket(torch.cat(errors))

@@ -41,7 +41,7 @@ def root(tmp_path, monkeypatch, pixels):
     folder.mkdir()
     sums = []
     for (name, _), images in zip(CIFAR10.train_list + CIFAR10.test_list, pixels, strict=True):
-        content = py2_batch(name.encode(), images.reshape(3, 3072), [1, 2, 3])
+        content = py2_batch(name.encode(), images.reshape(3, 3072), [len(sums), 2, 9])
         (folder / name).write_bytes(content)
         sums.append([name, hashlib.md5(content).hexdigest()])
     meta = pickle.dumps({"label_names": list("abcdefghij")}, protocol=2)
@@ -63,6 +63,17 @@ def test_reads_what_torchvision_reads(root, pixels):
     assert torch.equal(data.train_images, torch.from_numpy(pixels[:5].reshape(15, 3, 32, 32)))
     for images, train in ((data.train_images, True), (data.val_images, False)):
         assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), CIFAR10(root, train=train).data)
+        assert data.all_labels()[0 if train else 1].tolist() == CIFAR10(root, train=train).targets
+
+
+def test_labels_are_read_when_they_are_asked_for_and_checked(root):
+    data = load(root)
+    assert data.train_labels is None  # of a network without classes
+    for labels, message in (([0, 1], "not one label in 0..9 for each image"), ([0, 1, 10], "not one label in 0..9")):
+        (root / CIFAR10.base_folder / "test_batch").write_bytes(py2_batch(b"x", np.zeros((3, 3072), np.uint8), labels))
+        data = load(root, verify=False)
+        with pytest.raises(ValueError, match=message):
+            data.all_labels()
 
 
 def test_half_size_is_the_mean_of_two_by_two(root, pixels):

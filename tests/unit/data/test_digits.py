@@ -18,6 +18,9 @@ def test_split_covers_all_digits_once():
     with np.load(DIGITS) as archive:
         assert sorted(map(bytes, archive["images"])) == sorted(map(bytes, torch.cat([train, val]).numpy()))
         counts = np.bincount(archive["labels"])
+        by_image = dict(zip(map(bytes, archive["images"]), archive["labels"], strict=True))
+    for images, labels in zip((train, val), DigitsData().load_labels(), strict=True):
+        assert [by_image[bytes(image.numpy())] for image in images] == labels.tolist()
     assert counts.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # as scikit-learn's description says
 
 

@@ -36,6 +36,22 @@ def test_batches_in_order_channel_by_channel(root):
     planes = np.stack([rows[:, i * 4096 : (i + 1) * 4096].reshape(-1, 64, 64) for i in range(3)], axis=1)
     assert np.array_equal(data.train_images.numpy(), planes)
     assert np.array_equal(data.val_images.numpy().reshape(4, -1), np.load(root / "val_data.npz")["data"])
+    data.labelled = True
+    assert data.train_labels.tolist() == [label for i in range(10) for label in range(2 + i % 2)]  # theirs begin at 1
+    assert data.val_labels.tolist() == [0, 1, 2, 3]
+
+
+def test_classes_in_the_order_of_their_wordnet_ids(root, tmp_path):
+    """As networks have them that were trained on ImageNet's folders, whose names are sorted."""
+    wnids = [f"n{(7919 * number) % 1009:08d}" for number in range(1, 1001)]
+    lines = [f"{wnid} {number} name_{number}" for number, wnid in enumerate(wnids, 1)]
+    (tmp_path / "map_clsloc.txt").write_text("\n".join(lines) + "\n")
+    data = load(root, synsets=str(tmp_path / "map_clsloc.txt"))
+    data.labelled = True
+    assert data.val_labels.tolist() == [sorted(wnids).index(wnid) for wnid in wnids[:4]]
+    (tmp_path / "map_clsloc.txt").write_text("\n".join(lines[1:]))
+    with pytest.raises(ValueError, match="not one line for each of the classes 1 to 1000"):
+        load(root, synsets=str(tmp_path / "map_clsloc.txt")).all_labels()
 
 
 def test_half_size_by_area(root):

@@ -87,6 +87,17 @@ def test_module_loads_once_and_hands_over_seed_and_start():
     assert torch.equal(next(iter(data.train_dataloader())).flatten(), expected.to(torch.uint8))
 
 
+def test_data_without_labels_say_so_and_batches_carry_those_of_their_images():
+    data = Fixed(numbered(5), numbered(2))
+    data.setup()
+    data.labelled = True
+    with pytest.raises(ValueError, match=r"Fixed has no labels: take a network without classes, model\.num_class_embeds=null"):
+        data.train_dataloader()
+    batches = StepBatches(numbered(5), batch_size=3, seed=1, labels=torch.arange(5) + 10)
+    for images, labels in islice(batches, 4):
+        assert torch.equal(images.flatten() + 10, labels)
+
+
 def test_fingerprint_is_the_documented_hash_and_sees_every_part():
     def fingerprint(train, val):
         data = Fixed(train, val)

@@ -157,6 +157,7 @@ def test_command_writes_a_folder_that_is_read(tmp_path, capsys):
         "beta_end": 0.02,
         "beta_schedule": "linear",
         "prediction_type": "epsilon",
+        "variance_type": "fixed",
     }
     x, t = torch.randn(1, 3, 32, 32), torch.tensor([500])
     with torch.no_grad():

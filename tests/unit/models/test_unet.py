@@ -39,7 +39,7 @@ def test_every_setting_reaches_the_network():
     ("settings", "message"),
     [
         ({"sample_size": 7}, r"model\.sample_size=7 cannot be halved 1 times: it must be a multiple of 2"),
-        ({"out_channels": 2}, r"model\.out_channels=2 is not allowed: give model\.in_channels=1"),
+        ({"out_channels": 3}, r"model\.out_channels=3 is not allowed: give model\.in_channels=1, or twice"),
         ({"up_block_types": ["UpBlock2D"]}, r"model\.up_block_types has 1 entries, model\.block_out_channels 2"),
         (
             {"down_block_types": ["DownBlock2D", "Down"]},
