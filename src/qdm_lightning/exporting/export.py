@@ -45,14 +45,12 @@ def export(experiment: Experiment, config: ExportConfig, progress: Any) -> Expor
         FileNotFoundError, ValueError: bad input, or a network that a graph cannot hold; nothing is written.
         RuntimeError: a runtime computes something else; nothing is written.
     """
-    if experiment.diffusion.prediction_type != "epsilon":
-        raise ValueError("a network that estimates v is not exported: graphs give the noise")
     subject = Subject.restored(experiment, config)
     default = experiment.run_dir / "export" / f"{subject.network}{SUFFIXES[config.format]}"
     file = Path(config.out).expanduser().resolve() if config.out else default
     if file.exists():
         read_exported(file)  # raises where it is not ours to replace
-    translator = Translator(subject.image_sampler.network.unet.cpu(), subject.image_sampler.shape)
+    translator = Translator(subject.image_sampler.network.cpu(), subject.image_sampler.shape)
     runtimes = [name for name in RUNTIMES if find_spec(name) and (name == "onnxruntime" or sums_bytes())]
     with progress.stage("checking", len(runtimes), "runtimes") as stage:
         checked: list[Verified] = []

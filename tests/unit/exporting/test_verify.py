@@ -7,11 +7,12 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
+from qdm_lightning.diffusion.spec import DiffusionConfig
 from qdm_lightning.exporting import lowering
 from qdm_lightning.exporting.marks import marked
 from qdm_lightning.exporting.operators import Translator
 from qdm_lightning.exporting.verify import verify, verify_products, verify_wiring
-from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.models.denoiser import Denoiser, VelocityDenoiser
 from qdm_lightning.quantization import (
     EMANormalizedActivation,
     GroupedActivation,
@@ -76,7 +77,7 @@ def student(taq="off", bits=4, scope="all", channels=(8, 16), **settings):
 
 @pytest.fixture(scope="module")
 def traced():
-    return Translator(student(), SHAPE)
+    return Translator(Denoiser(student()), SHAPE)
 
 
 @pytest.fixture
@@ -110,9 +111,10 @@ def test_openvino(translator, taq, bits, scope):
     verify_products(translator(taq, bits, scope), "openvino", T)
 
 
-def test_scales_by_channel():
-    """They are part of the graph: r_c in the weights, 1 / r_c before the codes."""
-    found = Translator(student("scale", 4, channel_scales="rms"), SHAPE)
+def test_scales_by_channel_and_a_network_that_estimates_v():
+    """They are part of the graph: r_c in the weights, 1 / r_c before the codes, and the noise that v and x_t stand for."""
+    unet = student("scale", 4, channel_scales="rms")
+    found = Translator(VelocityDenoiser(unet, DiffusionConfig(prediction_type="v_prediction")), SHAPE)
     for runtime in ("onnxruntime", "openvino"):
         assert verify_wiring(found, runtime, T) < 1e-5
         verify_products(found, runtime, T)
@@ -179,7 +181,7 @@ def test_a_batch_of_any_size_and_mixed_timesteps(translator):
 def test_layers_left_in_float_are_named():
     """And a network of one level, whose attention has two heads."""
     unet = student("normalize", rules={"mid_block.attentions.0": 32, "conv_in": 32}, channels=(16,))
-    found = Translator(unet, SHAPE)
+    found = Translator(Denoiser(unet), SHAPE)
     checked = verify(found, "onnxruntime", T)
     floating = [product.name for product in found.products if not product.integer]
     assert floating == ["conv_in", "mid_block.attentions.0"]
@@ -187,8 +189,8 @@ def test_layers_left_in_float_are_named():
 
 
 class Unknown(torch.nn.Module):
-    def forward(self, sample, timestep, return_dict):
-        return (torch.nn.functional.hardswish(sample + timestep.view(-1, 1, 1, 1)),)
+    def forward(self, sample, timestep):
+        return torch.nn.functional.hardswish(sample + timestep.view(-1, 1, 1, 1))
 
 
 class Doubled(LSQActivation):
@@ -202,10 +204,10 @@ def test_what_a_graph_cannot_hold_is_refused():
     with pytest.raises(
         ValueError, match=r"conv_in\.input_quantizer is a Doubled, which has no form in ONNX: only LSQActivation"
     ):
-        Translator(unet, SHAPE)
+        Translator(Denoiser(unet), SHAPE)
     unet = student("scale")
     unet.conv_in.input_quantizer.seen[2] = False
     with pytest.raises(ValueError, match=r"conv_in\.input_quantizer: timestep groups \[2\] were never seen"):
-        Translator(unet, SHAPE)
+        Translator(Denoiser(unet), SHAPE)
     with pytest.raises(ValueError, match=r"the network uses aten\.hardswish"):
         Translator(Unknown(), SHAPE).translate({})
