@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from qdm_lightning.exporting import lowering
 from qdm_lightning.exporting.graph import Graph
 from qdm_lightning.exporting.lowering import Activation, Codes, WeightCodes
 from qdm_lightning.exporting.marks import marked
+from qdm_lightning.exporting.tables import tabulated
+from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 
 TYPES = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64}
 BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div"}
@@ -69,6 +71,7 @@ class Translator:
     Args:
         network: a `Denoiser`, whose U-Net is prepared or in float: what it makes of the estimate is part of the graph.
         shape: (C, H, W) of an image.
+        num_train_timesteps: T, for the tables of quantizers of the user's own.
 
     Attributes:
         network: the traced network, whose quantizers do nothing.
@@ -79,12 +82,12 @@ class Translator:
         ValueError: the network has an operator or a quantizer that a graph cannot hold.
     """
 
-    def __init__(self, network: nn.Module, shape: Sequence[int]) -> None:
+    def __init__(self, network: nn.Module, shape: Sequence[int], num_train_timesteps: int = 1000) -> None:
         self.network, found = marked(network)
         self.quantizers = [(name.removeprefix("unet."), quantizer) for name, quantizer in found]
         for name, quantizer in self.quantizers:
             lowering.check(name, quantizer)
-        self.shape = tuple(shape)
+        self.shape, self.num_train_timesteps = tuple(shape), num_train_timesteps
         self.program = trace(self.network.to(memory_format=torch.contiguous_format), shape)
 
     def translate(self, metadata: Mapping[str, str], *, quantize: bool = True, watch: bool = False) -> Any:
@@ -165,13 +168,17 @@ class Translator:
         return self.graph.op("Gather", self._value(x), self._value(indices[0]), axis=0)
 
     def _mark(self, node: Node, x: Node, index: int) -> Any:
-        quantizer: Any = self.quantizers[index][1]
-        weight = self.values[x]
+        name, quantizer = self.quantizers[index]
+        weight, shape = self.values[x], node.meta["val"].shape
         if not self.quantize:
             return weight
         if isinstance(weight, Tensor):
-            return lowering.weight_codes(quantizer, weight)
-        return Activation(quantizer, self._value(x), node.meta["val"].ndim)
+            return lowering.weight_codes(name, cast(WeightQuantizer, quantizer), weight)
+        table = None
+        if type(quantizer) not in lowering.KNOWN:
+            sample = [int(size) for size in shape[1:]]
+            table = tabulated(name, cast(ActivationQuantizer, quantizer), sample, self.num_train_timesteps)
+        return Activation(name, quantizer, self._value(x), len(shape), table)
 
     def _codes(self, arg: Node, padding: Sequence[int] = (), *, operand: bool = False) -> Codes:
         """What a product takes of an argument, `padding` zeros on all sides of its last axes."""
