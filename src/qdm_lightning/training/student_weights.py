@@ -14,21 +14,24 @@ from torch import Tensor, nn
 from qdm_lightning.base.checks import UserError
 from qdm_lightning.base.files import reading, write_json, write_whole
 from qdm_lightning.quantization.packing import packed_state
+from qdm_lightning.quantization.spec import EXECUTIONS
 from qdm_lightning.training.network_settings import FORMAT, KEY, METHOD, unet_config
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 """Names of the files in the U-Net's folder, as diffusers has them."""
 
 
-def student_config(student: nn.Module, quantization: Mapping[str, Any]) -> dict[str, Any]:
+def student_config(student: nn.Module, quantization: Mapping[str, Any], execution: str = EXECUTIONS[0]) -> dict[str, Any]:
     """config.json of a student: that of the `UNet2DModel`, and its `quantization_config`.
 
     Args:
         student: the prepared U-Net.
         quantization: `quant` and `taq`, from `quantization_settings`.
+        execution: how it is to run where it is loaded, one of `EXECUTIONS`; what is usual is not written.
     """
     own = {k: v for k, v in unet_config(student).items() if k not in ("_name_or_path", "quantization_config")}
     described = {"quant_method": METHOD, "format": FORMAT, **{part: quantization[part] for part in ("quant", "taq")}}
+    described |= {"execution": execution} if execution != EXECUTIONS[0] else {}
     return {**own, "dropout": 0.0, "quantization_config": described}
 
 
