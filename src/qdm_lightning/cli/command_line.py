@@ -50,7 +50,9 @@ def _options(values: Mapping[str, Any]) -> dict[str, str]:
         named[group] = next((n for n, kind in SCHEMAS[group].items() if getattr(kind, "_target_", None) == target), "")
     weighting, group = (nem.get("weighting") or {}).get("_target_"), "nem/weighting"
     files = {option.name: CONF_DIR / group / f"{option.name}.yaml" for option in options(group)}
-    named[group] = next((name for name, file in files.items() if OmegaConf.load(file).get("_target_") == weighting), "")
+    named[group] = next(
+        (name for name, file in files.items() if OmegaConf.select(OmegaConf.load(file), "_target_") == weighting), ""
+    )
     there = {group: {option.name for option in options(group)} for group in named}
     if named["quant"] == "fp32":  # it brings these
         named |= {"taq": "", "nem": "", "nem/weighting": ""}
