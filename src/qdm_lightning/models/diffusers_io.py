@@ -51,6 +51,9 @@ UNET_SETTINGS: dict[str, tuple[Any, ...]] = {
 }
 """What a scheduler's and a U-Net's config.json may say, where they say it."""
 
+ESTIMATES = {"fourier": ", so it estimates a score over sigma"}
+"""What a network does of which a setting has this value."""
+
 
 def load_unet(path: str | Path, advice: str = "") -> UNet2DModel:
     """Load an unconditional U-Net that estimates the noise, or v, in eval mode and float32.
@@ -267,4 +270,5 @@ def _check_unet(file: Path, advice: str = "") -> None:
 def _check_settings(file: Path, config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], what: str) -> None:
     for name, values in allowed.items():
         if name in config and config[name] not in values:
-            raise ValueError(f"{file} {what}: {name}={one_line(config[name])[:60]}; {SUPPORTED}")
+            value = one_line(config[name])[:60]
+            raise ValueError(f"{file} {what}: {name}={value}{ESTIMATES.get(value, '')}; {SUPPORTED}")

@@ -307,7 +307,11 @@ def edit_config(**changes):
         (edit_config(block_out_channels=[16, 64]), ValueError, "cannot be read as a U-Net: .*size mismatch for down_blocks"),
         (edit_config(_class_name="UNet2DConditionModel"), ValueError, "is of a UNet2DConditionModel: supported are"),
         (edit_config(num_class_embeds=10), ValueError, "of another kind: num_class_embeds=10; supported are unconditional"),
-        (edit_config(time_embedding_type="fourier"), ValueError, "of another kind: time_embedding_type=fourier; supported are"),
+        (
+            edit_config(time_embedding_type="fourier"),
+            ValueError,
+            "of another kind: time_embedding_type=fourier, so it estimates a sc",
+        ),
         (edit_config(center_input_sample=True), ValueError, "of another kind: center_input_sample=True; supported are"),
         (edit_config(out_channels=6), ValueError, "3 channels in and 6 out"),
     ],
