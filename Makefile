@@ -1,7 +1,7 @@
 # Everything a developer types. `make` alone lists it.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-extras test-faults check audit format bench clean
+.PHONY: help setup run test test-extras test-faults check audit format bench dist clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -31,7 +31,7 @@ run: $(STAMP)  ## Train and measure the W4A4 student on the embedded digits (ARG
 test: $(STAMP)  ## Run all tests, as many at once as there are cores (ARGS="tests/unit -k taq" selects)
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-extras: $(VENV)/.extras  ## Run what needs the extras (datasets, Trackio, MLflow, transformers, Optuna), or is long
+test-extras: $(VENV)/.extras  ## Run what needs the extras (datasets, Trackio, MLflow, transformers, Optuna: installs them), or is long
 	$(BIN)/python -m pytest -m extras $(ARGS)
 
 $(VENV)/.extras: $(STAMP)
@@ -61,6 +61,9 @@ format: $(STAMP)  ## Rewrite the files as `make check` wants them
 
 bench: $(STAMP)  ## Run every benchmark, side by side with its peers
 	@for file in $$(grep -l __main__ benchmarks/*.py); do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+
+dist: $(STAMP)  ## Build the wheel and the source archive into dist/
+	$(BIN)/python -m hatchling build -d dist
 
 clean:  ## Delete caches and builds; runs (outputs/) and .venv stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

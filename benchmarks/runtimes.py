@@ -79,7 +79,7 @@ def write_files(base: nn.Module, folder: Path) -> None:
     networks = {"fp32": lambda: base, "w8a8": lambda: student(base, 8), "w4a4": lambda: student(base, 4)}
     for name, make in networks.items():
         if not (folder / f"{name}.onnx").is_file():
-            model = Translator(make(), image_shape(base)).translate({})
+            model = Translator(Denoiser(make()), image_shape(base)).translate({})
             (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
     if not (folder / "nncf.xml").is_file():
         if find_spec("nncf") is None:

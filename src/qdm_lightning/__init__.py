@@ -8,7 +8,7 @@ from qdm_lightning.base.import_hook import after_import
 if TYPE_CHECKING:
     from types import ModuleType
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "run_training": "cli.training:train",

@@ -1,6 +1,7 @@
 """The wheel: `conf/` ships inside, and the command runs from any folder with a user's own options."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 from hatchling.builders.wheel import WheelBuilder
 from omegaconf import OmegaConf
+
+import qdm_lightning
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,6 +24,20 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "site")
     return folder / "site"
+
+
+def test_the_version_is_that_of_the_package_and_of_the_changelog(installed):
+    [metadata] = installed.glob("qdm_lightning-*.dist-info/METADATA")
+    assert f"\nVersion: {qdm_lightning.__version__}\n" in metadata.read_text()
+    released = re.findall(r"^## \[(\d.*?)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert released[0] == qdm_lightning.__version__
+
+
+def test_what_is_compiled_and_typed_ships(installed):
+    package = ROOT / "src" / "qdm_lightning"
+    sources = {str(file.relative_to(package)) for file in package.glob("integer/cpp/*")} | {"py.typed"}
+    assert len(sources) > 1
+    assert all((installed / "qdm_lightning" / name).is_file() for name in sources)
 
 
 def test_every_configuration_ships(installed):

@@ -15,6 +15,7 @@ from qdm_lightning.base.checks import UserError
 from qdm_lightning.cli.help import COMMANDS
 from qdm_lightning.cli.schema import CONF_DIR
 from qdm_lightning.cli.validate import validate
+from qdm_lightning.integer import to_integer
 from qdm_lightning.train import main
 
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
@@ -125,3 +126,4 @@ def test_a_quantizer_of_the_users_own(tmp_path, monkeypatch, capsys):
         load_student(folder / "student")
     student = load_student(folder / "student", trusted=["my_quantizers.FixedRange"])
     assert any(type(m).__name__ == "FixedRange" for m in student.modules())
+    assert to_integer(student)[1].float_layers == []

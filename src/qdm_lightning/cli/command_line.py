@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from qdm_lightning.cli.compose import composed, without_hydra
 from qdm_lightning.cli.help import defaults, options
 from qdm_lightning.cli.messages import quoted
-from qdm_lightning.cli.schema import PLACES, SCHEMAS
+from qdm_lightning.cli.schema import CONF_DIR, PLACES, SCHEMAS
 
 LEFT_OUT = ("run", "paths", "logger")
 """Settings that make no other run."""
@@ -48,9 +48,14 @@ def _options(values: Mapping[str, Any]) -> dict[str, str]:
     for group in ("data", "model", "taq", "metrics"):
         target = values[group].get("_target_")
         named[group] = next((n for n, kind in SCHEMAS[group].items() if getattr(kind, "_target_", None) == target), "")
+    weighting, group = (nem.get("weighting") or {}).get("_target_"), "nem/weighting"
+    files = {option.name: CONF_DIR / group / f"{option.name}.yaml" for option in options(group)}
+    named[group] = next(
+        (name for name, file in files.items() if OmegaConf.select(OmegaConf.load(file), "_target_") == weighting), ""
+    )
     there = {group: {option.name for option in options(group)} for group in named}
     if named["quant"] == "fp32":  # it brings these
-        named |= {"taq": "", "nem": ""}
+        named |= {"taq": "", "nem": "", "nem/weighting": ""}
     if named["teacher"] == "pretrained":
         named["model"] = ""
     order = [group for group in chosen if group in named]

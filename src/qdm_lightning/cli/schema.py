@@ -25,7 +25,6 @@ from qdm_lightning.base.checks import between, one_of
 from qdm_lightning.base.wandb_environment import MODES, wandb_mode
 from qdm_lightning.data.spec import CelebAConfig, Cifar10Config, DigitsConfig, HFConfig, ImageNet64Config, ImagesConfig
 from qdm_lightning.diffusion.spec import SEEDS, DiffusionConfig, NeMConfig, SamplerConfig
-from qdm_lightning.evaluation.spec import EXECUTIONS
 from qdm_lightning.metrics.spec import (
     CLIPMetric,
     CustomMetric,
@@ -36,7 +35,7 @@ from qdm_lightning.metrics.spec import (
     ResNet20Metric,
 )
 from qdm_lightning.models.spec import PretrainedConfig, UNetConfig
-from qdm_lightning.quantization.spec import TAQ, QuantConfig
+from qdm_lightning.quantization.spec import EXECUTIONS, TAQ, QuantConfig
 from qdm_lightning.runs import naming
 from qdm_lightning.runs.folder import MAY_CHANGE
 from qdm_lightning.training.spec import OptimizerConfig, PathsConfig, TeacherConfig, TrainerConfig

@@ -12,6 +12,7 @@ from typing import Any
 
 from qdm_lightning.base.checks import at_least, between, folder, one_of
 from qdm_lightning.diffusion.spec import SEEDS
+from qdm_lightning.quantization.spec import EXECUTIONS
 from qdm_lightning.runtimes.spec import RUNTIMES, runtime_of
 from qdm_lightning.training.spec import MOST_THREADS
 
@@ -20,8 +21,6 @@ SCORES = ("fd", "fd_inf", "is", "kid", "kid_all", "prc", "dc", "cmmd")
 precision and recall, density and coverage, CMMD."""
 
 MOST_REPEATS = 100
-
-EXECUTIONS = ("simulated", "integer")
 
 MOST_SEEDS = 10_000_000
 

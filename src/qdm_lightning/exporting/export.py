@@ -45,8 +45,6 @@ def export(experiment: Experiment, config: ExportConfig, progress: Any) -> Expor
         FileNotFoundError, ValueError: bad input, or a network that a graph cannot hold; nothing is written.
         RuntimeError: a runtime computes something else; nothing is written.
     """
-    if experiment.diffusion.prediction_type != "epsilon":
-        raise ValueError("a network that estimates v is not exported: graphs give the noise")
     if experiment.diffusion.variance_type != "fixed":
         raise ValueError("a network that estimates its variance is not exported: graphs give the noise")
     subject = Subject.restored(experiment, config)
@@ -56,12 +54,13 @@ def export(experiment: Experiment, config: ExportConfig, progress: Any) -> Expor
     file = Path(config.out).expanduser().resolve() if config.out else default
     if file.exists():
         read_exported(file)  # raises where it is not ours to replace
-    translator = Translator(subject.image_sampler.network.unet.cpu(), subject.image_sampler.shape)
+    total = experiment.diffusion.num_train_timesteps
+    translator = Translator(subject.image_sampler.network.cpu(), subject.image_sampler.shape, total)
     runtimes = [name for name in RUNTIMES if find_spec(name) and (name == "onnxruntime" or sums_bytes())]
     with progress.stage("checking", len(runtimes), "runtimes") as stage:
         checked: list[Verified] = []
         for runtime in runtimes:
-            checked.append(verify(translator, runtime, experiment.diffusion.num_train_timesteps))
+            checked.append(verify(translator, runtime, total))
             stage.advance(1)
     metadata = _metadata(subject, checked)
     model = translator.translate({FIELD: json.dumps(metadata)})

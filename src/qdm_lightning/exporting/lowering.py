@@ -20,13 +20,15 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from qdm_lightning.exporting.graph import Graph
-from qdm_lightning.quantization import functional
-from qdm_lightning.quantization.quantizer import LSQActivation, LSQProbability, LSQWeight
-from qdm_lightning.quantization.taq import EMANormalizedActivation, GroupedActivation, NormalizedActivation
+from qdm_lightning.exporting.tables import Table
+from qdm_lightning.integer.layers import weight_codes as integer_codes
+from qdm_lightning.integer.report import Unsupported
+from qdm_lightning.quantization.quantizer import ActivationQuantizer, LSQActivation, LSQProbability, WeightQuantizer
+from qdm_lightning.quantization.taq import EMANormalizedActivation, Grouped, GroupedActivation, NormalizedActivation
 from qdm_lightning.quantization.timestep import timesteps
 
-KNOWN = (LSQActivation, LSQProbability, LSQWeight, NormalizedActivation, EMANormalizedActivation, GroupedActivation)
-"""Quantizers that a graph can hold; a subclass may compute anything, and is refused."""
+KNOWN = (LSQActivation, LSQProbability, NormalizedActivation, EMANormalizedActivation, GroupedActivation)
+"""Quantizers of activations whose grids are known; of others, subclasses among them, it is tabulated what `grid(x)` gives."""
 
 PACKED_BITS = 4
 """Weights of so many bits or fewer are stored two codes to a byte."""
@@ -46,33 +48,30 @@ class WeightCodes:
     """A quantized weight: the weight and its quantizer, codes (O, ...), scales (O,), and the values that they stand for."""
 
     weight: Tensor
-    quantizer: LSQWeight
+    quantizer: WeightQuantizer
     codes: Tensor
     scale: Tensor
     values: Tensor
 
 
 def check(name: str, quantizer: nn.Module) -> None:
-    """Raise ValueError where a graph cannot hold a quantizer."""
-    if type(quantizer) not in KNOWN:
+    """Raise ValueError where a graph cannot hold a quantizer of activations."""
+    if isinstance(quantizer, Grouped) and not bool(quantizer.seen.all()):
         raise ValueError(
-            f"{name} is a {type(quantizer).__name__}, which has no form in ONNX: "
-            f"only {', '.join(kind.__name__ for kind in KNOWN)} are exported"
+            f"{name}: timestep groups {(~quantizer.seen).nonzero().flatten().tolist()} were never seen in calibration or "
+            "training, so their grids mean nothing: train or calibrate on all timesteps, or take fewer groups (taq.groups=...)"
         )
-    seen = getattr(quantizer, "seen", None)
-    if seen is not None and not bool(seen.all()):
-        raise ValueError(
-            f"{name}: timestep groups {(~seen).nonzero().flatten().tolist()} were never seen in calibration or training, so "
-            "their grids mean nothing: train or calibrate on all timesteps, or take fewer groups (taq.groups=...)"
-        )
+    if isinstance(quantizer, ActivationQuantizer) and not callable(getattr(quantizer, "grid", None)):
+        raise ValueError(f"{name}, a {type(quantizer).__name__}, has no form in ONNX: it has no grid(x)")
 
 
-def weight_codes(quantizer: LSQWeight, weight: Tensor) -> WeightCodes:
-    """The codes of a weight."""
-    scale = quantizer.scale.detach().float()
-    column = scale.view(-1, *[1] * (weight.ndim - 1))
-    codes = functional.quantize(weight.detach().float(), column, torch.zeros(1), quantizer.qmin, quantizer.qmax)
-    return WeightCodes(weight, quantizer, codes.to(torch.int8), scale, codes * column)
+def weight_codes(name: str, quantizer: WeightQuantizer, weight: Tensor) -> WeightCodes:
+    """The codes of a weight. Raises ValueError where `quantizer` does not make it scale times code."""
+    try:
+        codes, scale = integer_codes(weight, quantizer)
+    except Unsupported as error:
+        raise ValueError(f"{name} has no form in ONNX: {error}") from error
+    return WeightCodes(weight, quantizer, codes, scale, codes * scale.view(-1, *[1] * (weight.ndim - 1)))
 
 
 def store_weight(graph: Graph, weight: WeightCodes, *, transposed: bool = False) -> str:
@@ -88,11 +87,16 @@ def store_weight(graph: Graph, weight: WeightCodes, *, transposed: bool = False)
 
 @dataclass(frozen=True)
 class Activation:
-    """What a quantizer is applied to: the value `x` of `ndim` axes, the first of which is the sample."""
+    """What a quantizer is applied to: the value `x` of `ndim` axes, the first of which is the sample.
 
-    quantizer: LSQActivation
+    `name` is the quantizer's, for messages; `table` is the grid of one that is none of `KNOWN`.
+    """
+
+    name: str
+    quantizer: Any
     x: str
     ndim: int
+    table: Table | None = None
 
     def codes(self, graph: Graph, padding: Sequence[int] = (), *, operand: bool = False) -> Codes:
         """The codes, in the graph.
@@ -100,20 +104,27 @@ class Activation:
         Args:
             padding: zeros around x, on both sides of each of its last axes.
             operand: x is multiplied by another activation, for which OpenVINO wants int8 codes with zero point 0.
+
+        Raises:
+            ValueError: zeros around x, and a quantizer of the user's own whose grid has no zero.
         """
         quantizer = self.quantizer
         x = padded(graph, self.x, self.ndim, padding) if any(padding) else self.x
-        if type(quantizer) in (LSQActivation, LSQProbability):  # one grid for all
-            with torch.no_grad():
-                scale, zero_point = (float(value) for value in quantizer.grid(torch.zeros(1)))
-            if operand and not quantizer.symmetric:
-                return _signed_codes(graph, quantizer, x, graph.number(scale), graph.number(zero_point))
-            return Codes(_unsigned(graph, x, scale, int(zero_point), quantizer.bits))
         if type(quantizer) is NormalizedActivation:
-            grid = _sample_grid(graph, quantizer, self.x, self.ndim)
-        else:
-            grid = _grid_of_timestep(graph, quantizer, self.ndim)
-        return _signed_codes(graph, quantizer, x, *grid)
+            return _signed_codes(graph, quantizer, x, *_sample_grid(graph, quantizer, self.x, self.ndim))
+        if isinstance(quantizer, Grouped) and self.table is None:
+            return _signed_codes(graph, quantizer, x, *_grid_of_group(graph, quantizer, self.ndim))
+        with torch.no_grad():
+            table = self.table or Table(*quantizer.grid(torch.zeros(1)))
+        held = bool(((table.zero_point >= 0) & (table.zero_point <= quantizer.qmax)).all())
+        if any(padding) and not held:
+            raise ValueError(f"{self.name} has no form in ONNX: zeros are padded there, and its grid has no zero")
+        if len(table.scale) > 1:
+            return _signed_codes(graph, quantizer, x, *_rows(graph, table, "timestep", self.ndim))
+        scale, zero_point = (float(value) for value in table)
+        if not held or (operand and not getattr(quantizer, "symmetric", False)):
+            return _signed_codes(graph, quantizer, x, graph.number(scale), graph.number(zero_point))
+        return Codes(_unsigned(graph, x, scale, int(zero_point), quantizer.qmax))
 
 
 def padded(graph: Graph, x: str, ndim: int, padding: Sequence[int]) -> str:
@@ -122,25 +133,25 @@ def padded(graph: Graph, x: str, ndim: int, padding: Sequence[int]) -> str:
     return graph.op("Pad", x, graph.integers(*widths, *widths), graph.number(0.0))
 
 
-def _unsigned(graph: Graph, x: str, scale: float, zero_point: int, bits: int) -> str:
-    """Codes on [0, 2^b - 1] with any zero point, as uint8.
+def _unsigned(graph: Graph, x: str, scale: float, zero_point: int, qmax: int) -> str:
+    """Codes on [0, qmax] with any zero point among them, as uint8.
 
     x is clipped, not its codes, so that quantizing and dequantizing stand side by side, the pattern that every runtime knows.
     The ends are on the grid: the codes are the same.
     """
     s, z = graph.number(scale), graph.constant(np.uint8(zero_point))
-    if bits < 8:
-        ends = (float(np.float32(scale) * np.float32(code - zero_point)) for code in (0, 2**bits - 1))
+    if qmax < 255:
+        ends = (float(np.float32(scale) * np.float32(code - zero_point)) for code in (0, qmax))
         x = graph.op("Clip", x, *map(graph.number, ends))
     return graph.op("DequantizeLinear", graph.op("QuantizeLinear", x, s, z), s, z)
 
 
-def _signed_codes(graph: Graph, quantizer: LSQActivation, x: str, scale: str, zero_point: str) -> Codes:
+def _signed_codes(graph: Graph, quantizer: Any, x: str, scale: str, zero_point: str) -> Codes:
     """int8 codes - 2^(b-1), which any zero point allows, in units of the scale."""
     half = 2 ** (quantizer.bits - 1)
     middle = graph.op("Sub", zero_point, graph.number(half))
     shifted = graph.op("Add", graph.op("Round", graph.op("Div", x, scale)), middle)
-    clipped = graph.op("Clip", shifted, graph.number(-half), graph.number(half - 1))
+    clipped = graph.op("Clip", shifted, graph.number(-half), graph.number(quantizer.qmax - half))
     one, zero = graph.number(1.0), graph.constant(np.int8(0))
     values = graph.op("DequantizeLinear", graph.op("QuantizeLinear", clipped, one, zero), one, zero)
     return Codes(values, scale, graph.op("Neg", middle))
@@ -163,18 +174,23 @@ def _sample_grid(graph: Graph, quantizer: NormalizedActivation, x: str, ndim: in
     return scale, graph.op("Round", zero_point)
 
 
-def _grid_of_timestep(graph: Graph, quantizer: Any, ndim: int) -> tuple[str, str]:
+def _grid_of_group(graph: Graph, quantizer: Any, ndim: int) -> tuple[str, str]:
     """s_t and z_t of `taq=ema` and `taq=scale`, (N, 1, ...), read from tables of one row for each group."""
     groups, total = quantizer.groups, quantizer.num_train_timesteps
     all_t = torch.arange(total)
     group = quantizer.group_of(all_t)
     first = torch.searchsorted(group, torch.arange(groups)).clamp(max=total - 1)  # a t of each group
     with torch.no_grad(), timesteps(all_t[first]):
-        tables = quantizer.grid(torch.zeros(groups, 1))
+        table = Table(*quantizer.grid(torch.zeros(groups, 1)))
     index = graph.op("Div", graph.op("Mul", "timestep", graph.integers(groups)), graph.integers(total))
+    return _rows(graph, table, index, ndim)
+
+
+def _rows(graph: Graph, table: Table, index: str, ndim: int) -> tuple[str, str]:
+    """The rows of a table that `index` (N,) names, each (N, 1, ...)."""
     shape = graph.integers(-1, *[1] * (ndim - 1))
     scale, zero_point = (
-        graph.op("Reshape", graph.op("Gather", graph.constant(table.float().numpy()), index), shape) for table in tables
+        graph.op("Reshape", graph.op("Gather", graph.constant(part.float().numpy()), index), shape) for part in table
     )
     return scale, zero_point
 

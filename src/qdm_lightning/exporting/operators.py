@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,10 +16,12 @@ from qdm_lightning.exporting import lowering
 from qdm_lightning.exporting.graph import Graph
 from qdm_lightning.exporting.lowering import Activation, Codes, WeightCodes
 from qdm_lightning.exporting.marks import marked
+from qdm_lightning.exporting.tables import tabulated
+from qdm_lightning.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 
 TYPES = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64}
 BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div"}
-UNARY = {"exp": "Exp", "sin": "Sin", "cos": "Cos", "sigmoid": "Sigmoid"}
+UNARY = {"exp": "Exp", "sin": "Sin", "cos": "Cos", "sigmoid": "Sigmoid", "sqrt": "Sqrt"}
 
 
 @dataclass(frozen=True)
@@ -43,21 +45,23 @@ class Product:
 
 
 class _Traced(nn.Module):
-    def __init__(self, unet: nn.Module) -> None:
+    """The network under the names that the graph's inputs have."""
+
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.unet = unet
+        self.network = network
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        output: Tensor = self.unet(sample, timestep, return_dict=False)[0]
-        return output
+        noise: Tensor = self.network(sample, timestep)
+        return noise
 
 
-def trace(unet: nn.Module, shape: Sequence[int]) -> torch.export.ExportedProgram:
-    """The operators of `unet(sample, timestep)` for images (C, H, W), for any batch."""
+def trace(network: nn.Module, shape: Sequence[int]) -> torch.export.ExportedProgram:
+    """The operators of `network(sample, timestep)` for images (C, H, W), for any batch."""
     batch = torch.export.Dim("batch", max=63)  # diffusers copies larger ones before it enlarges them; the graph is the same
     inputs = (torch.zeros(2, *shape), torch.zeros(2, dtype=torch.int64))
     with torch.no_grad():
-        program = torch.export.export(_Traced(unet), inputs, dynamic_shapes={"sample": {0: batch}, "timestep": {0: batch}})
+        program = torch.export.export(_Traced(network), inputs, dynamic_shapes={"sample": {0: batch}, "timestep": {0: batch}})
         return program.run_decompositions({})
 
 
@@ -65,11 +69,12 @@ class Translator:
     """A network as a graph.
 
     Args:
-        network: a `UNet2DModel`, prepared or in float.
+        network: a `Denoiser`, whose U-Net is prepared or in float: what it makes of the estimate is part of the graph.
         shape: (C, H, W) of an image.
+        num_train_timesteps: T, for the tables of quantizers of the user's own.
 
     Attributes:
-        unet: the traced network, whose quantizers do nothing.
+        network: the traced network, whose quantizers do nothing.
         quantizers: with their names, by the numbers of their marks.
         products: its multiplications, in the order of the pass.
 
@@ -77,12 +82,13 @@ class Translator:
         ValueError: the network has an operator or a quantizer that a graph cannot hold.
     """
 
-    def __init__(self, network: nn.Module, shape: Sequence[int]) -> None:
-        self.unet, self.quantizers = marked(network)
+    def __init__(self, network: nn.Module, shape: Sequence[int], num_train_timesteps: int = 1000) -> None:
+        self.network, found = marked(network)
+        self.quantizers = [(name.removeprefix("unet."), quantizer) for name, quantizer in found]
         for name, quantizer in self.quantizers:
             lowering.check(name, quantizer)
-        self.shape = tuple(shape)
-        self.program = trace(self.unet.to(memory_format=torch.contiguous_format), shape)
+        self.shape, self.num_train_timesteps = tuple(shape), num_train_timesteps
+        self.program = trace(self.network.to(memory_format=torch.contiguous_format), shape)
 
     def translate(self, metadata: Mapping[str, str], *, quantize: bool = True, watch: bool = False) -> Any:
         """The model, inputs `sample` (N, C, H, W) float32 and `timestep` (N,) int64, output `noise` as `sample`.
@@ -94,10 +100,11 @@ class Translator:
         self.graph, self.values, self.quantize = Graph(), dict[Node, Any](), quantize
         self.products: list[Product] = []
         parameters = {**self.program.graph_signature.inputs_to_parameters, **self.program.graph_signature.inputs_to_buffers}
+        tensors = {**self.program.state_dict, **self.program.constants}  # buffers that no checkpoint has are among the latter
         for node in self.program.graph.nodes:
             if node.op == "placeholder":
                 stored = parameters.get(node.name)
-                self.values[node] = node.name if stored is None else self.program.state_dict[stored].detach()
+                self.values[node] = node.name if stored is None else tensors[stored].detach()
             elif node.op == "call_function":
                 self.values[node] = self._call(node)
             elif node.op == "output":
@@ -152,14 +159,26 @@ class Translator:
             return lowering.store_weight(self.graph, value)
         return self.graph.constant(value.contiguous().numpy()) if isinstance(value, Tensor) else str(value)
 
+    def _rsub(self, node: Node, x: Node, other: Any) -> str:
+        return self.graph.op("Sub", self._value(other, node), self._value(x))
+
+    def _index(self, node: Node, x: Node, indices: Sequence[Node | None]) -> str:
+        if len(indices) != 1 or indices[0] is None:
+            raise ValueError("the network takes elements along several axes at once, which the export does not know")
+        return self.graph.op("Gather", self._value(x), self._value(indices[0]), axis=0)
+
     def _mark(self, node: Node, x: Node, index: int) -> Any:
-        quantizer: Any = self.quantizers[index][1]
-        weight = self.values[x]
+        name, quantizer = self.quantizers[index]
+        weight, shape = self.values[x], node.meta["val"].shape
         if not self.quantize:
             return weight
         if isinstance(weight, Tensor):
-            return lowering.weight_codes(quantizer, weight)
-        return Activation(quantizer, self._value(x), node.meta["val"].ndim)
+            return lowering.weight_codes(name, cast(WeightQuantizer, quantizer), weight)
+        table = None
+        if type(quantizer) not in lowering.KNOWN:
+            sample = [int(size) for size in shape[1:]]
+            table = tabulated(name, cast(ActivationQuantizer, quantizer), sample, self.num_train_timesteps)
+        return Activation(name, quantizer, self._value(x), len(shape), table)
 
     def _codes(self, arg: Node, padding: Sequence[int] = (), *, operand: bool = False) -> Codes:
         """What a product takes of an argument, `padding` zeros on all sides of its last axes."""
@@ -182,7 +201,7 @@ class Translator:
         arguments = torch.fx.map_arg(node.args, lambda arg: self.values[arg])
         integer = all(isinstance(self.values[factor], Activation | WeightCodes) for factor in factors)
         operands = not any(isinstance(self.values[factor], WeightCodes | Tensor) for factor in factors)
-        self.products.append(Product(path.removeprefix("unet."), node, arguments, output, integer, operands))
+        self.products.append(Product(path.removeprefix("network.unet."), node, arguments, output, integer, operands))
         return output
 
     def _conv2d(

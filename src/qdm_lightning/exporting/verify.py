@@ -72,7 +72,7 @@ def verify_wiring(translator: Translator, runtime: str, total: int) -> float:
     x, t = _inputs(translator, total)
     network = RuntimeNetwork(translator.translate({}, quantize=False), runtime, torch.get_num_threads(), total)
     with torch.no_grad():
-        found = _relative(network(x, t), translator.unet(x, t, return_dict=False)[0])
+        found = _relative(network(x, t), translator.network(x, t))
     if not found <= WIRING:
         raise RuntimeError(f"in {runtime} the graph without quantizers deviates by {found:.1e} of the greatest output")
     return found

@@ -43,8 +43,15 @@ def to_integer(model: nn.Module, *, allow_float: Sequence[str] = ()) -> tuple[nn
             integer, and no pattern of `allow_float` matches it; such a pattern matches no layer.
     """
     _check(model)
+    result = copy.deepcopy(model)
+    return result, convert_in_place(result, allow_float=allow_float)
+
+
+def convert_in_place(model: nn.Module, *, allow_float: Sequence[str] = ()) -> IntegerReport:
+    """As `to_integer`, of the model itself, which an error leaves half done."""
+    _check(model)
     kernels.register()
-    result = copy.deepcopy(model).eval().requires_grad_(False)
+    result = model.eval().requires_grad_(False)
     _check_patterns(allow_float, [name for name, _ in result.named_modules()])
     rows = []
     for name, module in list(result.named_modules()):
@@ -60,7 +67,7 @@ def to_integer(model: nn.Module, *, allow_float: Sequence[str] = ()) -> tuple[nn
         elif isinstance(module, nn.Embedding):
             rows.append(IntegerRow(name, type(module).__name__, FLOAT, FLOAT, "float", "a table, nothing is multiplied"))
     fuse(result)
-    return result, IntegerReport(rows)
+    return IntegerReport(rows)
 
 
 def _everywhere(model: nn.Module) -> list[tuple[str, nn.Module]]:

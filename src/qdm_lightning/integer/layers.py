@@ -88,6 +88,14 @@ class IntegerLayer(nn.Module):
         """The layer's output, float32, of the codes of its input."""
         raise NotImplementedError
 
+    def _apply(self, fn: Any, recurse: bool = True) -> IntegerLayer:
+        """What `to`, `cuda`, `half` do: nothing that the kernels could not take. Raises ValueError."""
+        moved = fn(torch.empty(0))
+        if moved.device.type != "cpu" or moved.dtype != torch.float32:
+            where = moved.dtype if moved.device.type == "cpu" else moved.device
+            raise ValueError(f"{where} is not allowed: a network on integer codes runs on the CPU, from float32 to float32")
+        return cast(IntegerLayer, super()._apply(fn, recurse))
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_folded": {}, "_packed": None, "_winograd": []}  # packed weights can't be copied
 

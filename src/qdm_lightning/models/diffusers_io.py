@@ -18,6 +18,9 @@ from qdm_lightning.diffusion.spec import LEARNED, PREDICTIONS, SCHEDULES, Diffus
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 _PICKLED_WEIGHTS = "diffusion_pytorch_model.bin"
+LFS, LFS_SIZE = b"version https://git-lfs", 1024
+"""How the file begins that Git LFS puts in the place of a large one, and what it is shorter than."""
+
 _INDEX, _SCHEDULER = "model_index.json", "scheduler_config.json"
 _CONFIGS = (_INDEX, "config.json", "unet/config.json", _SCHEDULER, f"scheduler/{_SCHEDULER}")
 
@@ -50,6 +53,9 @@ UNET_SETTINGS: dict[str, tuple[Any, ...]] = {
 }
 """What a scheduler's and a U-Net's config.json may say, where they say it."""
 
+ESTIMATES = {"fourier": ", so it estimates a score over sigma"}
+"""What a network does of which a setting has this value."""
+
 
 def load_unet(path: str | Path, advice: str = "") -> UNet2DModel:
     """Load a U-Net that estimates the noise, or v, in eval mode and float32.
@@ -67,11 +73,13 @@ def load_unet(path: str | Path, advice: str = "") -> UNet2DModel:
     folder = _checked(path, advice)
     safetensors = any((folder / name).exists() for name in _WEIGHTS)
     if not safetensors and not (folder / _PICKLED_WEIGHTS).is_file():
-        raise FileNotFoundError(f"{folder} has a config.json but no weights: expected {_WEIGHTS[0]}")
+        raise FileNotFoundError(f"{folder} has a config.json but no weights: expected {_WEIGHTS[0]}{_variants(folder)}")
     for file in (
         [*folder.glob("*.safetensors"), *folder.glob(f"*{_WEIGHTS[1]}")] if safetensors else [folder / _PICKLED_WEIGHTS]
     ):
         verify(file, advice)
+        if file.stat().st_size < LFS_SIZE and file.read_bytes().startswith(LFS):
+            raise ValueError(f"{file} is a pointer of Git LFS, not the weights: git lfs pull fetches them")
     try:
         unet, info = UNet2DModel.from_pretrained(
             str(folder), use_safetensors=safetensors, low_cpu_mem_usage=False, local_files_only=True, output_loading_info=True
@@ -86,6 +94,16 @@ def load_unet(path: str | Path, advice: str = "") -> UNet2DModel:
         if not value.isfinite().all():
             raise ValueError(f"{folder}: the weight {name} is not finite: the network has diverged, or its file is damaged")
     return unet.float().eval()
+
+
+def _variants(folder: Path) -> str:
+    """What to do where the weights are there under the name of a variant, such as fp16 or ema."""
+    found = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+    if not found:
+        return ""
+    if len(found) == 1:
+        return f"; rename {found[0].name} to {_PICKLED_WEIGHTS.partition('.')[0]}{found[0].suffix} if it is what you mean"
+    return f"; there are {', '.join(file.name for file in found[:3])}: rename the one that you mean"
 
 
 def _without_advice(error: Exception) -> str:
@@ -266,4 +284,5 @@ def _check_unet(file: Path, advice: str = "") -> None:
 def _check_settings(file: Path, config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], what: str) -> None:
     for name, values in allowed.items():
         if name in config and config[name] not in values:
-            raise ValueError(f"{file} {what}: {name}={one_line(config[name])[:60]}; {SUPPORTED}")
+            value = one_line(config[name])[:60]
+            raise ValueError(f"{file} {what}: {name}={value}{ESTIMATES.get(value, '')}; {SUPPORTED}")

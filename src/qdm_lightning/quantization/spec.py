@@ -15,6 +15,9 @@ SCOPES = ("qkv", "attention", "all", "all_but_probs")
 """Where TaQ acts: on q, k, v; on all four operands of attention, the probabilities too; on every quantized activation; on every
 one but the probabilities, which version 0.1 called `all`, as it called q, k, v alone `attention`."""
 
+EXECUTIONS = ("simulated", "integer")
+"""How a student computes what it draws: quantization simulated in float, or on integer codes. The first is the usual one."""
+
 CHANNEL_SCALES = ("off", "rms", "learned")
 """Whether each input channel of a layer has a scale of its own beside the learned one."""
 

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import yaml
 
+from qdm_lightning import __version__
 from qdm_lightning.base.checks import visible
 from qdm_lightning.base.files import read_json
+from qdm_lightning.diffusion.spec import SamplerConfig
 from qdm_lightning.reporting.collect import Result, Run
-from qdm_lightning.reporting.labels import labels
+from qdm_lightning.reporting.labels import VARIANTS, labels
 from qdm_lightning.reporting.records import METRICS
 from qdm_lightning.reporting.tables import FORMULAS, markdown_table
 
 TASK, CONDITIONAL = "unconditional-image-generation", "class-conditional-image-generation"
 CODE = "qdm_lightning"
+TEACHERS = {"auto": "trained by the run", "checkpoint": "a checkpoint", "pretrained": "a diffusers folder"}
+"""Where a teacher comes from, by what a record calls it."""
+
 CONVENTIONS = {
     "linear": "MACs · b/32, b the wider operand",
     "bops": "bit operations, full precision as 32 · 32",
@@ -62,8 +68,8 @@ def model_card(run: Run, results: Sequence[Result], about: Publication) -> str:
         f"---\n{front}---\n\n# {visible(about.name)}\n\n{trial}{_method(run, bits, method, data)}\n\n{grid}",
         f"## Use\n\n{_usage(run, about.repo)}\n\n",
         f"## Scores\n\n{_scores(results)}\n\n",
-        f"## Cost of one image and step\n\n{_cost(run)}\n\n## Measured speed\n\n{_speed(results)}\n\n",
-        f"## Training\n\n```bash\n{about.command}\n```\n\n{_training(run)}\n\n",
+        f"## Cost of one denoising step of one image\n\n{_cost(run)}\n\n## Measured speed\n\n{_speed(results)}\n\n",
+        f"## Training\n\n```bash\n{_wrapped(about.command)}\n```\n\n{_training(run)}\n\n",
         f"## Limits\n\n{_limits(run)}\n\n## Licence\n\n{_license(about.license, data)}\n",
     ]
     return "".join(parts)
@@ -106,23 +112,37 @@ def _method(run: Run, bits: str, method: str, data: str) -> str:
 
 def _usage(run: Run, repo: str | None) -> str:
     s = run.settings
-    place = "FOLDER" if repo is None else repo
-    first = "" if repo is None else "from huggingface_hub import snapshot_download\n"
-    folder = '"FOLDER"' if repo is None else f"snapshot_download({json.dumps(repo)})"
-    sampler = f"{s.get('sampler.kind')} with {s.get('sampler.steps')} steps"
-    pipeline = (
-        "```python\nimport qdm_lightning  # diffusers knows its quantization then\n"
-        f"from diffusers import DDPMPipeline\npipeline = DDPMPipeline.from_pretrained({json.dumps(place)})\n```\n\n"
-        "or the network alone:\n\n"
-    )
-    drawn = "images = qdm_lightning.draw_images(student, seeds=range(16), class_labels=0)  # pipelines give it no class\n"
+    place = json.dumps("THIS_FOLDER" if repo is None else repo)
+    first = "" if repo is None else "from huggingface_hub import snapshot_download\n\n"
+    folder = place if repo is None else f"snapshot_download({place})"
+    total = s.get("diffusion.num_train_timesteps")
+    estimate = "v" if s.get("diffusion.prediction_type") == "v_prediction" else "the noise"
     conditional = _conditional(run)
-    return (
-        f"```bash\npip install qdm-lightning\n```\n\n{'' if conditional else pipeline}```python\n{first}import qdm_lightning\n"
-        f"student = qdm_lightning.load_student({folder})\n{drawn if conditional else ''}```\n\n"
-        f"`student` is a `UNet2DModel` that predicts the noise, measured with {sampler}; its schedule is in `scheduler/`. "
-        'Its forward quantizes as in training. `execution="integer"` runs it on integer codes, on a CPU.'
+    pipeline = (  # pipelines give it no class
+        "```python\nimport qdm_lightning  # diffusers knows its quantization then\nfrom diffusers import DDPMPipeline\n\n"
+        f"pipeline = DDPMPipeline.from_pretrained({place})\n"
+        f"images = pipeline(batch_size=16).images  # by DDPM, in {total} steps\n```\n\nor, with"
     )
+    return (
+        f"With `qdm_lightning` {__version__.rpartition('.')[0]} or later installed (`pip install .` in its sources):\n\n"
+        f"{'With' if conditional else pipeline} the sampler that the scores are of, image i by its seed alone:\n\n"
+        f"```python\n{first}import qdm_lightning\n\n"
+        f"student = qdm_lightning.load_student({folder})\n"
+        f"sampler = {_sampler(run)}\n"
+        f"images = qdm_lightning.draw_images(student, range(16), sampler{', class_labels=0' if conditional else ''})  # in [-1, 1]\n"
+        f"```\n\n`student` is a `UNet2DModel` that estimates {estimate}; its schedule is in `scheduler/`. Its forward quantizes as in "
+        'training. `load_student(..., execution="integer")` runs it on integer codes, on a CPU.'
+    )
+
+
+def _sampler(run: Run) -> str:
+    """The run's `SamplerConfig` as code, but for the batch."""
+    nested, usual = "scheduler.", asdict(SamplerConfig(batch_size=16))
+    given = {name.removeprefix("sampler."): value for name, value in run.settings.items() if name.startswith("sampler.")}
+    scheduler = {name.removeprefix(nested): value for name, value in given.items() if name.startswith(nested)}
+    own = {**usual, **given, "batch_size": 16, "scheduler": scheduler}
+    said = [name for name, value in usual.items() if name in ("kind", "steps", "batch_size") or own[name] != value]
+    return f"qdm_lightning.SamplerConfig({', '.join(f'{name}={own[name]!r}' for name in said)})"
 
 
 def _scores(results: Sequence[Result]) -> str:
@@ -135,7 +155,7 @@ def _scores(results: Sequence[Result]) -> str:
                     name,
                     _with_interval(value, name, result.record),
                     _number(result.teacher.get(name)),
-                    "" if bound is None else f"{bound:.4g}",
+                    _number(bound),
                     _how(result),
                 ]
             )
@@ -145,6 +165,8 @@ def _scores(results: Sequence[Result]) -> str:
     notes.append(
         "* A Frechet distance is called FID over Inception's published weights alone; others carry their network's name."
     )
+    if any(result.equals for result in results):
+        notes.append("* As many real images: what a perfect generator would score with these numbers of images.")
     if not any("±" in row[1] for row in rows):
         notes.append("* One training and one set of images: there is no interval. Distances of few images scatter.")
     head = ["score", "student", "teacher", "as many real images", "protocol"]
@@ -173,14 +195,14 @@ def _cost(run: Run) -> str:
     rows = [
         ["multiply-accumulates", f"{cost.get('macs', 0):,}"],
         ["parameters", f"{cost.get('parameters', 0):,}"],
-        ["bytes as stored", f"{cost.get('bytes', 0):,} ({cost.get('float_bytes', 0):,} in float32)"],
+        ["bytes of the weights at their bits", f"{cost.get('bytes', 0):,} ({cost.get('float_bytes', 0):,} in float32)"],
         *(
             [f"speed-up in theory, {name}: {CONVENTIONS.get(name, name)}", f"{factor:.2f}"]
             for name, factor in (cost.get("speedup") or {}).items()
         ),
     ]
     theory = "Theory by convention: norms, activations and memory traffic are not counted."
-    return "\n".join([*markdown_table(["", ""], rows), "", theory])
+    return "\n".join([*markdown_table(["quantity", "value"], rows), "", theory])
 
 
 def _speed(results: Sequence[Result]) -> str:
@@ -199,22 +221,52 @@ def _speed(results: Sequence[Result]) -> str:
     )
 
 
+def _wrapped(command: str, columns: int = 100) -> str:
+    """A shell's command over as many lines as it needs."""
+    lines = [""]
+    for word in map(shlex.quote, shlex.split(command)):
+        if lines[-1] and len(lines[-1]) + len(word) >= columns:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return " \\\n    ".join(lines)
+
+
 def _training(run: Run) -> str:
     s, m = run.settings, run.metrics
     versions, machine = m.get("versions") or {}, m.get("hardware") or {}
+    origin, threads, channels = m.get("teacher_origin") or {}, machine.get("threads"), s.get("quant.channel_scales")
     facts = {
         "seed": m["seed"],
         "steps": run.student.get("steps"),
-        "teacher": (m.get("teacher_origin") or {}).get("source"),
-        "NeM": "off" if s.get("quant.mode") == "ptq" else s.get("nem.mode"),
+        "teacher": "the one that comes with the package" if origin.get("shipped") else TEACHERS.get(str(origin.get("source"))),
+        "TaQ": _taq(run),
+        "NeM": _nem(run),
+        "scales by input channel": channels if channels != "off" else None,
         "versions": ", ".join(
             f"{name} {versions[name]}" for name in ("qdm-lightning", "torch", "diffusers") if name in versions
         ),
-        "processor": f"{machine.get('gpu') or machine.get('processor')}, {machine.get('threads')} threads",
-        "seconds": f"{run.seconds:.0f}",
+        "processor": f"{machine.get('gpu') or machine.get('processor')}, {threads} {'thread' if threads == 1 else 'threads'}",
+        "time": f"{run.seconds:.0f} s, measuring included",
         "warnings": "; ".join(map(str, m.get("warnings") or [])),
     }
     return "\n".join(f"* {name}: {visible(value)}" for name, value in facts.items() if value not in (None, ""))
+
+
+def _taq(run: Run) -> str:
+    """`off`, or the variant and where it acts."""
+    variant = VARIANTS["TaQ"](run)
+    return f"{variant} on {run.settings.get('taq.scope')}" if variant else "off"
+
+
+def _nem(run: Run) -> str:
+    """`off`, or the mode, and how L_NeM is weighted over t where that is not alike."""
+    mode = VARIANTS["NeM"](run)
+    weighting = str(run.settings.get("nem.weighting._target_") or "").rpartition(".")[2]
+    if not mode or weighting in ("", "Uniform"):
+        return mode or "off"
+    given = {name.rpartition(".")[2]: v for name, v in run.settings.items() if name.startswith("nem.weighting.")}
+    numbers = ", ".join(f"{name} {value}" for name, value in given.items() if isinstance(value, int | float))
+    return f"{mode}, weighted over t by {weighting}" + (f" ({numbers})" if numbers else "")
 
 
 def _limits(run: Run) -> str:
@@ -242,7 +294,7 @@ def _license(chosen: str | None, data: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}" if math.isfinite(value) else str(value)
+    return "-" if value is None else f"{value:.4g}" if math.isfinite(value) else str(value)
 
 
 def _short(target: Any, suffix: str) -> str:

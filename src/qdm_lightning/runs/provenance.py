@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from qdm_lightning import __version__
 from qdm_lightning.quantization import compiled
 
 PACKAGES = (
-    "qdm-lightning",
     "torch",
     "lightning",
     "diffusers",
@@ -27,8 +27,9 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
-    return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
+    """Versions of Python, of this package as it runs, and of the packages that a result depends on."""
+    own = {"python": platform.python_version(), "qdm-lightning": __version__}
+    return {**own, **{package: _version(package) for package in PACKAGES}}
 
 
 def _version(package: str) -> str:

@@ -3,6 +3,8 @@
     import qdm_lightning
     pipeline = DDPMPipeline.from_pretrained("outputs/<run>/student")
 
+Where its config.json says `"execution": "integer"`, it runs on integer codes, on a CPU: so do copies of an integer student.
+
 By diffusers' own interface of quantizers. It is registered while diffusers is imported, so that what is heavy, or needs all of
 diffusers, is imported when a student is read.
 """
@@ -22,12 +24,14 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from qdm_lightning.base.checks import one_line
+from qdm_lightning.quantization.spec import EXECUTIONS
 from qdm_lightning.training.network_settings import (
     DROPPED,
     KEY,
     METHOD,
     check_format,
     check_settings,
+    checked_execution,
     network_settings,
     quantization_config,
     unet_config,
@@ -41,13 +45,15 @@ class Method(StrEnum):
 
 
 class StudentConfig(QuantizationConfigMixin):
-    """The `quantization_config` in a student's config.json: `format`, `quant`, `taq` and more, see `student_files`."""
+    """The `quantization_config` in a student's config.json: `format`, `quant`, `taq`, `execution` and more, see `student_files`."""
 
     def __init__(self, **settings: Any) -> None:
         self.quant_method = Method.QDM_LIGHTNING
         self.format, self.quant, self.taq = (settings.get(name) for name in ("format", "quant", "taq"))
         if DROPPED in settings:
             self.label_dropout = settings[DROPPED]
+        if settings.get("execution", EXECUTIONS[0]) != EXECUTIONS[0]:
+            self.execution = settings["execution"]
 
     def to_dict(self) -> dict[str, Any]:
         """As in config.json."""
@@ -63,6 +69,8 @@ class StudentQuantizer(DiffusersQuantizer):
 
     Attributes:
         settings: of the network, as `network_settings` has them, once it is read.
+        execution: of the network, one of `EXECUTIONS`.
+        packed: what is written of a network on integer codes, which has no weights in float any more.
     """
 
     requires_calibration = True  # a network at full precision becomes a student by training
@@ -72,16 +80,25 @@ class StudentQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: StudentConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         self.settings: dict[str, Any] = {}
+        self.execution = checked_execution(getattr(quantization_config, "execution", None), "quantization_config")
+        self.packed: dict[str, Tensor] = {}
         self.model: Any = None
         self._files: list[Path] = []
         self._state: dict[str, Tensor] = {}
 
-    def validate_environment(self, *args: Any, torch_dtype: torch.dtype | None = None, **options: Any) -> None:
-        """Raise ImportError without accelerate, ValueError at another precision than float32."""
+    def validate_environment(
+        self, *args: Any, torch_dtype: torch.dtype | None = None, device_map: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Raise ImportError without accelerate, ValueError at another precision than float32, or integers off the CPU."""
         if find_spec("accelerate") is None:
             raise ImportError("diffusers reads a quantized network by accelerate alone: pip install accelerate")
         if torch_dtype not in (None, torch.float32):
             raise ValueError(f"torch_dtype={torch_dtype} is not allowed: a student is read in float32, leave torch_dtype out")
+        elsewhere = [str(place) for place in (device_map or {}).values() if str(place) != "cpu"]
+        if elsewhere and self.execution == "integer":
+            raise ValueError(
+                f"device_map={elsewhere[0]} is not allowed: a student on integer codes runs on the CPU, leave it out"
+            )
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """No weight is left to diffusers, which would compare names and shapes that are packed."""
@@ -124,6 +141,12 @@ class StudentQuantizer(DiffusersQuantizer):
 
     def _keep(self, model: Any) -> None:
         self.model = model.to(memory_format=torch.channels_last).eval()
+        if self.execution == "integer":
+            from qdm_lightning.integer.conversion import convert_in_place
+            from qdm_lightning.quantization.packing import packed_state
+
+            self.packed = packed_state(model)
+            convert_in_place(model)
         model.save_pretrained = _SavePretrained(model)
 
     def get_state_dict_and_metadata(
@@ -136,7 +159,7 @@ class StudentQuantizer(DiffusersQuantizer):
 
         if not safe_serialization:
             raise ValueError("safe_serialization=False is not allowed: a student is safetensors, leave it out")
-        return packed_state(self.model), {KEY: json.dumps(self.settings)}
+        return self.packed or packed_state(self.model), {KEY: json.dumps(self.settings)}
 
     @property
     def is_serializable(self) -> bool:
@@ -171,23 +194,31 @@ class _SavePretrained:
         from qdm_lightning.training.student_weights import CONFIG, WEIGHTS, in_order, student_config
 
         model: Any = self.model
-        if not any(isinstance(module, QuantizedLayer) for module in model.modules()):
-            raise ValueError("this network runs on integer codes, and is not written: save the student that it was made of")
+        quantizer: StudentQuantizer = model.hf_quantizer
+        if not quantizer.packed and not any(isinstance(module, QuantizedLayer) for module in model.modules()):
+            raise ValueError(
+                "to_integer's result has no weights to write: save the student that it was made of, or what "
+                'load_student(..., execution="integer") returns'
+            )
         type(model).save_pretrained(model, save_directory, *args, **options)
         folder, stem = Path(save_directory), WEIGHTS.partition(".")[0]
         for file in folder.glob(f"{stem}*.safetensors"):
             write_whole(file, in_order(file.read_bytes()))
-        write_json(folder / CONFIG, student_config(model, model.hf_quantizer.settings))
+        write_json(folder / CONFIG, student_config(model, quantizer.settings, quantizer.execution))
 
 
-def as_loaded(model: Any, settings: dict[str, Any]) -> None:
+def as_loaded(model: Any, settings: dict[str, Any], execution: str) -> None:
     """Let a student that this package read be to diffusers what its own `from_pretrained` returns.
 
     Args:
-        model: the prepared `UNet2DModel`.
+        model: the prepared `UNet2DModel`; with `execution="integer"` it runs on integer codes afterwards.
         settings: as `network_settings` has them.
+        execution: one of `EXECUTIONS`.
+
+    Raises:
+        ValueError: a layer that can't be integer.
     """
-    quantizer = StudentQuantizer(StudentConfig(**quantization_config(settings)))
+    quantizer = StudentQuantizer(StudentConfig(**quantization_config(settings), execution=execution))
     quantizer.settings = settings
     model.is_quantized, model.quantization_method = True, Method.QDM_LIGHTNING
     model.hf_quantizer = quantizer

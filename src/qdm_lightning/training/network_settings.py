@@ -12,7 +12,7 @@ from typing import Any
 
 from qdm_lightning.base.checks import UserError
 from qdm_lightning.diffusion.spec import DiffusionConfig
-from qdm_lightning.quantization.spec import TAQ, QuantConfig
+from qdm_lightning.quantization.spec import EXECUTIONS, TAQ, QuantConfig
 from qdm_lightning.runs.formats import upgraded
 
 FORMAT = 2
@@ -107,6 +107,17 @@ def check_format(found: Any, file: Path | str) -> None:
     """Raise UserError where a file is of a newer format, or of none."""
     if not isinstance(found, int) or not 1 <= found <= FORMAT:
         raise UserError(f"{file} has format {found}, this version reads up to {FORMAT}: load it with the version it is of")
+
+
+def checked_execution(said: Any, file: Path | str) -> str:
+    """How the student of a config.json runs, one of `EXECUTIONS`; None, where nothing is said, is the first.
+
+    Raises:
+        UserError: another word.
+    """
+    if said is not None and said not in EXECUTIONS:
+        raise UserError(f"{file} says execution={said}, which is not allowed: choose one of {', '.join(EXECUTIONS)}")
+    return said or EXECUTIONS[0]
 
 
 def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:

@@ -9,7 +9,8 @@
     unet/diffusion_pytorch_model.safetensors  weights at their bits (see `quantization.packing`), its metadata the settings
 
 `quantization_config` has `quant_method`, `format`, the run's `quant` (bits, rules, quantizers) and `taq` (with its scope), and
-`label_dropout` where the network was trained with dropped labels: its last label stands for no class.
+`label_dropout` where the network was trained with dropped labels: its last label stands for no class. Where it is to run on integer
+codes by itself, `"execution": "integer"` too.
 diffusers reads the folder too, see `diffusers_quantizer`.
 """
 
@@ -28,10 +29,9 @@ from qdm_lightning.base.checks import one_line, one_of
 from qdm_lightning.base.files import atomic_folder, read_json
 from qdm_lightning.base.ranks import rank
 from qdm_lightning.diffusion.spec import DiffusionConfig
-from qdm_lightning.integer import to_integer
 from qdm_lightning.models.diffusers_io import pipeline_scheduler, read_diffusion
 from qdm_lightning.quantization.packing import load_packed
-from qdm_lightning.quantization.spec import TAQ
+from qdm_lightning.quantization.spec import EXECUTIONS, TAQ
 from qdm_lightning.runs.folder import CONFIG as RUN_CONFIG
 from qdm_lightning.runs.folder import read_config
 from qdm_lightning.runs.formats import upgraded
@@ -43,6 +43,7 @@ from qdm_lightning.training.network_settings import (
     METHOD,
     check_format,
     check_settings,
+    checked_execution,
     network_settings,
     quantization_settings,
     unet_config,
@@ -70,6 +71,7 @@ class StudentFiles:
         config, weights: its description, and its weights.
         settings: of the network, as `network_settings` has them.
         unet: config.json of the U-Net.
+        execution: what the folder says, one of `EXECUTIONS`.
     """
 
     format: int
@@ -77,6 +79,7 @@ class StudentFiles:
     weights: Path
     settings: dict[str, Any]
     unet: dict[str, Any]
+    execution: str = EXECUTIONS[0]
 
     def state(self, wanted: Mapping[str, Any] | None = None) -> tuple[dict[str, Tensor], str]:
         """The weights by name, and a warning for the record (see `check_settings`).
@@ -118,7 +121,7 @@ def save_student(student: nn.Module, experiment: Experiment, folder: Path) -> No
         write_student_files(student, settings, (new / CONFIG).parent)
 
 
-def load_student(folder: str | Path, *, trusted: Collection[str] = (), execution: str = "simulated") -> nn.Module:
+def load_student(folder: str | Path, *, trusted: Collection[str] = (), execution: str | None = None) -> nn.Module:
     """The quantized student of a run: a `UNet2DModel` in eval mode, on the CPU, channels-last, as it was measured.
 
     A call quantizes its weights; under `with quantization.cached_weights(student):` many calls do that once.
@@ -132,14 +135,16 @@ def load_student(folder: str | Path, *, trusted: Collection[str] = (), execution
     Args:
         folder: folder of a run, or its `student` folder.
         trusted: dotted paths outside this package that the file may name as quantizers; they are imported and run.
-        execution: `simulated`, fake quantization in float, or `integer`, on integer codes (`integer.to_integer`).
+        execution: `simulated`, fake quantization in float, or `integer`, on integer codes (`integer.to_integer`), and then it
+            is for the CPU alone; None: what the folder says, which is `simulated` where nobody saved an integer one.
 
     Raises:
         FileNotFoundError: no student there.
         ValueError: another `execution`, or a student that can't be integer; a damaged or foreign file, a quantizer that is not
             trusted or cannot be imported, weights that do not fit, or are of another student or (in a run's folder) run.
     """
-    one_of("execution", execution, ("simulated", "integer"))
+    if execution is not None:
+        one_of("execution", execution, EXECUTIONS)
     folder = Path(folder).expanduser()
     files = read_student(folder)
     quantizers = named_quantizers(files.settings, files.config, tuple(trusted))
@@ -154,9 +159,8 @@ def load_student(folder: str | Path, *, trusted: Collection[str] = (), execution
         load_packed(unet, state)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{files.config} and its weights do not make a student: {one_line(error)}") from error
-    as_loaded(unet, files.settings)
-    student = cast(nn.Module, unet)
-    return to_integer(student)[0] if execution == "integer" else student
+    as_loaded(unet, files.settings, execution or files.execution)
+    return cast(nn.Module, unet)
 
 
 def read_student(folder: Path) -> StudentFiles:
@@ -174,19 +178,20 @@ def read_student(folder: Path) -> StudentFiles:
     raise FileNotFoundError(f"{folder} holds no student: give the folder of a run, or one with {CONFIG} and {WEIGHTS}")
 
 
-def _read(place: Path, file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings and the U-Net's config of a folder of this format."""
+def _read(place: Path, file: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Settings, the U-Net's config and the execution of a folder of this format."""
     unet = read_json(file)
     quantization = unet.pop("quantization_config", None)
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
         raise ValueError(f"{file} does not describe a student of ours: it has no quantization_config of {METHOD}")
     check_format(quantization.get("format"), file)
+    execution = checked_execution(quantization.get("execution"), file)
     dropped = {name: value for name, value in quantization.items() if name == DROPPED}
     quantization = checked_quantization({part: quantization.get(part) for part in ("quant", "taq")}, file)
     found = read_diffusion(file.parent)
     if found is None:
         raise ValueError(f"{place} is damaged: scheduler/scheduler_config.json is missing")
-    return network_settings(unet, DiffusionConfig(**found, **dropped), quantization), unet
+    return network_settings(unet, DiffusionConfig(**found, **dropped), quantization), unet, execution
 
 
 def _read_first(place: Path, file: Path) -> tuple[dict[str, Any], dict[str, Any]]:

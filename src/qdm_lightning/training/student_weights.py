@@ -14,21 +14,25 @@ from torch import Tensor, nn
 from qdm_lightning.base.checks import UserError
 from qdm_lightning.base.files import reading, write_json, write_whole
 from qdm_lightning.quantization.packing import packed_state
+from qdm_lightning.quantization.spec import EXECUTIONS
 from qdm_lightning.training.network_settings import KEY, METHOD, quantization_config, unet_config
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 """Names of the files in the U-Net's folder, as diffusers has them."""
 
 
-def student_config(student: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
+def student_config(student: nn.Module, settings: Mapping[str, Any], execution: str = EXECUTIONS[0]) -> dict[str, Any]:
     """config.json of a student: that of the `UNet2DModel`, and its `quantization_config`.
 
     Args:
         student: the prepared U-Net.
         settings: of the network, from `network_settings`.
+        execution: how it is to run where it is loaded, one of `EXECUTIONS`; what is usual is not written.
     """
     own = {k: v for k, v in unet_config(student).items() if k not in ("_name_or_path", "quantization_config")}
-    return {**own, "dropout": 0.0, "quantization_config": {"quant_method": METHOD, **quantization_config(settings)}}
+    described = {"quant_method": METHOD, **quantization_config(settings)}
+    described |= {"execution": execution} if execution != EXECUTIONS[0] else {}
+    return {**own, "dropout": 0.0, "quantization_config": described}
 
 
 def write_student_files(student: nn.Module, settings: Mapping[str, Any], folder: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from qdm_lightning.base.checks import UserError
 from qdm_lightning.base.files import file_hash
+from qdm_lightning.diffusion.spec import DiffusionConfig
 from qdm_lightning.display.progress import Progress
 from qdm_lightning.evaluate import evaluate
 from qdm_lightning.evaluation.sample import read_picture
@@ -196,14 +197,19 @@ def external(model):
     entry.key, entry.value = "location", "../../etc/passwd"
 
 
-def other_format(model):
+def says(model, **fields):
     entry = next(entry for entry in model.metadata_props if entry.key == FIELD)
-    entry.value = json.dumps({**json.loads(entry.value), "format": 2})
+    entry.value = json.dumps({**json.loads(entry.value), **fields})
 
 
-def other_sampler(model):
-    entry = next(entry for entry in model.metadata_props if entry.key == FIELD)
-    entry.value = json.dumps({**json.loads(entry.value), "sampler": {"kind": "magic"}})
+def test_the_graph_gives_the_noise_whatever_the_network_estimates(files, onnx_file, tmp_path):
+    """So nobody turns it into the noise once more."""
+    path = onnx_file(lambda model: says(model, diffusion=DiffusionConfig(prediction_type="v_prediction").settings()))
+    found = [
+        sample(None, [f"file={file}", "seeds=0-7", f"out={tmp_path / str(i)}"], Progress("silent")).folder
+        for i, file in enumerate((files["onnx"].file, path))
+    ]
+    assert np.array_equal(*map(pictures, found))
 
 
 def unreadable(model):
@@ -214,8 +220,8 @@ def unreadable(model):
     ("change", "message"),
     [
         (external, "lies in another file, which is never read"),
-        (other_format, "has format 2, this version reads 1: export the run again"),
-        (other_sampler, "its metadata is damaged: sampler.kind=magic is not allowed"),
+        (lambda model: says(model, format=2), "has format 2, this version reads 1: export the run again"),
+        (lambda model: says(model, sampler={"kind": "magic"}), "its metadata is damaged: sampler.kind=magic is not allowed"),
         (lambda model: model.ClearField("metadata_props"), "python -m qdm_lightning.export did not write it"),
         (unreadable, "onnxruntime cannot read"),
     ],

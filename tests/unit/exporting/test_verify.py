@@ -7,12 +7,14 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
+from qdm_lightning.diffusion.spec import DiffusionConfig
 from qdm_lightning.exporting import lowering
 from qdm_lightning.exporting.marks import marked
 from qdm_lightning.exporting.operators import Translator
 from qdm_lightning.exporting.verify import verify, verify_products, verify_wiring
-from qdm_lightning.models.denoiser import Denoiser
+from qdm_lightning.models.denoiser import Denoiser, VelocityDenoiser
 from qdm_lightning.quantization import (
+    ActivationQuantizer,
     EMANormalizedActivation,
     GroupedActivation,
     LSQActivation,
@@ -25,6 +27,7 @@ from qdm_lightning.quantization import (
     compiled,
     prepare,
 )
+from qdm_lightning.quantization.timestep import current_timesteps
 from qdm_lightning.runtimes import network
 from qdm_lightning.runtimes.network import RuntimeNetwork
 
@@ -47,7 +50,7 @@ def _quick():
     torch.set_num_threads(threads)
 
 
-def student(taq="off", bits=4, scope="all", channels=(8, 16), **settings):
+def student(taq="off", bits=4, scope="all", channels=(8, 16), weight=LSQWeight, activation=LSQActivation, **settings):
     """A U-Net with padded convolutions, attention, a downsampler that pads by itself, an upsampler and shortcuts."""
     torch.manual_seed(0)
     unet = UNet2DModel(
@@ -66,7 +69,7 @@ def student(taq="off", bits=4, scope="all", channels=(8, 16), **settings):
         for name, parameter in unet.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.3)  # means away from zero, where zero points matter
-    quantizers = Quantizers.with_taq(LSQWeight, LSQActivation, TAQ[taq], scope)
+    quantizers = Quantizers.with_taq(weight, activation, TAQ[taq], scope)
     prepare(unet, QuantConfig(**{"weight_bits": bits, "act_bits": bits, **settings}), quantizers)
     denoiser = Denoiser(unet).eval()
     with torch.no_grad():
@@ -76,7 +79,7 @@ def student(taq="off", bits=4, scope="all", channels=(8, 16), **settings):
 
 @pytest.fixture(scope="module")
 def traced():
-    return Translator(student(), SHAPE)
+    return Translator(Denoiser(student()), SHAPE)
 
 
 @pytest.fixture
@@ -110,9 +113,10 @@ def test_openvino(translator, taq, bits, scope):
     verify_products(translator(taq, bits, scope), "openvino", T)
 
 
-def test_scales_by_channel():
-    """They are part of the graph: r_c in the weights, 1 / r_c before the codes."""
-    found = Translator(student("scale", 4, channel_scales="rms"), SHAPE)
+def test_scales_by_channel_and_a_network_that_estimates_v():
+    """They are part of the graph: r_c in the weights, 1 / r_c before the codes, and the noise that v and x_t stand for."""
+    unet = student("scale", 4, channel_scales="rms")
+    found = Translator(VelocityDenoiser(unet, DiffusionConfig(prediction_type="v_prediction")), SHAPE)
     for runtime in ("onnxruntime", "openvino"):
         assert verify_wiring(found, runtime, T) < 1e-5
         verify_products(found, runtime, T)
@@ -151,7 +155,7 @@ def break_packing(monkeypatch):
 
 
 def break_table(monkeypatch):
-    monkeypatch.setattr(lowering, "_grid_of_timestep", lambda g, q, n: tuple(g.number(float(v[0])) for v in table(q)))
+    monkeypatch.setattr(lowering, "_grid_of_group", lambda g, q, n: tuple(g.number(float(v[0])) for v in table(q)))
 
 
 def table(quantizer):
@@ -179,7 +183,7 @@ def test_a_batch_of_any_size_and_mixed_timesteps(translator):
 def test_layers_left_in_float_are_named():
     """And a network of one level, whose attention has two heads."""
     unet = student("normalize", rules={"mid_block.attentions.0": 32, "conv_in": 32}, channels=(16,))
-    found = Translator(unet, SHAPE)
+    found = Translator(Denoiser(unet), SHAPE)
     checked = verify(found, "onnxruntime", T)
     floating = [product.name for product in found.products if not product.integer]
     assert floating == ["conv_in", "mid_block.attentions.0"]
@@ -187,25 +191,109 @@ def test_layers_left_in_float_are_named():
 
 
 class Unknown(torch.nn.Module):
-    def forward(self, sample, timestep, return_dict):
-        return (torch.nn.functional.hardswish(sample + timestep.view(-1, 1, 1, 1)),)
+    def forward(self, sample, timestep):
+        return torch.nn.functional.hardswish(sample + timestep.view(-1, 1, 1, 1))
 
 
-class Doubled(LSQActivation):
-    def learned_grid(self, x):
-        return self.scale * 2, self.zero_point
+class Fixed(ActivationQuantizer):
+    """A user's own quantizer that says its grid, and no more."""
+
+    def initialize(self, observer, calibrator):
+        pass
+
+    def grid(self, x):
+        return torch.tensor([0.3]), torch.tensor([float(self.qmax // 3)])
+
+    def quantize(self, x):
+        s, z = (values.view(-1, *[1] * (x.ndim - 1)) for values in self.grid(x))
+        return (torch.clamp(torch.round(x / s) + z, 0, self.qmax) - z) * s
+
+
+class ByTimestep(Fixed):
+    def grid(self, x):
+        t = current_timesteps(x.shape[0])
+        return 0.01 + t / 20_000, (t * self.qmax // 1999).float()
+
+
+class OffZero(Fixed):
+    """Its grid has no zero, which nothing pads."""
+
+    def grid(self, x):
+        return torch.tensor([1 / self.qmax]), torch.tensor([-1.0])
+
+
+class OwnWeight(LSQWeight):
+    def forward(self, weight):
+        return super().forward(weight.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(("kind", "bits"), [(Fixed, 4), (ByTimestep, 8)])
+def test_a_users_own_quantizer_that_says_its_grid(translator, kind, bits, runtime):
+    found = translator(bits=bits, activation=kind, weight=OwnWeight)
+    verify_products(found, runtime, T)
+    index = next(i for i, (name, _) in enumerate(found.quantizers) if name == "time_embedding.linear_1.input_quantizer")
+    found.quantizers[index] = found.quantizers[index][0], OffZero(bits=bits)
+    verify_products(found, runtime, T)
+
+
+class Follows(Fixed):
+    def grid(self, x):
+        return x.flatten(1).abs().amax(1) / self.qmax, torch.full((len(x),), float(self.qmax // 2))
+
+
+class Lies(Fixed):
+    def quantize(self, x):
+        return super().quantize(x * 2)
+
+
+class Breaks(Fixed):
+    def grid(self, x):
+        raise KeyError("no such\ngrid")
+
+
+class NoGrid(Fixed):
+    grid = None
+
+
+class HalfSteps(LSQWeight):
+    def forward(self, weight):
+        return super().forward(weight) + self.scale.view(-1, *[1] * (weight.ndim - 1)) / 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Follows, r"conv_in\.input_quantizer, a Follows, has no form in ONNX: its grid\(x\) follows the values of x, and only"),
+        (
+            Lies,
+            r"conv_in\.input_quantizer, a Lies, .* the grid\(x\) of its quantizer Lies is not what its quantize\(x\) computes",
+        ),
+        (Breaks, r"conv_in\.input_quantizer, a Breaks, .* 'no such\\ngrid'"),
+        (NoGrid, r"conv_in\.input_quantizer, a NoGrid, has no form in ONNX: it has no grid\(x\)"),
+        (OffZero, r"conv_in\.input_quantizer has no form in ONNX: zeros are padded there, and its grid has no zero"),
+        (
+            HalfSteps,
+            r"conv_in\.weight_quantizer has no form in ONNX: the weights of its quantizer HalfSteps are not scale \* code",
+        ),
+    ],
+)
+def test_another_one_is_refused(translator, kind, message):
+    found = translator()
+    role = "weight" if issubclass(kind, LSQWeight) else "input"
+    index, own = next((i, q) for i, (name, q) in enumerate(found.quantizers) if name == f"conv_in.{role}_quantizer")
+    if kind is HalfSteps:
+        own.__class__ = HalfSteps
+    found.quantizers[index] = f"conv_in.{role}_quantizer", own if kind is HalfSteps else kind(bits=4, padded=True)
+    with pytest.raises(ValueError, match=message) as raised:
+        [lowering.check(*found.quantizers[index]), found.translate({})]
+    assert "\n" not in str(raised.value)
 
 
 def test_what_a_graph_cannot_hold_is_refused():
-    unet = student()
-    unet.conv_in.input_quantizer.__class__ = Doubled
-    with pytest.raises(
-        ValueError, match=r"conv_in\.input_quantizer is a Doubled, which has no form in ONNX: only LSQActivation"
-    ):
-        Translator(unet, SHAPE)
     unet = student("scale")
     unet.conv_in.input_quantizer.seen[2] = False
     with pytest.raises(ValueError, match=r"conv_in\.input_quantizer: timestep groups \[2\] were never seen"):
-        Translator(unet, SHAPE)
+        Translator(Denoiser(unet), SHAPE)
     with pytest.raises(ValueError, match=r"the network uses aten\.hardswish"):
         Translator(Unknown(), SHAPE).translate({})

@@ -261,6 +261,17 @@ def drop_weights(folder):
     (folder / WEIGHTS).unlink()
 
 
+def call_them(name):
+    def rename(folder):
+        (folder / WEIGHTS).rename(folder / "unet" / name)
+
+    return rename
+
+
+def point_to_weights(folder):
+    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
 def truncate_weights(folder):
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:1000])
 
@@ -283,6 +294,17 @@ def edit_config(**changes):
     ("damage", "error", "message"),
     [
         (drop_weights, FileNotFoundError, r"has a config\.json but no weights"),
+        (
+            call_them("diffusion_pytorch_model.ema.safetensors"),
+            FileNotFoundError,
+            r"; rename diffusion_pytorch_model\.ema\.safetensors to diffusion_pytorch_model\.safetensors if it is what you",
+        ),
+        (
+            call_them("diffusion_pytorch_model.fp16.bin"),
+            FileNotFoundError,
+            r"; rename diffusion_pytorch_model\.fp16\.bin to diffusion_pytorch_model\.bin if",
+        ),
+        (point_to_weights, ValueError, r"is a pointer of Git LFS, not the weights: git lfs pull fetches them"),
         (truncate_weights, ValueError, "cannot be read as a U-Net"),
         (drop_a_layer, ValueError, r"weights do not fit config\.json: 1 missing keys: conv_in\.weight"),
         (lambda folder: (folder / "unet" / "config.json").write_text("{"), ValueError, r"config\.json is damaged"),
@@ -295,7 +317,11 @@ def edit_config(**changes):
             ValueError,
             "weights do not fit config.json: 1 missing keys: class_embedding.weight",
         ),
-        (edit_config(time_embedding_type="fourier"), ValueError, "of another kind: time_embedding_type=fourier; supported are"),
+        (
+            edit_config(time_embedding_type="fourier"),
+            ValueError,
+            "of another kind: time_embedding_type=fourier, so it estimates a sc",
+        ),
         (edit_config(center_input_sample=True), ValueError, "of another kind: center_input_sample=True; supported are"),
         (edit_config(out_channels=4), ValueError, "3 channels in and 4 out"),
     ],

@@ -13,7 +13,7 @@ import torch
 import yaml
 from diffusers import DDPMPipeline
 
-from qdm_lightning import load_student
+from qdm_lightning import SamplerConfig, draw_images, load_student
 from qdm_lightning.base.checks import UserError
 from qdm_lightning.cli.command_line import command_of
 from qdm_lightning.publish import Publish, PublishConfig, show
@@ -143,7 +143,14 @@ def test_the_card_says_what_the_records_say(tiny_run, tmp_path):
     assert f"| {metrics['floor_at_size']['fd_digits']:.4g} |" in text
     assert "![" in text
     assert str(tiny_run) not in card
-    assert 'qdm_lightning.load_student("FOLDER")' in text
+    card = huggingface_hub.ModelCard(card)
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results} == scores
+    assert 'DDPMPipeline.from_pretrained("THIS_FOLDER")' in text
+    code = text.split("```python\n")[2].partition("```")[0].replace("THIS_FOLDER", str(tmp_path / "out"))
+    scope = {}
+    exec(code, scope)
+    expected = draw_images(load_student(tiny_run), range(16), SamplerConfig(steps=4, batch_size=16))
+    assert torch.equal(scope["images"], expected)
 
 
 def test_the_command_makes_the_same_configuration(tiny_run, composed):
@@ -158,7 +165,7 @@ def test_the_command_makes_the_same_configuration(tiny_run, composed):
         composed("quant=w3a3", "taq=off", "nem/weighting=propagation", "quant.rules={mid_block.*:4}", "tags=[a b]", "seed=3")
     )
     words = shlex.split(command_of(other))[3:]
-    assert {"quant=w3a3", "taq=off", "quant.rules={mid_block.*:4}", "seed=3"} <= set(words)
+    assert {"quant=w3a3", "taq=off", "nem/weighting=propagation", "quant.rules={mid_block.*:4}", "seed=3"} <= set(words)
     assert _comparable(plain(composed(*words))) == _comparable(other)
 
 

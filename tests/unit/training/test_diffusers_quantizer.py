@@ -17,8 +17,10 @@ import qdm_lightning
 from qdm_lightning.diffusion.sampling import sample
 from qdm_lightning.diffusion.spec import DiffusionConfig, SamplerConfig
 from qdm_lightning.integer import to_integer
+from qdm_lightning.integer.layers import IntegerLayer
 from qdm_lightning.models.denoiser import Denoiser
 from qdm_lightning.quantization import compiled
+from qdm_lightning.quantization.layers import QuantizedLayer
 from qdm_lightning.training import diffusers_quantizer
 from qdm_lightning.training.student_files import CONFIG, WEIGHTS, load_student
 
@@ -91,11 +93,39 @@ def test_what_is_read_is_written_back_to_the_byte(folder, tmp_path):
     assert torch.equal(estimate(UNet2DModel.from_pretrained(tmp_path / "shards")), estimate(read))
 
 
-def test_a_copy_on_integers_runs_and_is_not_written(folder, tmp_path):
+def test_a_saved_integer_student_runs_on_integers_wherever_diffusers_reads_it(folder, tmp_path):
+    integer = load_student(folder, execution="integer")
+    expected = estimate(to_integer(load_student(folder))[0])
+    assert not torch.equal(expected, estimate(load_student(folder)))
+    assert torch.equal(estimate(integer), expected)
+    pipeline = DDPMPipeline.from_pretrained(folder, unet=integer)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    assert (tmp_path / "pipeline" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    before, after = (json.loads((place / CONFIG).read_text()) for place in (folder, tmp_path / "pipeline"))
+    assert after["quantization_config"].pop("execution") == "integer"
+    assert after == before
+    read = UNet2DModel.from_pretrained(tmp_path / "pipeline", subfolder="unet", device_map="cpu")
+    for found in (read, copy.deepcopy(read), DDPMPipeline.from_pretrained(tmp_path / "pipeline").unet):
+        assert any(isinstance(module, IntegerLayer) for module in found.modules())
+        assert not any(isinstance(module, QuantizedLayer) for module in found.modules())
+        assert torch.equal(estimate(found), expected)
+    assert torch.equal(estimate(load_student(tmp_path / "pipeline")), expected)
+    assert torch.equal(estimate(load_student(tmp_path / "pipeline", execution="simulated")), estimate(load_student(folder)))
+    read.save_pretrained(tmp_path / "again")
+    for file in (CONFIG, WEIGHTS):
+        assert (tmp_path / "again" / file.rpartition("/")[2]).read_bytes() == (tmp_path / "pipeline" / file).read_bytes()
+    for device, move in (("meta", lambda: read.to("meta")), ("meta", lambda: pipeline.to("meta"))):
+        with pytest.raises(ValueError, match=f"{device} is not allowed: a network on integer codes runs on the CPU"):
+            move()
+    with pytest.raises(ValueError, match=r"device_map=meta is not allowed: a student on integer codes runs on the CPU"):
+        UNet2DModel.from_pretrained(tmp_path / "pipeline", subfolder="unet", device_map={"": "meta"})
+
+
+def test_a_copy_on_integers_is_not_written(folder, tmp_path):
     read = UNet2DModel.from_pretrained(folder, subfolder="unet")
     integer = to_integer(read)[0]
     assert torch.equal(estimate(integer), estimate(load_student(folder, execution="integer")))
-    with pytest.raises(ValueError, match="runs on integer codes, and is not written"):
+    with pytest.raises(ValueError, match="to_integer's result has no weights to write: save the student that it was made of"):
         integer.save_pretrained(tmp_path / "integer")
     assert not (tmp_path / "integer").exists()
     with pytest.raises(ValueError, match="safe_serialization=False is not allowed"):
@@ -135,6 +165,7 @@ def test_what_it_refuses(folder, monkeypatch):
         ({"taq": {}}, "is of another network: taq=normalize, not off"),
         ({"format": 3}, "format 3, this version reads up to 2"),
         ({"quant": 4}, "quant is missing"),
+        ({"execution": "fast"}, "execution=fast, which is not allowed: choose one of simulated, integer"),
     ):
         edit(folder, **changes)
         refused(message)
