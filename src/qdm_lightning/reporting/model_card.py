@@ -118,6 +118,7 @@ def _usage(run: Run, repo: str | None) -> str:
     total = s.get("diffusion.num_train_timesteps")
     estimate = "v" if s.get("diffusion.prediction_type") == "v_prediction" else "the noise"
     conditional = _conditional(run)
+    label = ", class_labels=0" if conditional else ""
     pipeline = (  # pipelines give it no class
         "```python\nimport qdm_lightning  # diffusers knows its quantization then\nfrom diffusers import DDPMPipeline\n\n"
         f"pipeline = DDPMPipeline.from_pretrained({place})\n"
@@ -129,8 +130,8 @@ def _usage(run: Run, repo: str | None) -> str:
         f"```python\n{first}import qdm_lightning\n\n"
         f"student = qdm_lightning.load_student({folder})\n"
         f"sampler = {_sampler(run)}\n"
-        f"images = qdm_lightning.draw_images(student, range(16), sampler{', class_labels=0' if conditional else ''})  # in [-1, 1]\n"
-        f"```\n\n`student` is a `UNet2DModel` that estimates {estimate}; its schedule is in `scheduler/`. Its forward quantizes as in "
+        f"images = qdm_lightning.draw_images(student, range(16), sampler{label})  # in [-1, 1]\n```\n\n"
+        f"`student` is a `UNet2DModel` that estimates {estimate}; its schedule is in `scheduler/`. Its forward quantizes as in "
         'training. `load_student(..., execution="integer")` runs it on integer codes, on a CPU.'
     )
 

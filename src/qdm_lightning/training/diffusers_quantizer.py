@@ -45,7 +45,7 @@ class Method(StrEnum):
 
 
 class StudentConfig(QuantizationConfigMixin):
-    """The `quantization_config` in a student's config.json: `format`, `quant`, `taq`, `execution` and more, see `student_files`."""
+    """The `quantization_config` in a student's config.json: `format`, `quant`, `taq` and more, see `student_files`."""
 
     def __init__(self, **settings: Any) -> None:
         self.quant_method = Method.QDM_LIGHTNING

@@ -9,8 +9,8 @@
     unet/diffusion_pytorch_model.safetensors  weights at their bits (see `quantization.packing`), its metadata the settings
 
 `quantization_config` has `quant_method`, `format`, the run's `quant` (bits, rules, quantizers) and `taq` (with its scope), and
-`label_dropout` where the network was trained with dropped labels: its last label stands for no class. Where it is to run on integer
-codes by itself, `"execution": "integer"` too.
+`label_dropout` where the network was trained with dropped labels: its last label stands for no class. Where it is to run on
+integer codes by itself, `"execution": "integer"` too.
 diffusers reads the folder too, see `diffusers_quantizer`.
 """
 

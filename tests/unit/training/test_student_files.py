@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -130,7 +129,7 @@ def test_the_folder_is_a_whole_pipeline_and_no_teacher(folder):
     assert files == {"model_index.json", "scheduler/scheduler_config.json", CONFIG, WEIGHTS}
     assert DDPMPipeline.load_config(folder)["unet"] == ["diffusers", "UNet2DModel"]
     assert DDPMScheduler.from_pretrained(folder / "scheduler").config.variance_type == "fixed_large"
-    assert read_diffusion(folder / "unet") == asdict(DiffusionConfig())
+    assert DiffusionConfig(**read_diffusion(folder / "unet")) == DiffusionConfig()
     with pytest.raises(ValueError, match="is of a quantized network: give one at full precision"):
         load_unet(folder)
 
