@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +49,10 @@ class Percentile:
         return _affine(low, high, qmin, qmax, symmetric)
 
 
+AT_ONCE = 2**18
+"""Values times ranges that a search looks at in one pass: they fit into a cache."""
+
+
 class MSESearch:
     """The grid of least squared error ||x - x_hat||^2 among shrunken ranges [a low, b high], a and b in `steps` fractions.
 
@@ -70,14 +73,18 @@ class MSESearch:
         joint = symmetric or not bool((low < 0).any())
         coarse = torch.linspace(1.0, 0.04, 3 * self.steps) if joint else torch.logspace(0, -1.5, self.steps)
         best = [torch.full_like(low, torch.inf), low, high, *_affine(low, high, qmin, qmax, symmetric)]
-        for fractions in (coarse.tolist(), torch.linspace(0.88, 1.12, 9).tolist()):
+        for fractions in (coarse, torch.linspace(0.88, 1.12, 9)):
             low, high = best[1:3]
-            for a, b in ((f, f) for f in fractions) if joint else product(fractions, repeat=2):
-                scale, zero = _affine(a * low, b * high, qmin, qmax, symmetric)
-                codes = torch.clamp(torch.round(values / scale[:, None]) + zero[:, None], qmin, qmax)
-                error = ((codes - zero[:, None]) * scale[:, None] - values).square().mean(dim=1)
-                tried = [error, a * low, b * high, scale, zero]
-                best = [torch.where(error < best[0], new, old) for new, old in zip(tried, best, strict=True)]
+            pairs = torch.stack([fractions] * 2, 1) if joint else torch.cartesian_prod(fractions, fractions)
+            for ab in pairs.to(values.device).split(max(1, AT_ONCE // values.numel())):
+                a_low, b_high = ab[:, :1] * low, ab[:, 1:] * high
+                scale, zero = _affine(a_low, b_high, qmin, qmax, symmetric)
+                s, z = scale[..., None], zero[..., None]
+                codes = torch.clamp(torch.round(values / s) + z, qmin, qmax)
+                error = ((codes - z) * s - values).square().mean(dim=2)
+                least = error.min(dim=0, keepdim=True).indices
+                tried = [found.gather(0, least)[0] for found in (error, a_low, b_high, scale, zero)]
+                best = [torch.where(tried[0] < best[0], new, old) for new, old in zip(tried, best, strict=True)]
         return best[3], best[4]
 
 

@@ -228,10 +228,11 @@ class GroupedActivation(LSQActivation, Grouped):
         pools = [observer.pool(group == g)[0] for g in present]
         width = max(pool.numel() for pool in pools)
         equal = torch.stack([pool.repeat(-(-width // pool.numel()))[:width] for pool in pools])
-        rest, own = (
-            calibrator.search(values, self.qmin, self.qmax, symmetric=self.symmetric) for values in (observer.pool(), equal)
-        )
-        scale, zero_point = (result.repeat(self.groups) for result in rest)
-        scale[present], zero_point[present] = own
+        scale, zero_point = calibrator.search(equal, self.qmin, self.qmax, symmetric=self.symmetric)
+        if len(present) < self.groups:
+            own = scale, zero_point
+            rest = calibrator.search(observer.pool(), self.qmin, self.qmax, symmetric=self.symmetric)
+            scale, zero_point = (result.repeat(self.groups) for result in rest)
+            scale[present], zero_point[present] = own
         self.seen[present] = True
         self.set_grid(scale, zero_point)
