@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qdm_lightning.cli.training import Training, train
@@ -29,18 +31,24 @@ EXAMPLES = (
 """For `--help`: arguments, and what they do."""
 
 
-def show(result: Result) -> None:
-    """Print what a run came to, and what to type next."""
+def show(result: Result, typed: Sequence[str] | None = None) -> None:
+    """Print what a run came to, and what to type next: `typed`, its overrides, stay; None says nothing of them (`run=`)."""
     from qdm_lightning.display.progress import print_closing
 
     command = "python -m qdm_lightning.train"
-    following = [
-        (f"{command} taq=off nem=off", "the same student without TaQ and NeM, same teacher"),
-        (f"{command} quant=w3a3", "fewer bits, same teacher"),
-        (f"{command} --help", "everything else"),
-    ]
+
+    def again(gone: tuple[str, ...], *instead: str) -> str:
+        kept = [word for word in typed or () if not word.lstrip("+").startswith(("hydra", *gone))]
+        return shlex.join([*command.split(), *kept, *instead])
+
+    following = [(f"{command} --help", "everything else")]
     if "student" not in result.metrics:
         following = [(f"{command} teacher=checkpoint teacher.path={result.run_dir}", "a student of this teacher")]
+    elif typed is not None:
+        following[:0] = [
+            (again(("taq", "nem"), "taq=off", "nem=off"), "the same student without TaQ and NeM, same teacher"),
+            (again(("quant=",), "quant=w3a3"), "fewer bits, same teacher"),
+        ]
     print_closing(result.metrics, result.run_dir, following)
 
 

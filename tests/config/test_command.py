@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
@@ -15,6 +16,7 @@ from qdm_lightning.cli.compose import stored
 from qdm_lightning.cli.help import COMMANDS, defaults, options, overview
 from qdm_lightning.cli.schema import CONF_DIR, plain, run_name
 from qdm_lightning.runs.folder import write_config
+from qdm_lightning.train import show
 
 
 @pytest.fixture
@@ -248,3 +250,16 @@ def test_a_command_typed_while_a_run_is_under_way_touches_nothing(typed, folder,
     assert "is being trained by another process" in capsys.readouterr().err
     (folder / "run" / ".lock").unlink(missing_ok=True)
     assert {path: path.read_bytes() for path in (folder / "run").rglob("*")} == before
+
+
+def test_what_to_type_next_keeps_what_was_typed(tmp_path, capsys):
+    result = SimpleNamespace(metrics={"teacher": {}, "student": {"image_mse": 0.5}}, run_dir=tmp_path)
+    show(result, ["data.path=my pictures", "quant=w4a4", "quant.probs_bits=4", "taq.groups=10", "nem/weighting=min_snr"])
+    command = "python -m qdm_lightning.train 'data.path=my pictures'"
+    shown = [line.strip().split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert shown[shown.index("next:") + 1 :][:2] == [
+        f"{command} quant=w4a4 quant.probs_bits=4 taq=off nem=off",
+        f"{command} quant.probs_bits=4 taq.groups=10 nem/weighting=min_snr quant=w3a3",
+    ]
+    show(result)  # run=: what was typed then is not known
+    assert "taq=off" not in capsys.readouterr().out

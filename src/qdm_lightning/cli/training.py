@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -172,4 +173,4 @@ class Training(Command):
         experiment.run_dir = folder
         with before_it_began(progress):
             result = _run(experiment, progress)
-        self.show(result)
+        self.show(result, parse(sys.argv[1:]).overrides if self.stored is None else None)
