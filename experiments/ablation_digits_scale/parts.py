@@ -2,8 +2,9 @@
 
     python experiments/ablation_digits_scale/parts.py RUN [--images 2048] [--ranges 0,1000 0,100 100,400 400,700 700,1000]
 
-RUN is a folder of a digits run. For each range: `fd_digits` of DDIM-50 images, their mean squared deviation from the teacher's
-by the same seeds, and how much less they scatter (difference of the standard deviations of their values in [-1, 1]).
+RUN is a folder of a digits run. For each range, of DDIM-50 images: `fd_digits`, their distance to the teacher's images instead of
+real ones, `fd_digits` once they are rounded to the 17 gray levels that real ones have, their mean squared deviation from the
+teacher's by the same seeds, and how much less they scatter (difference of the standard deviations of their values in [-1, 1]).
 `--spread` also draws with the student's estimates stretched, at each t, to the teacher's standard deviation.
 """
 
@@ -78,17 +79,25 @@ def main() -> None:
         one = ImageSampler(network=parts, sampler=SAMPLER, diffusion=DIFFUSION, shape=(1, 8, 8), device=torch.device("cpu"))
         return one.draw(range(asked.images))
 
+    levels = real.unique()
+
+    def distances(images: Tensor, teachers: Tensor) -> str:
+        seen = to_uint8(images)
+        rounded = levels[(seen[..., None].int() - levels.int()).abs().argmin(-1)]
+        pairs = (wanted, seen), (features(network, to_uint8(teachers)), seen), (wanted, rounded)
+        return " | ".join(f"{frechet_distance(to, features(network, drawn)):.3f}" for to, drawn in pairs)
+
     own = draw(Parts(student, teacher, 0, 0, {}))
-    print("the student at t from to | fd_digits | image_mse | standard deviation")
-    print(f"nowhere | {frechet_distance(wanted, features(network, to_uint8(own))):.3f} | |")
+    print("the student at t from, to | fd_digits | to the teacher's | rounded | image_mse | standard deviation")
+    print(f"nowhere | {distances(own, own)} | |")
     ranges = [(low, high, {}) for low, high in (map(int, pair.split(",")) for pair in asked.ranges)]
     if asked.spread:
         ranges.append((0, DIFFUSION.num_train_timesteps, spreads(student, teacher, real)))
     for low, high, stretch in ranges:
         images = draw(Parts(student, teacher, low, high, stretch))
-        distance = frechet_distance(wanted, features(network, to_uint8(images)))
         deviation, scatter = float((images - own).square().mean()), float(images.std() - own.std())
-        print(f"{low} {high}{', stretched' if stretch else ''} | {distance:.3f} | {deviation:.5f} | {scatter:+.4f}", flush=True)
+        name = f"{low}, {high}{', stretched' if stretch else ''}"
+        print(f"{name} | {distances(images, own)} | {deviation:.5f} | {scatter:+.4f}", flush=True)
 
 
 if __name__ == "__main__":

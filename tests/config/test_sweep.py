@@ -246,3 +246,12 @@ def test_what_is_left_of_a_sweep(tmp_path, monkeypatch):
     )
     assert jobs._what_is_left(60.0, settings, folders) == "; 5 of 7 left, about 2:30 at this pace"
     assert jobs._what_is_left(60.0, settings, folders[:2]) == ""
+
+
+def test_the_plan_of_a_sweep_counts_what_its_jobs_train_and_draw():
+    def plan(mode, steps, images):
+        cfg = OmegaConf.create({"trainer": {"max_steps": steps}, "quant": {"mode": mode}, "num_samples": images})
+        return sweeping.Plan([], cfg, Path("x"))
+
+    plans = [plan("qat", 1500, 1024), plan("qat", 600, 1024), plan("ptq", 600, 512)]
+    assert sweeping._what_it_takes(plans) == "plan: 3 jobs, together 2,100 training steps and 2,560 images"

@@ -168,7 +168,7 @@ def _what_it_takes(missing: Sequence[Plan]) -> str:
     """The work of the jobs, as they say it; how long it takes is known once one of them is done."""
     steps = sum(plan.cfg.trainer.max_steps for plan in missing if plan.cfg.quant.mode == "qat")
     images = sum(plan.cfg.num_samples for plan in missing)
-    return f"plan: {len(missing)} jobs, {steps:,} training steps of theirs in all, {images:,} images"
+    return f"plan: {len(missing)} jobs, together {steps:,} training steps and {images:,} images"
 
 
 def _launch(
