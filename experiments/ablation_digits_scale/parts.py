@@ -1,6 +1,6 @@
 """Which timesteps a student's distance comes from: the student estimates the noise in one range of t, the teacher elsewhere.
 
-    python experiments/ablation_digits_scale/parts.py RUN [--images 2048] [--ranges 0,1000 0,100 100,400 400,700 700,1000]
+    python experiments/ablation_digits_scale/parts.py RUN [--images 2048] [--ranges 0,1000 0,100 100,400 ...]
 
 RUN is a folder of a digits run. For each range, of DDIM-50 images: `fd_digits`, their distance to the teacher's images instead of
 real ones, `fd_digits` once they are rounded to the 17 gray levels that real ones have, their mean squared deviation from the
