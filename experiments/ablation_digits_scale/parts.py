@@ -2,8 +2,8 @@
 
     python experiments/ablation_digits_scale/parts.py RUN [--images 2048] [--ranges 0,1000 0,100 100,400 ...]
 
-RUN is a folder of a digits run. For each range, of DDIM-50 images: `fd_digits`, their distance to the teacher's images instead of
-real ones, `fd_digits` once they are rounded to the 17 gray levels that real ones have, their mean squared deviation from the
+RUN is a folder of a digits run. For each range, of DDIM-50 images: `fd_digits`, their distance to the teacher's images in place
+of real ones, `fd_digits` once they are rounded to the 17 gray levels that real ones have, their mean squared deviation from the
 teacher's by the same seeds, and how much less they scatter (difference of the standard deviations of their values in [-1, 1]).
 `--spread` also draws with the student's estimates stretched, at each t, to the teacher's standard deviation.
 """

@@ -66,7 +66,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("group", "name"), OPTIONS, ids=["=".join(option) for option in OPTIONS])
 def test_option(group, name, composed, pictures, monkeypatch):
     words = companions(group, name).replace("PATH", str(pictures)).replace("FOLDER", str(pictures.parent))
-    for place in ("data.spec", "metrics.spec", "cli.schema"):  # whatever extras are installed
+    for place in ("data.spec", "metrics.spec", "cli.logger_schema"):  # whatever extras are installed
         monkeypatch.setattr(f"qdm_lightning.{place}.find_spec", bool)
     cfg = composed(f"{group}={name}", *words.split())
     settings = validate(cfg)

@@ -70,7 +70,7 @@ def test_mlflow(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("option", ["trackio", "mlflow"])
 def test_what_is_not_installed_is_named(option, composed, monkeypatch):
-    monkeypatch.setattr("qdm_lightning.cli.schema.find_spec", lambda name: None)
+    monkeypatch.setattr("qdm_lightning.cli.logger_schema.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=rf"logger={option} needs {option}: pip install 'qdm-lightning\[{option}\]'"):
         validate(composed(f"logger={option}"))
 

@@ -247,7 +247,7 @@ def test_loggers_get_what_they_take(board_run, tmp_path):
 
 def test_a_missing_tensorboard_is_named_with_the_command(composed, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr("qdm_lightning.cli.schema.find_spec", lambda name: None if name == "tensorboard" else find(name))
+    monkeypatch.setattr("qdm_lightning.cli.logger_schema.find_spec", lambda name: None if name == "tensorboard" else find(name))
     for option in ("tensorboard", "wandb_tensorboard"):
         with pytest.raises(ValueError, match=r"pip install 'qdm-lightning\[tensorboard\]'"):
             validate(composed(f"logger={option}"))
