@@ -118,6 +118,7 @@ TRAIN = {
     "quant.rules={conv_in:9}": "quant.rules.conv_in=9 is not allowed",
     "quant.rules={conv_in:high}": "quant.rules.conv_in",
     "quant.rules={nothing.*:8}": NETWORK + "nothing.*",
+    """'quant.rules={"*.conv1":8}'""": "names stand without quotes, type 'quant.rules={*.conv1:8}'",
     "quant.mode=both": "quant.mode=both is not allowed",
     "quant.calibration_batches=0": "quant.calibration_batches=0 is not allowed",
     "quant.calibration_timesteps=late": "quant.calibration_timesteps=late is not allowed",

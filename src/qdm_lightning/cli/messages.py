@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -71,8 +73,7 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
         return _unknown_option(error)
     if isinstance(error, OverrideParseException):
         detail = one_line(error).removeprefix(f"Error parsing override '{error.override}' ").partition(" See http")[0]
-        as_text = f"; if it is one text, type {to_type(str(error.override))}" if "=" in str(error.override) else ""
-        return f"{error.override!r} is not understood ({detail}): write name=value, for example sampler.steps=20{as_text}"
+        return f"{error.override!r} is not understood ({detail}): {_instead_of(str(error.override))}"
     if isinstance(error, ConfigCompositionException):
         return _composition(error)
     if isinstance(error, OmegaConfBaseException):
@@ -82,6 +83,17 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
     if "Config group override must be a string" in str(error):
         return _not_an_option(error, overrides)
     return one_line(error)
+
+
+def _instead_of(override: str) -> str:
+    """What to type instead of an override that Hydra's grammar has not: in its mappings names stand without quotes."""
+    bare = re.sub("['\"]", "", override)
+    if "={" in bare and bare != override:
+        with suppress(OverrideParseException):
+            OverridesParser.create().parse_override(bare)
+            return f"in {{...}} names stand without quotes, type {shlex.quote(bare)}"
+    as_text = f"; if it is one text, type {to_type(override)}" if "=" in override else ""
+    return f"write name=value, for example sampler.steps=20{as_text}"
 
 
 def about_a_file(error: Any) -> str:
