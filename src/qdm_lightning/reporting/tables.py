@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from qdm_lightning.metrics.estimate import Estimate
 from qdm_lightning.reporting.collect import Contents, Result, Run
 from qdm_lightning.reporting.labels import IGNORED, grouped, varying
-from qdm_lightning.reporting.summary import Cell, Group, all_cells, difference, gap_closed
+from qdm_lightning.reporting.summary import Cell, Group, above_teacher, all_cells, difference, gap_closed
 
 ABSENT = "–"  # noqa: RUF001 - an en dash stands for no value
 COSTS = ("macs", "bytes", "float_bytes", "speedup.linear", "speedup.bops", "speedup.bops64")
 FORMULAS = {
     "95 % interval": "mean ± t(0.975, n - 1) · std / √n over the n seeds of a cell (Student's t; std with n - 1)",
     "difference": "mean of cell - baseline over the seeds that both have, with the same interval: paired by seed",
+    "above teacher": "100 · (cell - teacher) / mean of the teacher's distance, in percent, paired by seed, with its interval",
     "gap closed": "100 · (baseline - cell) / (baseline - teacher) of the distance, in percent; each is the mean over the seeds "
     "that cell and baseline share; no value where the teacher is not nearer than the baseline, or teachers differ",
     "nem_error": "L_NeM = ||eps_FP(x_t, t) - eps_Q(x_t, t)||² on the validation set, mean over ten ranges of t",
@@ -80,17 +81,27 @@ def _statistics(estimate: Estimate) -> list[Entry]:
 
 
 def measure_table(group: Group, measure: str) -> Table:
-    """A row a cell: seeds, mean, std, interval, difference to the baseline with its interval, gap closed."""
+    """A row a cell: seeds, mean, std, interval, how far above the teacher, difference to the baseline with its interval, gap
+    closed."""
     gaps = measure in group.distances and any(cell.values(measure, "teacher") for cell in group.cells)
-    head = ["cell", "n", "mean", "std", "95 % interval"]
+    head = ["cell", "n", "mean", "std", "95 % interval", *(["above teacher, %", "95 % of that"] if gaps else [])]
     if group.baselines:
         head += ["baseline", "difference", "95 % of the difference", *(["gap closed, %"] if gaps else [])]
     rows = []
     for cell in group.measured(measure):
         estimate = cell.estimate(measure)
         versus = _versus(cell, group.baselines.get(cell.label), measure, gaps) if group.baselines else []
-        rows.append([Entry(cell.label), *_statistics(estimate), _interval(estimate), *versus])
+        above = _above(cell, measure) if gaps else []
+        rows.append([Entry(cell.label), *_statistics(estimate), _interval(estimate), *above, *versus])
     return Table(f"{measure}, protocol {group.name}", head, rows)
+
+
+def _above(cell: Cell, measure: str) -> list[Entry]:
+    above = above_teacher(cell, measure)
+    if above is None or not math.isfinite(above.mean):
+        return [Entry(ABSENT), Entry(ABSENT)]
+    shown = Entry(f"{above.mean:+.1f}", above.mean)
+    return [shown, SINGLE if above.n < 2 else Entry(f"[{above.low:+.1f}, {above.high:+.1f}]", above.half_width)]
 
 
 def _versus(cell: Cell, baseline: Cell | None, measure: str, gaps: bool) -> list[Entry]:
@@ -242,7 +253,8 @@ def csv_text(groups: Sequence[Group]) -> str:
     """A row for each protocol, cell and measure: over seeds, against the baseline, cost, and the value of each seed."""
     seeds = sorted({seed for group in groups for cell in group.cells for seed in cell.results})
     names = ["protocol", "title", "cell", "measure", "n", "mean", "std", "low_95", "high_95", "baseline", "pairs", "difference"]
-    names += ["difference_low_95", "difference_high_95", "gap_closed_percent", *(name.replace(".", "_") for name in COSTS)]
+    names += ["difference_low_95", "difference_high_95", "gap_closed_percent"]
+    names += ["above_teacher_percent", "above_teacher_low_95", "above_teacher_high_95", *(name.replace(".", "_") for name in COSTS)]
     stream = io.StringIO()
     writer = csv.DictWriter(stream, [*names, *(f"seed_{seed}" for seed in seeds)], lineterminator="\n")
     writer.writeheader()
@@ -266,6 +278,12 @@ def _csv_row(group: Group, cell: Cell, measure: str) -> dict[str, object]:
         "low_95": _finite(estimate.low),
         "high_95": _finite(estimate.high),
     }
+    if measure in group.distances and (above := above_teacher(cell, measure)):
+        row |= {
+            "above_teacher_percent": _finite(above.mean),
+            "above_teacher_low_95": _finite(above.low),
+            "above_teacher_high_95": _finite(above.high),
+        }
     if baseline and baseline is not cell:
         gap = difference(cell, baseline, measure)
         row["pairs"] = gap.n if gap else 0
