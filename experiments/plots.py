@@ -2,8 +2,8 @@
 
     python experiments/plots.py
 
-Writes taq_nem.png from `ablation_digits_scale/results.csv` (a point for each seed, a bar for the mean) and taq_where.png from
-`taq_where/results.csv` (L_NeM against no TaQ with the same bits, paired by seed, with 95 % intervals).
+Writes taq_nem.png from results.csv of `ablation_digits_scale/` and `ablation_cifar10_16/` (a point for each seed, a bar for the
+mean) and taq_where.png from `taq_where/` (L_NeM against no TaQ with the same bits, paired by seed, with 95 % intervals).
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ import matplotlib.pyplot as plt
 from scipy import stats
 
 HERE = Path(__file__).parent
-MEASURES = {"nem_error": "L_NeM", "image_mse": "image_mse", "fd_digits": "fd_digits"}
+ABLATIONS = [
+    ("ablation_digits_scale", "w4a4", "fd_digits", "digits, W4A4"),
+    ("ablation_digits_scale", "w3a3", "fd_digits", "digits, W3A3"),
+    ("ablation_digits_scale", "w2a2", "fd_digits", "digits, W2A2"),
+    ("ablation_cifar10_16", "w4a4", "fd_resnet20", "CIFAR-10 16x16, W4A4"),
+]
 CELLS = ["none", "TaQ", "NeM", "TaQ+NeM"]
 METHODS = [("scale", "qkv"), ("scale", "attention"), ("scale", "all"), ("normalize", "qkv")]
 
@@ -31,19 +36,25 @@ def rows(name: str) -> list[dict[str, str]]:
 
 
 def taq_nem() -> None:
-    """W4A4 students on the digits: each measure by cell, with its seeds."""
-    found = {(row["cell"], row["measure"]): row for row in rows("ablation_digits_scale/results.csv")}
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
-    for axis, (measure, label) in zip(axes, MEASURES.items(), strict=True):
-        for place, cell in enumerate(CELLS):
-            row = found[f"w4a4 {cell}", measure]
-            seeds = [float(value) for name, value in row.items() if name.startswith("seed_") and value]
-            axis.bar(place, float(row["mean"]), color="#c6dbef", width=0.7)
-            axis.plot([place] * len(seeds), seeds, "o", color="#08519c", markersize=4)
-        axis.set_xticks(range(len(CELLS)), CELLS)
-        axis.set_title(label)
-        axis.set_ylim(bottom=0)
-    figure.suptitle("W4A4 on the digits, 600 steps, 4,096 images (a point is a seed)")
+    """Trained students: each measure by cell, with its seeds; the teacher's distance as a dashed line."""
+    figure, axes = plt.subplots(len(ABLATIONS), 3, figsize=(9, 2.6 * len(ABLATIONS)), layout="constrained")
+    for row, (folder, bits, distance, title) in zip(axes, ABLATIONS, strict=True):
+        found = {(entry["cell"], entry["measure"]): entry for entry in rows(f"{folder}/results.csv")}
+        for axis, measure in zip(row, ("nem_error", "image_mse", distance), strict=True):
+            for place, cell in enumerate(CELLS):
+                entry = found[f"{bits} {cell}", measure]
+                seeds = [float(value) for name, value in entry.items() if name.startswith("seed_") and value]
+                mean = float(entry["mean"])
+                axis.bar(place, mean, color="#c6dbef", width=0.7)
+                axis.plot([place] * len(seeds), seeds, "o", color="#08519c", markersize=4)
+            if measure == distance:
+                axis.axhline(
+                    mean / (1 + float(entry["above_teacher_percent"]) / 100), color="black", linestyle="--", linewidth=0.8
+                )
+            axis.set_xticks(range(len(CELLS)), CELLS)
+            axis.set_title(f"{title}: {'L_NeM' if measure == 'nem_error' else measure}", fontsize=9)
+            axis.set_ylim(bottom=0)
+    figure.suptitle("TaQ scale on every activation, and NeM, trained (a point is a seed; dashed: the teacher)")
     figure.savefig(HERE / "taq_nem.png", dpi=130)
 
 
