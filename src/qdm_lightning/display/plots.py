@@ -206,6 +206,12 @@ def _draw_lines(ax: Any, panel: Panel, names: Sequence[str], legend: dict[str, A
         positions = sorted({x for line in panel.lines for x in line.x})
         if len(positions) <= 8:
             ax.set_xticks(positions, [f"{x:.3g}" for x in positions])
+            labels = ax.get_xticklabels()
+            room = math.log(positions[-1] / positions[0]) / 12  # two labels that are nearer would lie on one another
+            shown = positions[0]
+            for x, label in zip(positions[1:], labels[1:], strict=True):
+                label.set_visible(math.log(x / shown) > room)
+                shown = x if label.get_visible() else shown
             ax.minorticks_off()
     values = [y for line in panel.lines for y in line.y if math.isfinite(y)]
     low, high = min(values, default=0), max(values, default=0)

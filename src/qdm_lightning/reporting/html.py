@@ -83,7 +83,9 @@ def _section(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
         "surroundings": tables.surroundings(group),
         "distances": [tables.measure_table(group, name) for name in group.distances],
         "others": [tables.measure_table(group, name) for name in group.measures if name not in group.distances],
-        "bounds": tables.reference_table(group),
+        "bounds": list(
+            filter(None, [*(tables.excess_table(group, name) for name in group.distances), tables.reference_table(group)])
+        ),
         "figures": list(filter(None, sketches)),
         "baselines": bool(group.baselines),
     }

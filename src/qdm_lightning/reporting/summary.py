@@ -4,7 +4,7 @@ A cell is a set of runs that differ in their seed alone. For a measure m with va
 
 * interval: mean +- t(0.975, n - 1) * std / sqrt(n), Student's t, std with n - 1; none for n = 1.
 * difference to the baseline: the same of the differences cell_i - baseline_i, over the seeds i that both have.
-* above the teacher: 100 * (cell_i - teacher_i) / mean of the teacher's distance, in percent, over the seeds i, as the mean above.
+* above the teacher: the same of 100 * (cell_i - teacher_i) / mean of the teacher's distance, in percent.
 * gap closed: 100 * (baseline - cell) / (baseline - teacher) of the distance, in percent, each the mean over the seeds that
   both cells have. 0 is the baseline, 100 its teacher. None where the teacher is not nearer than the baseline, or the two
   cells had different teachers.
@@ -147,7 +147,7 @@ def difference(cell: Cell, baseline: Cell, measure: str) -> Estimate | None:
 
 
 def above_teacher(cell: Cell, distance: str) -> Estimate | None:
-    """100 * (cell - teacher) by seed, over the teacher's mean, in percent; None where no teacher was measured, or at distance 0."""
+    """100 * (cell - teacher) by seed, over the teacher's mean, in percent; None where there is none."""
     ours, teachers = _paired(cell.values(distance), cell.values(distance, "teacher"))
     return Estimate.of(100 * (ours - teachers) / teachers.mean()) if len(ours) and teachers.mean() > 0 else None
 

@@ -81,27 +81,17 @@ def _statistics(estimate: Estimate) -> list[Entry]:
 
 
 def measure_table(group: Group, measure: str) -> Table:
-    """A row a cell: seeds, mean, std, interval, how far above the teacher, difference to the baseline with its interval, gap
-    closed."""
+    """A row a cell: seeds, mean, std, interval, difference to the baseline with its interval, gap closed."""
     gaps = measure in group.distances and any(cell.values(measure, "teacher") for cell in group.cells)
-    head = ["cell", "n", "mean", "std", "95 % interval", *(["above teacher, %", "95 % of that"] if gaps else [])]
+    head = ["cell", "n", "mean", "std", "95 % interval"]
     if group.baselines:
         head += ["baseline", "difference", "95 % of the difference", *(["gap closed, %"] if gaps else [])]
     rows = []
     for cell in group.measured(measure):
         estimate = cell.estimate(measure)
         versus = _versus(cell, group.baselines.get(cell.label), measure, gaps) if group.baselines else []
-        above = _above(cell, measure) if gaps else []
-        rows.append([Entry(cell.label), *_statistics(estimate), _interval(estimate), *above, *versus])
+        rows.append([Entry(cell.label), *_statistics(estimate), _interval(estimate), *versus])
     return Table(f"{measure}, protocol {group.name}", head, rows)
-
-
-def _above(cell: Cell, measure: str) -> list[Entry]:
-    above = above_teacher(cell, measure)
-    if above is None or not math.isfinite(above.mean):
-        return [Entry(ABSENT), Entry(ABSENT)]
-    shown = Entry(f"{above.mean:+.1f}", above.mean)
-    return [shown, SINGLE if above.n < 2 else Entry(f"[{above.low:+.1f}, {above.high:+.1f}]", above.half_width)]
 
 
 def _versus(cell: Cell, baseline: Cell | None, measure: str, gaps: bool) -> list[Entry]:
@@ -118,6 +108,22 @@ def _versus(cell: Cell, baseline: Cell | None, measure: str, gaps: bool) -> list
     closed = gap_closed(cell, baseline, measure) if gaps else None
     closure = [Entry(ABSENT) if closed is None else Entry(f"{closed:.1f}", closed)] if gaps else []
     return [Entry(baseline.label + pairs), shown, _interval(gap, "+"), *closure]
+
+
+def excess_table(group: Group, distance: str) -> Table | None:
+    """How far each cell lies above its teacher, percent; None where no teacher was measured."""
+    found = [(cell, above_teacher(cell, distance)) for cell in group.measured(distance)]
+    rows = [
+        [Entry(cell.label), Entry(str(above.n), above.n), Entry(f"{above.mean:+.1f}", above.mean), _percent(above)]
+        for cell, above in found
+        if above is not None and math.isfinite(above.mean)
+    ]
+    head = ["cell", "n", "above teacher, %", "95 % interval"]
+    return Table(f"{distance} above the teacher's, protocol {group.name}", head, rows) if rows else None
+
+
+def _percent(estimate: Estimate) -> Entry:
+    return SINGLE if estimate.n < 2 else Entry(f"[{estimate.low:+.1f}, {estimate.high:+.1f}]", estimate.half_width)
 
 
 def reference_table(group: Group) -> Table | None:
@@ -226,6 +232,7 @@ def markdown(groups: Sequence[Group], contents: Contents) -> str:
         lines += [f"Differing surroundings: {_plain(line)}." for line in surroundings(group)]
         for name in group.measures:
             lines += _markdown(measure_table(group, name))
+        lines += [line for name in group.distances for line in _markdown(excess_table(group, name))]
         lines += _markdown(reference_table(group))
     lines += [*_markdown(cost_table(all_cells(groups))), *(f"* {name}: {text}" for name, text in FORMULAS.items())]
     return "\n".join(lines) + "\n"
@@ -254,7 +261,12 @@ def csv_text(groups: Sequence[Group]) -> str:
     seeds = sorted({seed for group in groups for cell in group.cells for seed in cell.results})
     names = ["protocol", "title", "cell", "measure", "n", "mean", "std", "low_95", "high_95", "baseline", "pairs", "difference"]
     names += ["difference_low_95", "difference_high_95", "gap_closed_percent"]
-    names += ["above_teacher_percent", "above_teacher_low_95", "above_teacher_high_95", *(name.replace(".", "_") for name in COSTS)]
+    names += [
+        "above_teacher_percent",
+        "above_teacher_low_95",
+        "above_teacher_high_95",
+        *(name.replace(".", "_") for name in COSTS),
+    ]
     stream = io.StringIO()
     writer = csv.DictWriter(stream, [*names, *(f"seed_{seed}" for seed in seeds)], lineterminator="\n")
     writer.writeheader()

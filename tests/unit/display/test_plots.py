@@ -49,6 +49,11 @@ def test_a_series_looks_the_same_in_every_plot_and_the_seventh_differs_from_the_
     assert ("stroke-dasharray" in first, "stroke-dasharray" in seventh) == (False, True)
 
 
+def test_sizes_that_lie_close_share_a_label():
+    svg = picture([[curve(Line("a", [0.24, 0.251, 1.85], [3, 2, 1]), log_x=True)]], ["a"], format="svg").decode()
+    assert [f">{text}<" in svg for text in ("0.24", "0.251", "1.85")] == [True, False, True]
+
+
 def test_nothing_to_draw(tmp_path):
     panel = BoxPanel(title="a", ylabel="x", timesteps=[0], boxes={"a": [BOX]})
     for rows in ([], [[]], [[panel], [panel, panel]]):
