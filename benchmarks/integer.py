@@ -1,7 +1,7 @@
 """A denoising step on integer codes beside what else computes it here: PyTorch FP32, FP32 compiled, bf16, the simulation,
 OpenVINO FP32 and bf16, NNCF's W8A8, and our file in ONNX Runtime.
 
-    python benchmarks/integer.py [--rounds 11] [--threads 2] [--taq normalize] [--files FOLDER]
+    python benchmarks/integer.py [--rounds 11] [--threads 2] [--taq scale] [--scope all] [--files FOLDER]
 
 W4A4 and W8A8 with TaQ and quantized attention, the 35.7 M CIFAR-10 U-Net with random weights, calibrated briefly; batch 16 and
 1; interleaved pairs. Ratios belong to the instruction set that is printed. The last line is one JSON object; `speedup` is the
@@ -49,6 +49,7 @@ from qdm_lightning.quantization import (
     compiled,
     prepare,
 )
+from qdm_lightning.quantization.spec import SCOPES
 from qdm_lightning.runs.provenance import hardware
 
 TAQ = {"off": None, "normalize": NormalizedActivation, "ema": EMANormalizedActivation, "scale": GroupedActivation}
@@ -59,17 +60,22 @@ SHAPE = (3, 32, 32)
 Step = Callable[[], None]
 
 
-def student(base: nn.Module, bits: int, taq: str) -> Denoiser:
+def student(base: nn.Module, bits: int, options: argparse.Namespace) -> Denoiser:
     """A calibrated copy: the ranges over one batch from all timesteps."""
     unet: Any = copy.deepcopy(base).eval()
-    quantizers = Quantizers.with_taq(LSQWeight, LSQActivation, TAQ[taq], "qkv")
-    prepare(unet, QuantConfig(weight_bits=bits, act_bits=bits), quantizers)
+    quantizers = Quantizers.with_taq(LSQWeight, LSQActivation, TAQ[options.taq], options.scope)
+    prepare(unet, QuantConfig(weight_bits=bits, act_bits=bits, rules=rules(options)), quantizers)
     network = Denoiser(unet).eval()
     t = torch.arange(25, 1000, 50)
     size = unet.config.sample_size
     x = torch.randn(len(t), unet.config.in_channels, size, size).contiguous(memory_format=torch.channels_last)
     calibrate(network, lambda: network(x, t), MinMax())
     return network
+
+
+def rules(options: argparse.Namespace) -> dict[str, int]:
+    """`--rules '*.conv_shortcut=8'` as `QuantConfig` takes them."""
+    return {name: int(bits) for name, _, bits in (rule.partition("=") for rule in options.rules)}
 
 
 def step(network: Any, batch: int, layout: torch.memory_format, autocast: bool = False) -> Step:
@@ -84,11 +90,11 @@ def step(network: Any, batch: int, layout: torch.memory_format, autocast: bool =
     return run
 
 
-def networks(base: nn.Module, taq: str) -> dict[str, Any]:
+def networks(base: nn.Module, options: argparse.Namespace) -> dict[str, Any]:
     """Networks by name. Those with fewer bits than 32 in both executions."""
     found: dict[str, Any] = {"fp32": Denoiser(base).eval()}
     for bits in (4, 8):
-        simulated = student(base, bits, taq)
+        simulated = student(base, bits, options)
         found[f"w{bits}a{bits}"], report = to_integer(simulated)
         found[f"w{bits}a{bits}_report"] = report
         if bits == 4:
@@ -203,7 +209,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--taq", default="normalize", choices=list(TAQ))
+    parser.add_argument("--taq", default="scale", choices=list(TAQ))
+    parser.add_argument("--scope", default="all", choices=list(SCOPES), help="where TaQ acts")
+    parser.add_argument("--rules", nargs="*", default=[], help="bits by name pattern, such as '*.conv_shortcut=8'")
     parser.add_argument("--batches", type=int, nargs="*", default=[16, 1])
     parser.add_argument("--only", nargs="*", help="of the variants, beside fp32")
     parser.add_argument("--no-compile", action="store_true", help="leave out FP32 under torch.compile")
@@ -218,7 +226,7 @@ def main() -> None:
     torch.manual_seed(0)
     compiled.set_mode("on")
     base = build("unet_cifar10")
-    made = networks(base, options.taq)
+    made = networks(base, options)
     isa = provenance()
     print(
         f"{hardware()['processor']}, {options.threads} threads, instruction set {isa['isa']}, {isa}, torch {torch.__version__}"
@@ -289,6 +297,8 @@ def record(
         "benchmark": "integer",
         "model": "unet_cifar10",
         "taq": options.taq,
+        "scope": options.scope,
+        "rules": rules(options),
         "threads": options.threads,
         "torch": torch.__version__,
         "processor": hardware()["processor"],
