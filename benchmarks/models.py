@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from qdm_lightning.cli.schema import CONF_DIR
-from qdm_lightning.quantization import LSQActivation, LSQWeight, QuantConfig, Quantizers, prepare
+from qdm_lightning.quantization import GroupedActivation, LSQActivation, LSQWeight, QuantConfig, Quantizers, prepare
 from qdm_lightning.quantization.layers import QuantizedLayer
 
 
@@ -24,12 +24,18 @@ def build(name: str) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
+DEFAULT = Quantizers.with_taq(LSQWeight, LSQActivation, GroupedActivation, "all")
+"""What a run trains: TaQ `scale` on every quantized activation."""
+
+
 def quantized(model: nn.Module, quantizers: Quantizers) -> nn.Module:
     """A W4A4 copy with scales of a plausible size (their values do not change the cost)."""
     copied = copy.deepcopy(model)
     prepare(copied, QuantConfig(), quantizers)
     with torch.no_grad():
         for module in copied.modules():
+            if isinstance(module, GroupedActivation):
+                module.seen.fill_(True)
             if isinstance(module, LSQActivation) and not module.symmetric:
                 module.log_scale.fill_(math.log(4 / module.qmax))
                 module.zero_point.fill_(module.qmax // 2)

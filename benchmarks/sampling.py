@@ -11,11 +11,11 @@ import argparse
 from contextlib import ExitStack
 
 import torch
-from models import build, quantized
+from models import DEFAULT, build, quantized
 from pairs import interleave, report
 
 from qdm_lightning.models.denoiser import Denoiser
-from qdm_lightning.quantization import LSQActivation, NormalizedActivation, Quantizers, cached_weights, compiled
+from qdm_lightning.quantization import LSQActivation, Quantizers, cached_weights, compiled
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     base = build(options.model)
     networks = {
         "fp32": Denoiser(base),
-        "simulated": Denoiser(quantized(base, Quantizers(attention=NormalizedActivation))),
+        "simulated": Denoiser(quantized(base, DEFAULT)),
         "simulated_taq_off": Denoiser(quantized(base, Quantizers(attention=LSQActivation))),
     }
     size = base.config.sample_size

@@ -2,8 +2,9 @@
 
     python benchmarks/train_step.py [--rounds 15] [--threads 2]
 
-All variants quantize the same layers of one U-Net at W4A4: ours as trained (TaQ `normalize`, quantized attention), LSQ+ in
-plain tensor operations, torch's learnable fake-quantize operator, brevitas. The last line is one JSON object.
+All variants quantize the same layers of one U-Net at W4A4: ours as trained (TaQ `scale` on every quantized activation, and
+the optimizer that its groups need), LSQ+ in plain operations, torch's learnable fake-quantize operator, brevitas. The last line
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from models import build, quantized
+from models import DEFAULT, build, quantized
 from pairs import interleave, ratio, report
 from torch import Tensor, nn
 
 from qdm_lightning.models.denoiser import Denoiser
-from qdm_lightning.quantization import LSQActivation, LSQWeight, NormalizedActivation, Quantizers, compiled, fake_quantize
+from qdm_lightning.quantization import LSQActivation, LSQWeight, Quantizers, compiled, fake_quantize
 from qdm_lightning.quantization.compiled import gradient_factor
 from qdm_lightning.runs.provenance import peak_memory as peak_memory_so_far
+from qdm_lightning.training.optimizer import build_optimizer
+from qdm_lightning.training.spec import OptimizerConfig
 
 
 class PlainActivation(LSQActivation):
@@ -100,7 +103,7 @@ def with_brevitas(model: nn.Module) -> nn.Module:
 
 VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fp32": copy.deepcopy,
-    "qdm": lambda model: quantized(model, Quantizers(attention=NormalizedActivation)),
+    "qdm": lambda model: quantized(model, DEFAULT),
     "lsq_eager": lambda model: quantized(
         model, Quantizers(weight=PlainWeight, activation=PlainActivation, attention=PlainActivation)
     ),
@@ -119,7 +122,7 @@ def step(model: nn.Module, batch: int, channels_last: bool = True) -> Callable[[
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     t, eps = torch.randint(0, 1000, (batch,)), torch.randn_like(x)
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-5, fused=True)
+    optimizer = build_optimizer(network, OptimizerConfig(lr=1e-5, quantizer_lr=1e-5))
 
     def run() -> None:
         optimizer.zero_grad()
