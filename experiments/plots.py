@@ -21,8 +21,8 @@ from scipy import stats
 HERE = Path(__file__).parent
 ABLATIONS = [
     ("ablation_digits_scale", "w4a4", "fd_digits", "digits, W4A4"),
-    ("ablation_digits_scale", "w3a3", "fd_digits", "digits, W3A3"),
-    ("ablation_digits_scale", "w2a2", "fd_digits", "digits, W2A2"),
+    ("ablation_digits_scale/w3a3_w2a2", "w3a3", "fd_digits", "digits, W3A3"),
+    ("ablation_digits_scale/w3a3_w2a2", "w2a2", "fd_digits", "digits, W2A2"),
     ("ablation_cifar10_16", "w4a4", "fd_resnet20", "CIFAR-10 16x16, W4A4"),
 ]
 CELLS = ["none", "TaQ", "NeM", "TaQ+NeM"]
@@ -47,7 +47,7 @@ def taq_nem() -> None:
                 mean = float(entry["mean"])
                 axis.bar(place, mean, color="#c6dbef", width=0.7)
                 axis.plot([place] * len(seeds), seeds, "o", color="#08519c", markersize=4)
-            if measure == distance:
+            if measure == distance and entry.get("above_teacher_percent"):
                 axis.axhline(
                     mean / (1 + float(entry["above_teacher_percent"]) / 100), color="black", linestyle="--", linewidth=0.8
                 )
