@@ -43,7 +43,7 @@ def train(command_line, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(training, "build", build)
             patch.setattr(training, "_run", keep)
-            command_line(training.Training("train", [("quant=w3a3", "fewer bits")], lambda result: None), *words)
+            command_line(training.Training("train", [("quant=w3a3", "fewer bits")], lambda *_: None), *words)
         return jobs
 
     return run

@@ -36,7 +36,7 @@ def test_a_run(counted, command_line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     built = []
     monkeypatch.setattr(training, "_run", lambda experiment, progress: built.append(experiment))
-    command_line(training.Training("train", (), lambda result: None), "logger=none")
+    command_line(training.Training("train", (), lambda *_: None), "logger=none")
     assert counted == {"compose": 1, "build": 1}
     [experiment] = built
     assert experiment.run_dir.parent == tmp_path / "outputs"
@@ -46,7 +46,7 @@ def test_a_run_that_goes_on_reads_its_folder_once(counted, command_line, tmp_pat
     monkeypatch.chdir(tmp_path)
     run_folder.write_config(tmp_path / "run", compose.OmegaConf.to_container(composed("logger=none"), resolve=True))
     monkeypatch.setattr(training, "_run", lambda experiment, progress: None)
-    command_line(training.Training("train", (), lambda result: None), "run=run")
+    command_line(training.Training("train", (), lambda *_: None), "run=run")
     assert counted == {"compose": 1, "build": 1, "read": 1}
     assert stored("run").seed == 0
 
