@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from pathlib import Path
 
 import matplotlib
@@ -35,6 +36,13 @@ def rows(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def teacher(folder: str, distance: str) -> float:
+    """The teacher's distance, a mean over seeds, from `results.md`."""
+    found = re.search(rf"\| teacher, {distance} \| \d+ \| ([\d.]+) ", (HERE / folder / "results.md").read_text())
+    assert found is not None
+    return float(found[1])
+
+
 def taq_nem() -> None:
     """Trained students: each measure by cell, with its seeds; the teacher's distance as a dashed line."""
     figure, axes = plt.subplots(len(ABLATIONS), 3, figsize=(9, 2.6 * len(ABLATIONS)), layout="constrained")
@@ -47,10 +55,8 @@ def taq_nem() -> None:
                 mean = float(entry["mean"])
                 axis.bar(place, mean, color="#c6dbef", width=0.7)
                 axis.plot([place] * len(seeds), seeds, "o", color="#08519c", markersize=4)
-            if measure == distance and entry.get("above_teacher_percent"):
-                axis.axhline(
-                    mean / (1 + float(entry["above_teacher_percent"]) / 100), color="black", linestyle="--", linewidth=0.8
-                )
+            if measure == distance:
+                axis.axhline(teacher(folder, distance), color="black", linestyle="--", linewidth=0.8)
             axis.set_xticks(range(len(CELLS)), CELLS)
             axis.set_title(f"{title}: {'L_NeM' if measure == 'nem_error' else measure}", fontsize=9)
             axis.set_ylim(bottom=0)
