@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from qdm_lightning.cli.training import Training, train
@@ -32,22 +32,25 @@ EXAMPLES = (
 
 
 def show(result: Result, typed: Sequence[str] | None = None) -> None:
-    """Print what a run came to, and what to type next: `typed`, its overrides, stay; None says nothing of them (`run=`)."""
+    """Print what a run came to, and what to type next: `typed`, its flags and overrides, stay; None: they are not known."""
     from qdm_lightning.display.progress import print_closing
 
-    command = "python -m qdm_lightning.train"
+    command, words = "python -m qdm_lightning.train", [word for word in typed or () if not word.startswith("hydra")]
 
-    def again(gone: tuple[str, ...], *instead: str) -> str:
-        kept = [word for word in typed or () if not word.lstrip("+").startswith(("hydra", *gone))]
-        return shlex.join([*command.split(), *kept, *instead])
+    def again(kept: Callable[[str], bool], *instead: str) -> str:
+        return shlex.join([*command.split(), *(word for word in words if kept(word.lstrip("+"))), *instead])
 
     following = [(f"{command} --help", "everything else")]
     if "student" not in result.metrics:
-        following = [(f"{command} teacher=checkpoint teacher.path={result.run_dir}", "a student of this teacher")]
+        images = ("--", "data", "model", "diffusion", "metrics")
+        teacher = again(lambda word: word.startswith(images), "teacher=checkpoint", f"teacher.path={result.run_dir}")
+        following = [(teacher, "a student of this teacher")]
     elif typed is not None:
+        baseline = again(lambda word: not word.startswith(("taq", "nem")), "taq=off", "nem=off")
+        fewer = again(lambda word: not word.startswith("quant="), "quant=w3a3")
         following[:0] = [
-            (again(("taq", "nem"), "taq=off", "nem=off"), "the same student without TaQ and NeM, same teacher"),
-            (again(("quant=",), "quant=w3a3"), "fewer bits, same teacher"),
+            *([] if {"taq=off", "nem=off"} <= {*words} else [(baseline, "the same student without TaQ and NeM, same teacher")]),
+            *([] if "quant=w3a3" in words else [(fewer, "fewer bits, same teacher")]),
         ]
     print_closing(result.metrics, result.run_dir, following)
 

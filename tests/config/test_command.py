@@ -253,13 +253,18 @@ def test_a_command_typed_while_a_run_is_under_way_touches_nothing(typed, folder,
 
 
 def test_what_to_type_next_keeps_what_was_typed(tmp_path, capsys):
-    result = SimpleNamespace(metrics={"teacher": {}, "student": {"image_mse": 0.5}}, run_dir=tmp_path)
-    show(result, ["data.path=my pictures", "quant=w4a4", "quant.probs_bits=4", "taq.groups=10", "nem/weighting=min_snr"])
-    command = "python -m qdm_lightning.train 'data.path=my pictures'"
-    shown = [line.strip().split("  ")[0] for line in capsys.readouterr().out.splitlines()]
-    assert shown[shown.index("next:") + 1 :][:2] == [
-        f"{command} quant=w4a4 quant.probs_bits=4 taq=off nem=off",
-        f"{command} quant.probs_bits=4 taq.groups=10 nem/weighting=min_snr quant=w3a3",
+    def proposed(metrics: dict, *typed) -> list[str]:
+        show(SimpleNamespace(metrics=metrics, run_dir=tmp_path), *typed)
+        shown = [line.strip().split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+        return [line.removeprefix("python -m qdm_lightning.train ") for line in shown[shown.index("next:") + 1 :]]
+
+    student, own = {"teacher": {}, "student": {"image_mse": 0.5}}, ["--config-dir=conf", "data.path=my pictures"]
+    said = proposed(student, [*own, "quant=w4a4", "quant.probs_bits=4", "taq.groups=10", "nem/weighting=min_snr", "hydra.x=1"])
+    assert said[:2] == [
+        "--config-dir=conf 'data.path=my pictures' quant=w4a4 quant.probs_bits=4 taq=off nem=off",
+        "--config-dir=conf 'data.path=my pictures' quant.probs_bits=4 taq.groups=10 nem/weighting=min_snr quant=w3a3",
     ]
-    show(result)  # run=: what was typed then is not known
-    assert "taq=off" not in capsys.readouterr().out
+    assert proposed(student, ["quant=w3a3", "taq=off", "nem=off"]) == ["--help"]
+    assert proposed(student) == ["--help"]  # run=: what was typed then is not known
+    teacher = proposed({"teacher": {}}, [*own, "model=unet_small", "quant=fp32", "trainer.max_steps=9"])
+    assert teacher == [f"--config-dir=conf 'data.path=my pictures' model=unet_small teacher=checkpoint teacher.path={tmp_path}"]

@@ -99,6 +99,11 @@ def _check_schedule_found(experiment: Experiment) -> None:
         )
 
 
+def _flags(args: argparse.Namespace) -> list[str]:
+    """Of the command, those that another one about the same configuration needs."""
+    return [f"--config-dir={args.config_dir}"] if args.config_dir else []
+
+
 class Training(Command):
     """`python -m qdm_lightning.train`."""
 
@@ -159,8 +164,7 @@ class Training(Command):
         if folder is None or not (folder / CONFIG).is_file():
             return super().again(words, folder)
         args = parse(words)
-        flags = ["--config-dir", args.config_dir] if args.config_dir else []
-        beside = [*flags, *given_beside_run(args.overrides)]
+        beside = [*_flags(args), *given_beside_run(args.overrides)]
         return " ".join(["python -m qdm_lightning.train", *map(shlex.quote, beside), for_shell("run", folder)])
 
     def work(self, experiment: Experiment, folder: Path) -> None:
@@ -173,4 +177,5 @@ class Training(Command):
         experiment.run_dir = folder
         with before_it_began(progress):
             result = _run(experiment, progress)
-        self.show(result, parse(sys.argv[1:]).overrides if self.stored is None else None)
+        args = parse(sys.argv[1:])
+        self.show(result, [*_flags(args), *args.overrides] if self.stored is None else None)
